@@ -17,6 +17,8 @@ from qwenq.compute import cpu, gpu
 LARGEST = torch.finfo(torch.float16).max
 SMALLEST = torch.finfo(torch.float16).smallest_normal
 STRIP = 64  # rows that C takes at a time: its workspace, see csrc/gptq.c
+LEAST_ROWS = 16
+"""Rows that C takes at least: a register of any variant."""
 WIDEST_GROUP = 256
 """Columns of a group whose scale C fits; a wider one is a matrix product that the library is faster at."""
 
@@ -69,6 +71,10 @@ def unsupported_reason(x: Tensor) -> str | None:
     return cpu.unsupported_reason()
 
 
+def _suits_c(block: Block) -> bool:
+    return block.columns.shape[1] >= LEAST_ROWS and unsupported_reason(block.columns) is None
+
+
 def triton_unsupported_reason(columns: Tensor) -> str | None:
     """Return why the GPU's kernel does not take columns, in words that follow "because"; None: it does."""
     if columns.device.type != "cuda":
@@ -87,7 +93,7 @@ def round_columns(block: Block) -> Tensor:
     """Fill integers and errors; return Σ error² over the columns, [rows]."""
     if triton_unsupported_reason(block.columns) is None:
         return round_by_triton(block)
-    return round_by_torch(block) if unsupported_reason(block.columns) else round_by_c(block)
+    return round_by_c(block) if _suits_c(block) else round_by_torch(block)
 
 
 def round_by_c(block: Block) -> Tensor:
@@ -128,7 +134,7 @@ def move_columns(block: Block, values: Tensor) -> Tensor:
     """
     if triton_unsupported_reason(block.columns) is None:
         return move_by_triton(block, values)
-    return move_by_torch(block, values) if unsupported_reason(block.columns) else move_by_c(block, values)
+    return move_by_c(block, values) if _suits_c(block) else move_by_torch(block, values)
 
 
 def move_by_c(block: Block, values: Tensor) -> Tensor:
@@ -171,7 +177,7 @@ def fit_scale(block: Block, values: Tensor, group: int) -> Fitted:
         values: [group_size, rows] before that.
         group: its number among ``block.scales``.
     """
-    if len(block.columns) > WIDEST_GROUP or unsupported_reason(block.columns):
+    if len(block.columns) > WIDEST_GROUP or not _suits_c(block):
         return fit_by_torch(block, values, group)
     return fit_by_c(block, values, group)
 
@@ -253,7 +259,9 @@ def _check(block: Block, **others: Tensor) -> None:
             raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, not {dtype} {list(shape)}")
         if name != "U" and not x.is_contiguous():
             raise ValueError(f"{name} are not contiguous")
-    if block.scales.shape[1] != rows or not rows:
+    if block.scales.shape[1] != rows:
         raise ValueError(f"{rows} rows, and scales for {block.scales.shape[1]}")
+    if rows < LEAST_ROWS:
+        raise ValueError(f"{rows} rows, fewer than {LEAST_ROWS}")
     if len(block.groups) != count or min(block.groups) < 0 or max(block.groups) >= len(block.scales):
         raise ValueError(f"{count} columns in groups {block.groups} of {len(block.scales)}")

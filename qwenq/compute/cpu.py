@@ -151,7 +151,6 @@ def _load(variant: Variant, path: Path) -> Library | str:
         handle = ctypes.CDLL(str(path))
         handle.qwenq_sources.restype = handle.qwenq_variant.restype = ctypes.c_char_p
         made_from, made_for = handle.qwenq_sources().decode(), handle.qwenq_variant().decode()
-        handle.qwenq_kernel.restype, handle.qwenq_kernel.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
     except (OSError, AttributeError) as error:
         return f"the library {path.name} cannot be loaded: {str(error).splitlines()[0]} ({_INSTALL})"
     if made_for != variant.name or (SOURCES.is_dir() and made_from != sources_hash()):
@@ -212,9 +211,10 @@ def kernel(name: str) -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
 
 @cache
 def _kernel(library: Library, name: str) -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
-    address = library.handle.qwenq_kernel(name.encode())
-    if not address:
-        raise RuntimeError(f"the library has no kernel {name}")
+    try:
+        address = ctypes.cast(getattr(library.handle, name), ctypes.c_void_p).value or 0
+    except AttributeError:
+        raise RuntimeError(f"the library has no kernel {name}") from None
     return ctypes.CFUNCTYPE(None, ctypes.POINTER(ctypes.c_int64))(address)
 
 

@@ -1,8 +1,7 @@
-"""Multiply by 4- and 8-bit weights that are scaled by group: few rows by integers, many unpacked.
+"""Multiply few rows by weights as they lie in memory: 4 and 8 bits scaled by group, or bfloat16.
 
-C multiplies the integers as they lie (``csrc/linear.c``): a decode step reads every weight once, at the
-memory's speed. The reference is ``unpack`` and one product of plain numbers, which is also what is faster for
-many rows.
+A decode step reads every weight once, at the memory's speed (``csrc/linear.c``, ``csrc/dense.c``). The
+reference is one product of plain numbers, of what ``unpack`` gives; it is also what is faster for many rows.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ OUTPUTS = 32
 """Outputs of a block of weights; a layer has whole blocks."""
 GROUP_SIZES = (128, 64, 32)
 """Columns that may share a scale, the longest first."""
-LINEAR_FIELDS = ("weights", "scales", "columns", "blocks", "group_size", "bits", "scales_float16")
+LINEAR_FIELDS = ("weights", "scales", "columns", "outputs", "group_size", "bits", "scales_float16")
 """What C reads of a layer, int64 each."""
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LINE = 64  # bytes: a step of weights begins at a cache line
@@ -30,9 +29,9 @@ class PackedWeights:
 
     Attributes:
         weights: uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in
-            the high nibbles.
-        scales: [blocks, groups, 32] float16, or float32 where float16 would round them.
-        bits: 4 or 8; integers are unsigned, around 2^(bits - 1).
+            the high nibbles. With 16 bits, bfloat16 [outputs, columns].
+        scales: [blocks, groups, 32] float16, or float32 where float16 would round them; of 16 bits, empty.
+        bits: 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16.
         columns, outputs, group_size: of the weight.
         fields: ``LINEAR_FIELDS``, kept alive for C.
     """
@@ -82,15 +81,26 @@ def pack(integers: Tensor, scales: Tensor, bits: int) -> PackedWeights:
     by_block = scales.view(outputs // OUTPUTS, OUTPUTS, -1).transpose(1, 2)  # [blocks, groups, 32]
     weights, by_block = _aligned(weights), _aligned(by_block.to(torch.float16 if exact else torch.float32))
     values = (
-        weights.data_ptr(), by_block.data_ptr(), columns, outputs // OUTPUTS, group_size, bits, int(exact),
+        weights.data_ptr(), by_block.data_ptr(), columns, outputs, group_size, bits, int(exact),
     )  # fmt: skip
     return PackedWeights(weights, by_block, bits, columns, outputs, group_size, torch.tensor(values))
 
 
-def multiply(x: Tensor, layer: PackedWeights) -> Tensor:
-    """Return x Wᵀ, float32 or bfloat16 [rows, columns] → [rows, outputs] of that dtype.
+def plain(weight: Tensor) -> PackedWeights | None:
+    """Return a matrix that is not quantised for C, as it lies; None: C does not multiply it here."""
+    outputs, columns = weight.shape
+    here = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and weight.is_contiguous()
+    if not here or columns % GROUP_SIZES[-1] or not columns or cpu.unsupported_reason():
+        return None
+    values = weight.data_ptr(), 0, columns, outputs, GROUP_SIZES[-1], 16, 0
+    return PackedWeights(weight, weight[:0], 16, columns, outputs, GROUP_SIZES[-1], torch.tensor(values))
 
-    Activations are rounded to 16 bits by group, sums over a group are exact, totals float32.
+
+def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) -> Tensor:
+    """Return x Wᵀ, float32 or bfloat16 [rows, columns] → [rows, outputs] of that dtype, or of another.
+
+    For integers, activations are rounded to 16 bits by group, and sums over a group are exact; for bfloat16,
+    activations may be rounded to it. Totals are float32.
 
     Raises:
         ValueError: another shape, dtype or device than C reads.
@@ -101,9 +111,9 @@ def multiply(x: Tensor, layer: PackedWeights) -> Tensor:
             f"[rows, {layer.columns}] on the CPU"
         )
     x, rows = x.contiguous(), len(x)
-    y = torch.empty(rows, layer.outputs, dtype=x.dtype)
-    workspace = torch.empty(activation_bytes(rows, layer.columns, layer.group_size), dtype=torch.uint8)
-    cpu.call("quantised_linear", layer.fields, x, y, workspace, rows, _DTYPES[x.dtype])
+    y = torch.empty(rows, layer.outputs, dtype=dtype or x.dtype)
+    workspace = torch.empty(activation_bytes(rows, layer.columns), dtype=torch.uint8)
+    cpu.call("linear", layer.fields, x, y, workspace, rows, _DTYPES[x.dtype], _DTYPES[y.dtype])
     return y
 
 
@@ -120,9 +130,9 @@ def unpack(layer: PackedWeights, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def activation_bytes(rows: int, columns: int, group_size: int) -> int:
-    """Return the bytes of rows in 16 bits: two bytes a column, and a scale and a sum for each group."""
-    return rows * (2 * columns + 8 * (columns // group_size))
+def activation_bytes(rows: int, columns: int) -> int:
+    """Return the bytes of rows as C multiplies them: float32, or 16 bits with two numbers for each group."""
+    return 4 * rows * columns
 
 
 def _aligned(tensor: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ class _Workspace:
         self._rows, self._slots, threads = rows, slots, torch.get_num_threads()
         d, widest = shape.head_dim, max(shape.hidden, shape.ffn, shape.heads * shape.head_dim)
         pairs, likely = rows * shape.active, -(-shape.experts // _EXPERTS_AT_ONCE) * _EXPERTS_AT_ONCE
-        activations = max(activation_bytes(rows, widest, 32), activation_bytes(pairs, shape.expert_width, 32))
+        activations = max(activation_bytes(rows, widest), activation_bytes(pairs, shape.expert_width))
         self.x = torch.zeros(rows, shape.hidden)
         self.positions = torch.zeros(rows, dtype=torch.int64)
         self._held = {
@@ -224,9 +224,9 @@ class _Workspace:
         self._threads, self._places = threads, {name: place for place, name in enumerate(names, 1)}
         self._args = (ctypes.c_int64 * (len(names) + 1))(threads)
         self._set({name: tensor.data_ptr() for name, tensor in self._held.items()})
-        sizes = ("layers", "hidden", "heads", "kv_heads", "head_dim", "experts", "active", "normalised")
-        self._set({"rows": rows, **{name: int(getattr(shape, name)) for name in sizes}})
-        self._set({"eps": struct.unpack("<I", struct.pack("<f", shape.eps))[0]})
+        sizes = ("layers", "hidden", "heads", "kv_heads", "experts", "active", "normalised")
+        self._set({"rows": rows, "d": d, **{name: int(getattr(shape, name)) for name in sizes}})
+        self._set({"eps": struct.unpack("<q", struct.pack("<d", shape.eps))[0]})
         self._step = cpu.kernel("decode_step")
 
     def fits(self, rows: int, slots: int) -> bool:

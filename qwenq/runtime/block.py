@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from torch.nn.functional import silu, softplus
 from qwenq.compute import block as ops
 from qwenq.compute import delta_rule, dense
 from qwenq.compute import step as compute
+from qwenq.compute.linear import PackedWeights
 from qwenq.models import block_shapes
 from qwenq.runtime.attention.plain import Attention, grouped_attention
 from qwenq.runtime.cache import KVCache, Span
-from qwenq.runtime.linear import Linear
+from qwenq.runtime.linear import Dense, Linear
 from qwenq.runtime.quantised_linear import CpuNative
 from qwenq.runtime.spec import DecoderSpec, Rope
 
@@ -423,7 +424,7 @@ class CompiledStep:
 
     Args:
         spec: sizes and constants.
-        blocks: with every linear layer a `CpuNative`, see `unsupported_reason`.
+        blocks: whose linear layers C multiplies, see `unsupported_reason`.
         norm: weight of the final norm.
         dtype: of the activations.
     """
@@ -440,19 +441,23 @@ class CompiledStep:
         """Return why C cannot run these blocks, in words that follow "because"; None: it can."""
         if spec.shape.linear_attention is not None:
             return "it has no linear attention"
-        linears: list[Any] = [linear for block in blocks for linear in block.linears]
+        reason = compute.unsupported_reason(_shape(spec))
         qkv = {id(block.linears[0]) for block in blocks}
-        if not all(isinstance(linear, CpuNative) and linear.order is None for linear in linears):
-            return f"not every linear layer is a {CpuNative.name} with its columns as they come"
-        if any(linear.offsets is not None for linear in linears):
-            return "the weights have zero points off the middle"
-        if any(linear.bias is not None for linear in linears if id(linear) not in qkv):
-            return "there are biases behind attention or in the MLP"
+        for linear in (linear for block in blocks for linear in block.linears):
+            if reason or not isinstance(linear, CpuNative | Dense) or linear.layer is None:
+                return (
+                    reason
+                    or f"C multiplies bfloat16 and {CpuNative.name}, and a linear layer is {linear.name}"
+                )
+            if isinstance(linear, CpuNative) and (linear.order is not None or linear.offsets is not None):
+                return "weights have columns in activation order, or zero points off the middle"
+            if linear.bias is not None and id(linear) not in qkv:
+                return "there are biases behind attention or in the MLP"
         for block in blocks:
-            sizes = [cast(CpuNative, linear).layer.group_size for linear in block.mlp.linears]
-            if len({*sizes[::2]}) > 1 or len({*sizes[1::2]}) > 1:
+            kinds = [(layer.bits == 16, layer.group_size) for layer in map(_layer, block.mlp.linears)]
+            if len({*kinds[::2]}) > 1 or len({*kinds[1::2]}) > 1:
                 return "the experts of a block have groups of unlike size"
-        return compute.unsupported_reason(_shape(spec))
+        return reason
 
     def __call__(self, x: Tensor, cache: KVCache, rope: Rope) -> Tensor:
         """Run one embedded token of each row, [batch, hidden]; the cache's lengths stay as they are.
@@ -474,12 +479,16 @@ def _shape(spec: DecoderSpec) -> compute.StepShape:
     return compute.StepShape(*sizes, spec.eps, *mixture)
 
 
+def _layer(linear: Linear) -> PackedWeights:
+    return cast(PackedWeights, cast(CpuNative | Dense, linear).layer)
+
+
 def _step_block(block: Block) -> compute.StepBlock:
-    qkv, out, *inner = (cast(CpuNative, linear).layer for linear in block.linears)
+    qkv, out, *inner = map(_layer, block.linears)
     mlps = tuple(zip(inner[::2], inner[1::2], strict=True))
     router = block.mlp.router if isinstance(block.mlp, Mixture) else None
     attention = cast(FullAttention, block.attention)
-    bias = cast(CpuNative, attention.qkv).bias
+    bias = cast(CpuNative | Dense, attention.qkv).bias
     vectors = (
         block.attention_norm.float(),
         block.mlp_norm.float(),

@@ -96,7 +96,8 @@ class Decoder:
         if head == "int8":
             self.head = Int8Head.of(self.head)
         self._choose_steps()
-        if self.kernel == CpuNative.name and self.has_step_layout and self.compiled is None:
+        compilable = dtype is torch.bfloat16 and self.kernel in (CpuNative.name, Dense.name)
+        if compilable and self.has_step_layout and self.compiled is None:
             reason = CompiledStep.unsupported_reason(self.spec, self.blocks)
             self.notes = (*self.notes, f"the faster compiled decode step is not used because {reason}")
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import dense
+from qwenq.compute.linear import PackedWeights, plain
 from qwenq.errors import UnsupportedError
 from qwenq.models.gptq_format import CheckpointFormat, PackedLinear, has_trivial_g_idx, unpack
 
@@ -167,6 +168,9 @@ class Dense:
 
     It lies in oneDNN's blocks from the start where that is faster (``dense.packable``).
 
+    Attributes:
+        layer: the matrix as a compiled decode step reads it; None: C does not multiply it here.
+
     Args:
         weight: [out, in].
         bias: [out] or None.
@@ -179,6 +183,7 @@ class Dense:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, *, shared: bool = False) -> None:
         self.bias = bias
         self.nbytes = weight.nbytes + (bias.nbytes if bias is not None else 0)
+        self.layer: PackedWeights | None = plain(weight)
         self._packed = not shared and dense.packable(weight)
         self._weight = dense.pack(weight) if self._packed else weight
         self._blocks = _blocks(weight) if shared and bias is None else None

@@ -2,7 +2,7 @@
 //
 //     arm_main CALLS RESULTS
 //
-// It knows no kernel. A call (record_calls.py writes them; all numbers are little-endian int64) is the kernel's name in
+// A call (record_calls.py writes them; all numbers are little-endian int64) is the kernel's name in
 // 64 bytes, the number of objects, and the objects: pieces of memory with places in them that hold addresses of earlier
 // ones. An object is its size, its bytes, the number of such places, and for each its offset, the object that it points
 // into, and the offset there. The last object is the kernel's `args`. The results are all objects' bytes, in order.
@@ -16,7 +16,19 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-void *qwenq_kernel(const char *name);
+typedef struct {
+    const char *name;
+    void (*run)(const int64_t *);
+} Kernel;
+#define KERNEL(name) void name(const int64_t *args);
+#include "kernels.def"
+#undef KERNEL
+static const Kernel kernels[] = {
+#define KERNEL(name) {#name, name},
+#include "kernels.def"
+#undef KERNEL
+    {NULL, NULL},
+};
 
 enum { MOST_OBJECTS = 4096, ALIGNMENT = 64 };
 
@@ -70,12 +82,13 @@ int main(int argc, char **argv) {
     char name[64];
     while (fread(name, 1, sizeof name, calls) == sizeof name) {
         if (memchr(name, 0, sizeof name) == NULL) fail("a kernel's name has no end");
-        void (*kernel)(const int64_t *) = (void (*)(const int64_t *))qwenq_kernel(name);
-        if (!kernel) fail("there is no such kernel");
+        const Kernel *kernel = kernels;
+        while (kernel->name && strcmp(kernel->name, name)) kernel++;
+        if (!kernel->name) fail("there is no such kernel");
         int64_t count = read_number(calls);
         if (count < 1 || count > MOST_OBJECTS) fail("a call has too many objects");
         for (int64_t i = 0; i < count; i++) objects[i] = read_object(calls, objects, i);
-        kernel((const int64_t *)objects[count - 1].bytes);
+        kernel->run((const int64_t *)objects[count - 1].bytes);
         for (int64_t i = 0; i < count; i++) {
             if (fwrite(objects[i].bytes, 1, objects[i].size, results) != objects[i].size) fail("results are not written");
             munmap(objects[i].mapped, objects[i].mapped_size);

@@ -34,7 +34,7 @@ BOUNDS_OF = {"decode_step": 5e-4}
 """Activations are rounded to 16 bits on the way, steps of 3e-5 of their largest: another order of additions
 may fall on the other side of a step."""
 SCRATCH = {
-    "quantised_linear": {4},
+    "linear": {4},
     "causal_attention": {7, 8, 9},
     "round_columns": {10},
     "move_columns": {10},

@@ -48,7 +48,7 @@ def rounded_by_both(one: Block) -> tuple[Block, Block]:
 @settings(max_examples=60)
 @given(
     seed=st.integers(0, 10_000),
-    rows=st.integers(1, 200),
+    rows=st.integers(16, 200),
     count=st.integers(1, 80),
     bits=st.sampled_from([2, 4, 8]),
     group_size=st.sampled_from([1, 8, 64]),
@@ -105,7 +105,7 @@ def solved(seed: int, rows: int, *, reorder: bool, sym: bool, dead: int) -> tupl
 @settings(max_examples=20)
 @given(
     seed=st.integers(0, 10_000),
-    rows=st.integers(1, 100),
+    rows=st.integers(16, 100),
     reorder=st.booleans(),
     sym=st.booleans(),
     dead=st.integers(0, 3),

@@ -27,7 +27,7 @@ def group(seed: int, rows: int, size: int, levels: int = 15) -> tuple[Block, tor
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
-    rows=st.integers(1, 200),
+    rows=st.integers(16, 200),
     size=st.sampled_from([1, 8, 64, 128]),
     levels=st.sampled_from([3, 15, 255]),
 )

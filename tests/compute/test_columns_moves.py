@@ -43,7 +43,7 @@ def copied(one: Block) -> Block:
 @settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
-    rows=st.integers(1, 150),
+    rows=st.integers(16, 150),
     count=st.sampled_from([8, 24, 64, 80]),
     bits=st.sampled_from([2, 4, 8]),
     sym=st.booleans(),

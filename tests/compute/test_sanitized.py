@@ -75,8 +75,8 @@ from qwenq.compute import cpu, linear
 integers = torch.zeros(32, 64, dtype=torch.uint8)
 layer = linear.pack(integers, torch.ones(32, 1), 4)
 x, y = torch.zeros(1, 64), torch.empty(16)
-workspace = torch.empty(linear.activation_bytes(1, 64, 64), dtype=torch.uint8)
-cpu.call("quantised_linear", layer.fields, x, y, workspace, 1, 0)
+workspace = torch.empty(linear.activation_bytes(1, 64), dtype=torch.uint8)
+cpu.call("linear", layer.fields, x, y, workspace, 1, 0, 0)
 """
     run = subprocess.run(
         [sys.executable, "-c", too_short], env=environment, capture_output=True, text=True, check=False

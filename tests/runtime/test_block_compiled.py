@@ -27,10 +27,16 @@ FAMILIES = (
 
 
 def engine_of(
-    family: str, quant: QuantConfig = INT4, dtype: str = "bfloat16", **changes: object
+    family: str, quant: QuantConfig | None = INT4, dtype: str = "bfloat16", **changes: object
 ) -> FastEngine:
+    """An engine; without ``quant``, of weights in bfloat16."""
     sizes = {"hidden_size": 128, "head_dim": 32, **changes}
-    made = load(quantised_model(family, quant, **sizes), device="cpu", dtype=dtype)
+    if quant is None:
+        _, wide = small_model(family, **{"intermediate_size": 128, **sizes})
+        rounded = MemorySource({name: wide.read(name).bfloat16() for name in wide.names()})
+        made = load(replace(wide, source=rounded), device="cpu", dtype=dtype)
+    else:
+        made = load(quantised_model(family, quant, **sizes), device="cpu", dtype=dtype)
     assert isinstance(made, FastEngine)
     return made
 
@@ -43,10 +49,12 @@ def steps(engine: FastEngine, prompts: list[list[int]], count: int, seed: int = 
     return torch.stack([engine.decode(row, cache) for row in ids])
 
 
-@pytest.mark.parametrize("quant", [INT4, INT8], ids=["int4", "int8"])
+@pytest.mark.parametrize("quant", [INT4, INT8, None], ids=["int4", "int8", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_compiled_steps_are_nearer_to_float32_than_steps_in_torch(family: str, quant: QuantConfig) -> None:
-    prompts = [random_ids(length, length) for length in (3, 1, 21)]
+def test_compiled_steps_are_nearer_to_float32_than_steps_in_torch(
+    family: str, quant: QuantConfig | None
+) -> None:
+    prompts = [random_ids(length, length) for length in (3, 1, 17)]
     engine = engine_of(family, quant)
     assert engine.implementation.endswith("decode steps compiled for this CPU")
     assert not [note for note in engine.notes if "not used" in note]
@@ -76,9 +84,12 @@ def test_rows_of_a_batch_equal_rows_alone(rows: int) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("quant", [INT4, None], ids=["int4", "bf16"])
 @pytest.mark.parametrize("rows", [2, 5, CpuNative.many_rows - 1])
-def test_rows_that_share_experts_or_have_their_own_equal_rows_alone(rows: int) -> None:
-    engine = engine_of("qwen3-moe")
+def test_rows_that_share_experts_or_have_their_own_equal_rows_alone(
+    rows: int, quant: QuantConfig | None
+) -> None:
+    engine = engine_of("qwen3-moe", quant)
     cache = engine.new_cache(rows, 16)
     engine.prefill([random_ids(1 + row % 7, row) for row in range(rows)], cache)
     some, ids = (0, rows // 2, rows - 1), torch.tensor(random_ids(rows, 9)).unsqueeze(1)
@@ -175,7 +186,7 @@ def test_another_thread_of_python_gets_the_same_text() -> None:
     [
         ("llama-biases", INT4, {}, "there are biases behind attention or in the MLP"),
         ("qwen3", QuantConfig(bits=4, group_size=32, sym=False), {}, "zero points off the middle"),
-        ("qwen3", QuantConfig(bits=4, group_size=32, desc_act=True), {}, "with its columns as they come"),
+        ("qwen3", QuantConfig(bits=4, group_size=32, desc_act=True), {}, "columns in activation order"),
         ("qwen3", INT4, {"head_dim": 16}, "sizes are no multiples of 32"),
     ],
 )

@@ -27,20 +27,10 @@ enum {
     KV_HEADS, TOKENS, SLOTS, D, SCALE, STRIDES  // of batch, head and token: query, key, value
 };
 
-#if defined(__AVX512BF16__)
-#define HAS_PAIRS 1
-ALWAYS_INLINE Floats multiply_words(int pairs, Floats a, Floats b, Floats sum) {
-    return pairs ? _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b) : fmadd(a, b, sum);
-}
 ALWAYS_INLINE void store_powers(int pairs, void *powers, long at, Floats x) {
-    if (pairs) _mm256_storeu_si256((__m256i *)powers + at / LANES, (__m256i)_mm512_cvtneps_pbh(x));
+    if (pairs) store_bf16((uint16_t *)powers + at, x);
     else store((float *)powers + at, x);
 }
-#else
-#define HAS_PAIRS 0
-ALWAYS_INLINE Floats multiply_words(int pairs, Floats a, Floats b, Floats sum) { return fmadd(a, b, sum); }
-ALWAYS_INLINE void store_powers(int pairs, void *powers, long at, Floats x) { store((float *)powers + at, x); }
-#endif
 
 // Element `at` of a row as a word, or elements `at` and `at + 1` as a pair.
 ALWAYS_INLINE uint32_t word_of(int dtype, int pairs, const char *row, long at) {
@@ -183,7 +173,7 @@ ALWAYS_INLINE void attend_tile(Args args, int dtype, int pairs, long batch, long
 }
 
 ALWAYS_INLINE void attend(Args args, int dtype) {
-    const int pairs = HAS_PAIRS && dtype == BFLOAT16;
+    const int pairs = PAIRS && dtype == BFLOAT16;
     long tiles = args[WIDTH] / TILE, first, end;
     thread_share(args[BATCH] * args[KV_HEADS] * tiles, &first, &end);
     for (long task = first; task < end; task++)
@@ -196,10 +186,8 @@ ALWAYS_INLINE void attend(Args args, int dtype) {
         attend_tile(args, dtype, pairs, head / args[HEADS], head % args[HEADS], task % blocks * QUERIES);
     }
 }
-static void attend_bf16(Args args) { attend(args, BFLOAT16); }
-static void attend_f32(Args args) { attend(args, FLOAT32); }
 
 // The arguments are named above: addresses of q [batch, heads, tokens, d], k and v [batch, kv_heads, slots, d] by their
 // strides, starts [batch] (the slot of each row's first query), out [batch, tokens, heads, d], packed keys and values
 // [batch, kv_heads, WIDTH, d] words each, the threads' scratch; WIDTH is `slots` rounded up to a multiple of TILE.
-void causal_attention(Args args) { on_threads(args[DTYPE] == BFLOAT16 ? attend_bf16 : attend_f32, args); }
+KERNEL_BY_DTYPE(causal_attention, attend)

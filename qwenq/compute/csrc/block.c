@@ -69,11 +69,9 @@ ALWAYS_INLINE void swiglu_rows(Args args, int dtype) {
             store_as(dtype, out, row * d + i, activated * load_as(dtype, ups, row * up_stride + i));
         }
 }
-static void swiglu_bf16(Args args) { swiglu_rows(args, BFLOAT16); }
-static void swiglu_f32(Args args) { swiglu_rows(args, FLOAT32); }
 
 // dtype, gate, up [rows, d] with these strides, out [rows, d], rows, d, gate_stride, up_stride
-void swiglu(Args args) { on_threads(args[DTYPE] == BFLOAT16 ? swiglu_bf16 : swiglu_f32, args); }
+KERNEL_BY_DTYPE(swiglu, swiglu_rows)
 
 // One register of each half of all heads of a token. `table` is the dtype of cosines and sines: float32 tables make the
 // arithmetic float32, and the result alone is rounded.

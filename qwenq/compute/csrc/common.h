@@ -1,6 +1,6 @@
 // What every kernel here shares: how it is called, how its work is split over threads.
 //
-// A kernel has the signature `void name(const int64_t *args)` and is listed in kernels.def. args[0] is the number of
+// A kernel has the signature `void name(const int64_t *args)`; kernels.def lists them, and the library exports them. args[0] is the number of
 // threads; the others are addresses, integers, and float32 as their bits. The caller (compute/cpu.py) has checked
 // shapes, dtypes and devices: no kernel checks them again.
 //
@@ -16,6 +16,10 @@
 
 typedef const int64_t *Args;
 
+#define KERNEL(name) EXPORT void name(Args args);
+#include "kernels.def"
+#undef KERNEL
+
 #define POINTER(type, i) ((type *)(intptr_t)args[i])
 
 ALWAYS_INLINE float float_of(int64_t bits) {
@@ -24,6 +28,12 @@ ALWAYS_INLINE float float_of(int64_t bits) {
     memcpy(&value, &word, sizeof value);
     return value;
 }
+
+// A float32 among arguments that are read as a struct: all fields have 8 bytes, as the arguments have.
+typedef struct {
+    float value;
+    uint32_t unused;
+} Float32;
 
 void on_threads(void (*body)(Args), Args args);
 void barrier(void);

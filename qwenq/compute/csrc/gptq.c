@@ -16,35 +16,19 @@ ALWAYS_INLINE Floats nearest(Floats x, Floats scale, Floats zero, Floats levels)
     return smaller(levels, larger(spread(0.0f), nearest_whole(x / scale + zero)));
 }
 
-// Of a weight with fewer rows than a register has lanes, `lanes` are read and written; the others hold ones.
-ALWAYS_INLINE Floats load_rows(const float *p, const int lanes) {
-    if (lanes == LANES) return load(p);
-    float held[LANES];
-    for (int k = 0; k < LANES; k++) held[k] = k < lanes ? p[k] : 1.0f;
-    return load(held);
-}
-ALWAYS_INLINE void store_rows(float *p, Floats x, const int lanes) {
-    if (lanes == LANES) {
-        store(p, x);
-        return;
-    }
-    float held[LANES];
-    store(held, x);
-    memcpy(p, held, (size_t)lanes * sizeof *p);
-}
-
-typedef struct {
-    long count, rows;      // columns of the block; rows of the weight
+typedef struct {  // the arguments
+    int64_t threads;
     const float *columns;  // [count, rows]: weights, or gradients of the objective
     const float *values;   // [count, rows]: quantised values before a move
     const float *factors;  // [count, count]: row i is what column i receives from each earlier column; its pivot at i
     const float *scales, *zeros;  // [groups, rows]
     const int64_t *groups;        // [count]
-    float levels;
     uint8_t *integers;  // [count, rows]
     float *errors;      // [count, rows]: what a column pushes onto the later ones
     float *costs;       // [rows]
-    float *pushed;      // [count, STRIP]: this thread's workspace, the errors of a strip side by side
+    float *pushed;      // [threads, count, STRIP]: workspace, the errors of a strip side by side
+    int64_t count, rows;  // columns of the block; rows of the weight
+    Float32 levels;
 } Block;
 
 enum { ROUND, MOVE };
@@ -52,69 +36,63 @@ enum { ROUND, MOVE };
 // ROUND: q = nearest(w), error = (w - q) / U_ii, cost error^2.
 // MOVE: to the grid's value nearest to q - G / H_ii; the error is the old value less the new one; the objective changes
 // by error (error H_ii / 2 - G), as it is a parabola in one integer.
-ALWAYS_INLINE void strip(const Block *b, int rule, long at, const int registers, const int lanes) {
-    Floats cost[REGISTERS], w[REGISTERS], levels = spread(b->levels);
+ALWAYS_INLINE void strip(const Block *b, int rule, long at, const int registers) {
+    Floats cost[REGISTERS], w[REGISTERS], levels = spread(b->levels.value);
     float integers[STRIP] = {0};
     for (int r = 0; r < registers; r++) cost[r] = spread(0.0f);
     for (long i = 0; i < b->count; i++) {
         const float *s = b->scales + b->groups[i] * b->rows + at, *z = b->zeros + b->groups[i] * b->rows + at;
         const float *u = b->factors + i * b->count;
         const long here = i * b->rows + at;
-        for (int r = 0; r < registers; r++) w[r] = load_rows(b->columns + here + r * LANES, lanes);
+        for (int r = 0; r < registers; r++) w[r] = load(b->columns + here + r * LANES);
         for (long j = 0; j < i; j++) {
             Floats factor = spread(u[j]);
             for (int r = 0; r < registers; r++) w[r] -= factor * load(b->pushed + j * STRIP + r * LANES);
         }
         Floats pivot = spread(u[i]), half = pivot * spread(0.5f);
         for (int r = 0; r < registers; r++) {
-            Floats scale = load_rows(s + r * LANES, lanes), zero = load_rows(z + r * LANES, lanes), q, error;
+            Floats scale = load(s + r * LANES), zero = load(z + r * LANES), q, error;
             if (rule == ROUND) {
                 q = nearest(w[r], scale, zero, levels);
                 error = (w[r] - (q - zero) * scale) / pivot;
                 cost[r] += error * error;
             } else {
-                Floats before = load_rows(b->values + here + r * LANES, lanes);
+                Floats before = load(b->values + here + r * LANES);
                 q = nearest(before - w[r] / pivot, scale, zero, levels);
                 error = before - (q - zero) * scale;
                 cost[r] += error * (error * half - w[r]);
             }
             store(integers + r * LANES, q);
-            store_rows(b->errors + here + r * LANES, error, lanes);
+            store(b->errors + here + r * LANES, error);
             store(b->pushed + i * STRIP + r * LANES, error);
         }
-        for (int k = 0; k < registers * lanes; k++)
+        for (int k = 0; k < registers * LANES; k++)
             b->integers[here + k] = (uint8_t)(int32_t)(integers[k] == integers[k] ? integers[k] : 0.0f);
     }
-    for (int r = 0; r < registers; r++) store_rows(b->costs + at + r * LANES, cost[r], lanes);
+    for (int r = 0; r < registers; r++) store(b->costs + at + r * LANES, cost[r]);
 }
 
-// Run `body(first row, registers, lanes)` for this thread's strips. The last one begins earlier where rows are no
-// multiple, and writes what its neighbour writes, too; fewer than STRIP rows go by single registers.
+// Run `body(first row, registers)` for this thread's strips: rows are at least a register. The last strip begins earlier
+// where rows are no multiple, and writes what its neighbour writes, too; fewer than STRIP rows go by single registers.
 #define EACH_STRIP(rows, body) \
     do { \
-        long wide = (rows) < STRIP ? at_most(rows, LANES) : STRIP, unit, end; \
+        long wide = (rows) < STRIP ? LANES : STRIP, unit, end; \
         thread_share(((rows) + wide - 1) / wide, &unit, &end); \
         for (; unit < end; unit++) { \
             long at = at_most(unit * wide, (rows) - wide); \
-            if (wide == STRIP) body(at, REGISTERS, LANES); \
-            else if (wide == LANES) body(at, 1, LANES); \
-            else body(at, 1, (int)wide); \
+            if (wide == STRIP) body(at, REGISTERS); \
+            else body(at, 1); \
         } \
     } while (0)
 
 ALWAYS_INLINE void all_strips(Args args, int rule) {
-    const Block block = {
-        args[11], args[12], POINTER(float, 1), POINTER(float, 2), POINTER(float, 3), POINTER(float, 4),
-        POINTER(float, 5), POINTER(int64_t, 6), float_of(args[13]), POINTER(uint8_t, 7), POINTER(float, 8),
-        POINTER(float, 9),
-        POINTER(float, 10) + thread_index() * args[11] * STRIP,
-    };
-#define OF_COLUMNS(at, registers, lanes) strip(&block, rule, at, registers, lanes)
+    Block block;
+    memcpy(&block, args, sizeof block);
+    block.pushed += thread_index() * block.count * STRIP;
+#define OF_COLUMNS(at, registers) strip(&block, rule, at, registers)
     EACH_STRIP(block.rows, OF_COLUMNS);
 }
 
-// args: threads, columns, values, factors, scales, zeros, groups, integers, errors, costs, workspace, count, rows,
-// levels
 static void round_thread(Args args) { all_strips(args, ROUND); }
 static void move_thread(Args args) { all_strips(args, MOVE); }
 void round_columns(Args args) { on_threads(round_thread, args); }
@@ -132,20 +110,21 @@ ALWAYS_INLINE float storable(float scale) {
     return fabsf(half) < smallest ? (scale < 0 ? -smallest : smallest) : half;
 }
 
-typedef struct {
-    long count, rows;  // columns of the group
+typedef struct {  // the arguments; H is [count, count], a group's columns are [count, rows], its scale and zero [rows]
+    int64_t threads;
     const float *gradient, *values, *H, *scale, *zero;
     const uint8_t *integers;
     const float *errors;
     float *new_scale, *new_values, *less, *change;
-    float *u;  // [count, STRIP]: this thread's workspace
+    float *u;  // [threads, count, STRIP]: workspace
+    int64_t count, rows;
 } Group;
 
 // Columns of H whose products with u are summed side by side, so that one addition need not wait for the last.
 enum { TOGETHER = LANES == 16 ? 4 : 1 };
 
 ALWAYS_INLINE void add_columns(const Group *g, long at, long i, Floats *slope, Floats *curve, const int registers,
-                               const int lanes, const int together) {
+                               const int together) {
     Floats Hu[TOGETHER][REGISTERS];
     for (int c = 0; c < together; c++)
         for (int r = 0; r < registers; r++) Hu[c][r] = spread(0.0f);
@@ -158,26 +137,26 @@ ALWAYS_INLINE void add_columns(const Group *g, long at, long i, Floats *slope, F
         for (int r = 0; r < registers; r++) {
             long here = (i + c) * g->rows + at + r * LANES;
             Floats u = load(g->u + (i + c) * STRIP + r * LANES);
-            slope[r] += u * load_rows(g->gradient + here, lanes) - load_rows(g->errors + here, lanes) * Hu[c][r];
+            slope[r] += u * load(g->gradient + here) - load(g->errors + here) * Hu[c][r];
             curve[r] += u * Hu[c][r];
         }
 }
 
-ALWAYS_INLINE void fit_strip(const Group *g, long at, const int registers, const int lanes) {
+ALWAYS_INLINE void fit_strip(const Group *g, long at, const int registers) {
     Floats slope[REGISTERS], curve[REGISTERS];
     float slopes[STRIP], curves[STRIP];
     for (long i = 0; i < g->count; i++)
-        for (int k = 0; k < registers * lanes; k++)
+        for (int k = 0; k < registers * LANES; k++)
             g->u[i * STRIP + k] = (float)g->integers[i * g->rows + at + k] - g->zero[at + k];
     for (int r = 0; r < registers; r++) slope[r] = curve[r] = spread(0.0f);
     long i = 0;
-    for (; i + TOGETHER <= g->count; i += TOGETHER) add_columns(g, at, i, slope, curve, registers, lanes, TOGETHER);
-    for (; i < g->count; i++) add_columns(g, at, i, slope, curve, registers, lanes, 1);
+    for (; i + TOGETHER <= g->count; i += TOGETHER) add_columns(g, at, i, slope, curve, registers, TOGETHER);
+    for (; i < g->count; i++) add_columns(g, at, i, slope, curve, registers, 1);
     for (int r = 0; r < registers; r++) {
         store(slopes + r * LANES, slope[r]);
         store(curves + r * LANES, curve[r]);
     }
-    for (int k = 0; k < registers * lanes; k++) {
+    for (int k = 0; k < registers * LANES; k++) {
         float old = g->scale[at + k], wanted = old - slopes[k] / curves[k];
         float stored = isfinite(wanted) && wanted != 0 ? storable(wanted) : old, step = stored - old;
         float changed = step * (slopes[k] + step * (curves[k] / 2));
@@ -187,21 +166,17 @@ ALWAYS_INLINE void fit_strip(const Group *g, long at, const int registers, const
     for (i = 0; i < g->count; i++)
         for (int r = 0; r < registers; r++) {
             long here = i * g->rows + at + r * LANES;
-            Floats value = load(g->u + i * STRIP + r * LANES) * load_rows(g->new_scale + at + r * LANES, lanes);
-            store_rows(g->new_values + here, value, lanes);
-            store_rows(g->less + here, load_rows(g->values + here, lanes) - value, lanes);
+            Floats value = load(g->u + i * STRIP + r * LANES) * load(g->new_scale + at + r * LANES);
+            store(g->new_values + here, value);
+            store(g->less + here, load(g->values + here) - value);
         }
 }
 
-// args: threads, gradient, values, H, scale, zero, integers, errors, new_scale, new_values, less, change, workspace,
-// count, rows
 static void fit_thread(Args args) {
-    const Group group = {
-        args[13], args[14], POINTER(float, 1), POINTER(float, 2), POINTER(float, 3), POINTER(float, 4),
-        POINTER(float, 5), POINTER(uint8_t, 6), POINTER(float, 7), POINTER(float, 8), POINTER(float, 9),
-        POINTER(float, 10), POINTER(float, 11), POINTER(float, 12) + thread_index() * args[13] * STRIP,
-    };
-#define OF_GROUP(at, registers, lanes) fit_strip(&group, at, registers, lanes)
+    Group group;
+    memcpy(&group, args, sizeof group);
+    group.u += thread_index() * group.count * STRIP;
+#define OF_GROUP(at, registers) fit_strip(&group, at, registers)
     EACH_STRIP(group.rows, OF_GROUP);
 }
 void fit_scale(Args args) { on_threads(fit_thread, args); }

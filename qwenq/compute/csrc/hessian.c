@@ -16,15 +16,6 @@ enum { REGISTERS = 6, ROWS = 4 };
 enum { PANEL = REGISTERS * LANES, RUN = 128 };
 _Static_assert(PANEL % ROWS == 0, "a panel is whole tiles");
 
-#if defined(__AVX512BF16__)
-enum { PAIRS = 1 };
-#define add_products(sums, x, y) \
-    _mm512_dpbf16_ps(sums, (__m512bh)_mm512_castps_si512(x), (__m512bh)_mm512_castps_si512(y))
-#else
-enum { PAIRS = 0 };
-#define add_products(sums, x, y) fmadd(x, y, sums)
-#endif
-
 EXPORT long qwenq_panel(void) { return PANEL; }
 EXPORT long qwenq_tokens_per_word(long dtype) { return dtype == BFLOAT16 && PAIRS ? 2 : 1; }
 
@@ -69,8 +60,7 @@ ALWAYS_INLINE void tile(const float *left, const float *right, long run, float *
         for (int i = 0; i < REGISTERS; i++) held[i] = load(right + word * PANEL + i * LANES);
         for (int r = 0; r < ROWS; r++) {
             Floats x = spread(left[word * PANEL + r]);
-            for (int i = 0; i < REGISTERS; i++)
-                sums[r][i] = pairs ? add_products(sums[r][i], x, held[i]) : fmadd(x, held[i], sums[r][i]);
+            for (int i = 0; i < REGISTERS; i++) sums[r][i] = multiply_words(pairs, x, held[i], sums[r][i]);
         }
     }
     for (int r = 0; r < ROWS; r++)

@@ -20,51 +20,21 @@
 #define LARGEST 32512.0f  // 127 * 256: its high byte is 127
 
 #if defined(__AVX512VNNI__)
-typedef __m512i Ints;
 #define BYTE_PRODUCTS 1
-#define load_ints(p) _mm512_loadu_si512(p)
-#define zero_ints() _mm512_setzero_si512()
-#define add_ints(a, b) _mm512_add_epi32(a, b)
-#define subtract_ints(a, b) _mm512_sub_epi32(a, b)
-#define spread_ints(x) _mm512_set1_epi32(x)
-#define times_256(x) _mm512_slli_epi32(x, 8)
-#define to_floats(x) _mm512_cvtepi32_ps(x)
-#define dot(sum, weights, x) _mm512_dpbusd_epi32(sum, weights, x)
-#define low_nibbles(x) _mm512_and_si512(x, _mm512_set1_epi8(15))
-#define high_nibbles(x) _mm512_and_si512(_mm512_srli_epi32(x, 4), _mm512_set1_epi8(15))
+#define dot(sum, weights, x) (Ints)_mm512_dpbusd_epi32((__m512i)(sum), (__m512i)(weights), (__m512i)(x))
 #define load_halves(p) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(p)))
 #elif defined(__AVX2__)
-typedef __m256i Ints;
-#define load_ints(p) _mm256_loadu_si256((const __m256i *)(p))
-#define zero_ints() _mm256_setzero_si256()
-#define add_ints(a, b) _mm256_add_epi32(a, b)
-#define subtract_ints(a, b) _mm256_sub_epi32(a, b)
-#define spread_ints(x) _mm256_set1_epi32(x)
-#define times_256(x) _mm256_slli_epi32(x, 8)
-#define to_floats(x) _mm256_cvtepi32_ps(x)
-#define load_halves(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #if defined(__AVXVNNI__)
 #define BYTE_PRODUCTS 1
-#define dot(sum, weights, x) _mm256_dpbusd_avx_epi32(sum, weights, x)
-#define low_nibbles(x) _mm256_and_si256(x, _mm256_set1_epi8(15))
-#define high_nibbles(x) _mm256_and_si256(_mm256_srli_epi32(x, 4), _mm256_set1_epi8(15))
+#define dot(sum, weights, x) (Ints)_mm256_dpbusd_avx_epi32((__m256i)(sum), (__m256i)(weights), (__m256i)(x))
 #else
 #define BYTE_PRODUCTS 0
-#define dot(sum, weights, x) _mm256_add_epi32(sum, _mm256_madd_epi16(weights, x))
+#define dot(sum, weights, x) ((sum) + (Ints)_mm256_madd_epi16((__m256i)(weights), (__m256i)(x)))
 #endif
+#define load_halves(p) _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(p)))
 #else
-typedef int32x4_t Ints;
 #define BYTE_PRODUCTS 1
-#define load_ints(p) vld1q_s32((const int32_t *)(p))
-#define zero_ints() vdupq_n_s32(0)
-#define add_ints(a, b) vaddq_s32(a, b)
-#define subtract_ints(a, b) vsubq_s32(a, b)
-#define spread_ints(x) vdupq_n_s32(x)
-#define times_256(x) vshlq_n_s32(x, 8)
-#define to_floats(x) vcvtq_f32_s32(x)
-#define dot(sum, weights, x) vdotq_s32(sum, vreinterpretq_s8_s32(weights), vreinterpretq_s8_s32(x))
-#define low_nibbles(x) vandq_s32(x, vdupq_n_s32(0x0F0F0F0F))
-#define high_nibbles(x) vandq_s32(vreinterpretq_s32_u32(vshrq_n_u32(vreinterpretq_u32_s32(x), 4)), vdupq_n_s32(0x0F0F0F0F))
+#define dot(sum, weights, x) (Ints)vdotq_s32((int32x4_t)(sum), (int8x16_t)(weights), (int8x16_t)(x))
 #define load_halves(p) vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16((const uint16_t *)(p))))
 #endif
 
@@ -75,14 +45,9 @@ enum { SIGNED_BYTES = 1 };  // vdotq_s32 takes bytes of 8-bit weights as q - 128
 enum { SIGNED_BYTES = 0 };
 #endif
 
-Linear linear_at(const int64_t *fields) {
-    return (Linear){(const uint8_t *)(intptr_t)fields[0], (const void *)(intptr_t)fields[1], fields[2], fields[3], fields[4],
-                    fields[5], fields[6]};
-}
-
-// The workspace's size is `activation_bytes` of compute/linear.py: rows * (2 columns + 8 groups).
+// The workspace's size is `activation_bytes` of compute/linear.py.
 Activations activations_at(void *workspace, long rows, const Linear *layer) {
-    Activations x = {.columns = layer->columns, .group_size = layer->group_size};
+    Activations x = {.columns = layer->columns, .group_size = layer->group_size, .bits = layer->bits};
     x.groups = x.columns / x.group_size;
     x.high = workspace;
     x.low = x.high + rows * x.columns;
@@ -94,14 +59,19 @@ Activations activations_at(void *workspace, long rows, const Linear *layer) {
 // The row as the first of its own.
 Activations activations_of(const Activations *x, long row) {
     Activations one = *x;
-    one.high += row * x->columns * (BYTE_PRODUCTS ? 1 : 2);
+    one.high += row * x->columns * (x->bits == 16 ? (PAIRS ? 2 : 4) : BYTE_PRODUCTS ? 1 : 2);
     one.low += row * x->columns;
     one.scales += row * x->groups;
     one.sums += row * x->groups;
     return one;
 }
 
-void quantise_group(const Activations *to, long row, long group, const float *x) {
+// Keep a group of a row's activations in the form in which they are multiplied.
+void put_group(const Activations *to, long row, long group, const float *x) {
+    if (to->bits == 16) {
+        dense_group(to, row, group, x);
+        return;
+    }
     Floats largest = spread(0.0f), invalid = spread(0.0f);
     const Floats zero = spread(0.0f);
     for (long k = 0; k < to->group_size; k += LANES) {
@@ -147,19 +117,14 @@ ALWAYS_INLINE Ints word_at(const void *x) {
 // One register of weights, one part after the other, times the activations of all rows; a part is 4 columns of bytes, or
 // 2 columns of 16 bits.
 ALWAYS_INLINE Ints part_of(Ints weights, int part, int bits) {
-#if BYTE_PRODUCTS
-    if (bits == 4) return part ? high_nibbles(weights) : low_nibbles(weights);
-    if (SIGNED_BYTES) return weights ^ spread_ints((int32_t)0x80808080);
-    (void)part;
-    return weights;
-#else
-    const Ints nibble = _mm256_set1_epi16(15), byte = _mm256_set1_epi16(255);
-    if (bits == 8) return part ? _mm256_srli_epi16(weights, 8) : _mm256_and_si256(weights, byte);
-    if (part == 0) return _mm256_and_si256(weights, nibble);
-    if (part == 1) return _mm256_and_si256(_mm256_srli_epi16(weights, 8), nibble);
-    if (part == 2) return _mm256_and_si256(_mm256_srli_epi16(weights, 4), nibble);
-    return _mm256_srli_epi16(weights, 12);
-#endif
+    typedef uint16_t Pairs __attribute__((vector_size(4 * LANES)));
+    if (!BYTE_PRODUCTS) {  // the even bytes before the odd ones, low nibbles before high ones
+        const int shift = part % 2 * 8 + part / 2 * 4;
+        Pairs shifted = (Pairs)weights >> shift;
+        return (Ints)(shift + bits < 16 ? shifted & (uint16_t)((1 << bits) - 1) : shifted);
+    }
+    if (bits == 4) return (Ints)((Words)weights >> 4 * part) & 0x0F0F0F0F;
+    return SIGNED_BYTES ? weights ^ (int32_t)0x80808080 : weights;
 }
 
 // `rows` rows of `tile` registers of a block's outputs, for all groups. Constants: bits, float16 scales, rows, tile, mode.
@@ -176,7 +141,7 @@ ALWAYS_INLINE void multiply_tile(const Linear *layer, const Activations *x, long
         Ints sums[PLANES][MOST_ROWS][MOST_TILE];
         for (int p = 0; p < PLANES; p++)
             for (int r = 0; r < rows; r++)
-                for (int t = 0; t < tile; t++) sums[p][r][t] = zero_ints();
+                for (int t = 0; t < tile; t++) sums[p][r][t] = spread_ints(0);
         const int8_t *at = x->high + (row * x->columns + group * x->group_size) * (BYTE_PRODUCTS ? 1 : 2);
         const long next_row = x->columns * (BYTE_PRODUCTS ? 1 : 2), low = x->low - x->high;
         for (long step = 0; step < steps; step++) {
@@ -200,15 +165,16 @@ ALWAYS_INLINE void multiply_tile(const Linear *layer, const Activations *x, long
                                   : load((const float *)layer->scales + scale_at + t * LANES);
             for (int r = 0; r < rows; r++) {
                 long of_row = (row + r) * x->groups + group;
-                Ints sum = PLANES == 2 ? add_ints(times_256(sums[0][r][t]), sums[PLANES - 1][r][t]) : sums[0][r][t];
-                sum = subtract_ints(sum, spread_ints(middle * x->sums[of_row]));
+                Ints sum = sums[0][r][t];
+                if (PLANES == 2) sum = (sum << 8) + sums[PLANES - 1][r][t];
+                sum -= middle * x->sums[of_row];
                 totals[r][t] = fmadd(to_floats(sum), scale * spread(x->scales[of_row]), totals[r][t]);
             }
         }
     }
     for (int r = 0; r < rows; r++)
         for (int t = 0; t < tile; t++) {
-            long to = (row + r) * layer->blocks * OUTPUTS + block * OUTPUTS + (first + t) * LANES;
+            long to = (row + r) * layer->outputs + block * OUTPUTS + (first + t) * LANES;
             if (mode == TO_BFLOAT16) store_bf16((uint16_t *)y + to, totals[r][t]);
             else if (mode == ADD_FLOAT32) store((float *)y + to, load((float *)y + to) + totals[r][t]);
             else store((float *)y + to, totals[r][t]);
@@ -226,20 +192,20 @@ enum { defined_avx512 = 0 };
 ALWAYS_INLINE void multiply_block(const Linear *layer, const Activations *x, long block, long rows, int mode, void *y,
                                   const int bits, const int halves) {
     long row = 0;
-    for (; row + 4 <= rows; row += 4)
-        for (int first = 0; first < REGISTERS; first += TILE(4))
-            multiply_tile(layer, x, block, first, row, mode, y, bits, halves, 4, TILE(4));
-    for (; row + 2 <= rows; row += 2)
-        for (int first = 0; first < REGISTERS; first += TILE(2))
-            multiply_tile(layer, x, block, first, row, mode, y, bits, halves, 2, TILE(2));
-    for (; row < rows; row++)
-        for (int first = 0; first < REGISTERS; first += TILE(1))
-            multiply_tile(layer, x, block, first, row, mode, y, bits, halves, 1, TILE(1));
+#define TILES_OF(count) \
+    for (; row + count <= rows; row += count) \
+        for (int first = 0; first < REGISTERS; first += TILE(count)) \
+            multiply_tile(layer, x, block, first, row, mode, y, bits, halves, count, TILE(count))
+    TILES_OF(4);
+    TILES_OF(2);
+    TILES_OF(1);
 }
 
 // Blocks [block, end) for all rows: a block of weights stays in the cache meanwhile.
 void multiply(const Linear *layer, const Activations *x, long rows, long block, long end, int mode, void *y) {
-    if (layer->bits == 4 && layer->scales_float16)
+    if (layer->bits == 16)
+        multiply_dense(layer, x, rows, block * OUTPUTS, at_most(end * OUTPUTS, layer->outputs), mode, y);
+    else if (layer->bits == 4 && layer->scales_float16)
         for (; block < end; block++) multiply_block(layer, x, block, rows, mode, y, 4, 1);
     else if (layer->bits == 4)
         for (; block < end; block++) multiply_block(layer, x, block, rows, mode, y, 4, 0);
@@ -249,7 +215,7 @@ void multiply(const Linear *layer, const Activations *x, long rows, long block, 
         for (; block < end; block++) multiply_block(layer, x, block, rows, mode, y, 8, 0);
 }
 
-// args: threads, layer, x [rows, columns], y [rows, outputs], workspace, rows, dtype of x and y
+// args: threads, layer, x [rows, columns], y [rows, outputs], workspace, rows, dtype of x, of y
 static void linear_thread(Args args) {
     Linear layer = linear_at(POINTER(const int64_t, 1));
     const void *in = POINTER(const void, 2);
@@ -261,17 +227,17 @@ static void linear_thread(Args args) {
         float values[LONGEST_GROUP];
         long at = task / x.groups * x.columns + task % x.groups * x.group_size;
         for (long k = 0; k < x.group_size; k += LANES) store(values + k, load_as((int)dtype, in, at + k));
-        quantise_group(&x, task / x.groups, task % x.groups, values);
+        put_group(&x, task / x.groups, task % x.groups, values);
     }
     barrier();
-    thread_share(layer.blocks, &task, &end);
-    multiply(&layer, &x, rows, task, end, dtype == BFLOAT16 ? TO_BFLOAT16 : TO_FLOAT32, POINTER(void, 3));
+    thread_share(blocks_of(&layer), &task, &end);
+    multiply(&layer, &x, rows, task, end, args[7] == BFLOAT16 ? TO_BFLOAT16 : TO_FLOAT32, POINTER(void, 3));
 }
-void quantised_linear(Args args) { on_threads(linear_thread, args); }
+void linear(Args args) { on_threads(linear_thread, args); }
 
 // Unpack a block of outputs: the integers less the middle, scaled.
 ALWAYS_INLINE void unpack_block(const Linear *layer, long block, int bits, int dtype, void *weight) {
-    long at_once = 32 / bits, steps = layer->columns / at_once, outputs = layer->blocks * OUTPUTS;
+    long at_once = 32 / bits, steps = layer->columns / at_once, outputs = layer->outputs;
     long groups = layer->columns / layer->group_size;
     int middle = 1 << (bits - 1);
     const uint8_t *bytes = layer->weights + block * steps * OUTPUTS * 4;
@@ -298,7 +264,7 @@ static void unpack_thread(Args args) {
     Linear layer = linear_at(POINTER(const int64_t, 1));
     void *weight = POINTER(void, 2);
     long block, end;
-    thread_share(layer.blocks, &block, &end);
+    thread_share(blocks_of(&layer), &block, &end);
     for (; block < end; block++) {
         if (layer.bits == 4 && args[3] == BFLOAT16) unpack_block(&layer, block, 4, BFLOAT16, weight);
         else if (layer.bits == 4) unpack_block(&layer, block, 4, FLOAT32, weight);

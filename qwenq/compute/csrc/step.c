@@ -13,30 +13,35 @@
 
 enum { STRETCH = 256, HEADS_AT_ONCE = 4, MOST_HEAD_REGISTERS = 256 / LANES };
 
-// What a step reads and writes; compute/step.py asks for these names, in this order.
+// The arguments: what a step reads and writes. compute/step.py asks for these names, in this order.
 #define FIELDS(FIELD) \
-    FIELD(x) FIELD(workspace)         /* float32 [rows, hidden], the residual stream; activations of the widest layer */ \
-    FIELD(qkv) FIELD(mixed) FIELD(gate_up)  /* float32 [rows, ...], what linears read and write */ \
-    FIELD(linears) FIELD(vectors)     /* addresses of each block, see LINEARS and VECTORS */ \
-    FIELD(likely) FIELD(shares) FIELD(routes)  /* of a mixture, see choose */ \
-    FIELD(scores) FIELD(parts) FIELD(splits)  /* float32, see attend; stretches that the longest row reaches into */ \
-    FIELD(cos) FIELD(sin) FIELD(rotation_stride)  /* float32 [rows or 1, heads + kv_heads, d]; from row to row */ \
-    FIELD(keys) FIELD(values) FIELD(slots)    /* float32 [layers, rows, kv_heads, d, slots], [..., slots, d] */ \
-    FIELD(layer_stride)               /* numbers from layer to layer of both */ \
-    FIELD(positions) FIELD(rows)      /* int64 [rows] */ \
-    FIELD(norm) FIELD(y) FIELD(y_bfloat16)    /* float32 [hidden]; float32 or bfloat16 [rows, hidden] */ \
-    FIELD(layers) FIELD(hidden) FIELD(heads) FIELD(kv_heads) FIELD(head_dim) FIELD(eps) \
-    FIELD(experts) FIELD(active) FIELD(normalised)  /* of a mixture; how many a row takes; whether shares add up to one */
+    FIELD(float *, x)                 /* [rows, hidden], the residual stream */ \
+    FIELD(void *, workspace)          /* activations of the widest layer */ \
+    FIELD(float *, qkv) FIELD(float *, mixed) FIELD(float *, gate_up)  /* [rows, ...], what linears read and write */ \
+    FIELD(const int64_t *, linears) FIELD(const int64_t *, vectors)  /* addresses of each block, see LINEARS, VECTORS */ \
+    FIELD(float *, likely) FIELD(float *, shares) FIELD(int64_t *, routes)  /* of a mixture, see choose */ \
+    FIELD(float *, scores) FIELD(float *, parts)  /* see attend */ \
+    FIELD(int64_t, splits)            /* stretches that the longest row reaches into */ \
+    FIELD(const float *, cos) FIELD(const float *, sin)  /* [rows or 1, heads + kv_heads, d] */ \
+    FIELD(int64_t, rotation_stride)   /* from row to row */ \
+    FIELD(float *, keys) FIELD(float *, values)  /* [layers, rows, kv_heads, d, slots], [..., slots, d] */ \
+    FIELD(int64_t, slots) FIELD(int64_t, layer_stride)  /* numbers from layer to layer of both */ \
+    FIELD(const int64_t *, positions) FIELD(int64_t, rows)  /* [rows] */ \
+    FIELD(const float *, norm) FIELD(void *, y) FIELD(int64_t, y_bfloat16)  /* [hidden]; [rows, hidden] */ \
+    FIELD(int64_t, layers) FIELD(int64_t, hidden) FIELD(int64_t, heads) FIELD(int64_t, kv_heads) FIELD(int64_t, d) \
+    FIELD(int64_t, experts) FIELD(int64_t, active)  /* of a mixture; how many a row takes */ \
+    FIELD(int64_t, normalised)        /* whether their shares add up to one */ \
+    FIELD(double, eps)
 
-enum {
-    STEP_threads,
-#define FIELD(name) STEP_##name,
+typedef struct {
+    int64_t threads;
+#define FIELD(type, name) type name;
     FIELDS(FIELD)
 #undef FIELD
-};
+} Step;
 EXPORT const char *qwenq_step_fields(void) {
     return ""
-#define FIELD(name) #name " "
+#define FIELD(type, name) #name " "
         FIELDS(FIELD)
 #undef FIELD
         ;
@@ -47,37 +52,10 @@ enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
 // Addresses of float32 vectors, and of a mixture's router, bfloat16 [experts, hidden]; 0: there is none.
 enum { ATTENTION_NORM, MLP_NORM, QKV_BIAS, QK_NORM, ROUTER, VECTORS };
 
-typedef struct {
-    float *x, *qkv, *mixed, *gate_up, *scores, *parts, *keys, *values, *likely, *shares;
-    const float *cos, *sin, *norm;
-    const int64_t *linears, *vectors, *positions;
-    int64_t *routes;
-    void *workspace, *y;
-    long splits, rotation_stride, slots, layer_stride, rows, y_bfloat16, layers, hidden, heads, kv_heads, d;
-    long experts, active, normalised;
-    float eps;
-} Step;
-
-#define FLOAT_FIELD(name) .name = POINTER(float, STEP_##name)
-#define LONG_FIELD(name) .name = args[STEP_##name]
-static Step step_at(Args args) {
-    return (Step){
-        FLOAT_FIELD(x), FLOAT_FIELD(qkv), FLOAT_FIELD(mixed), FLOAT_FIELD(gate_up), FLOAT_FIELD(scores),
-        FLOAT_FIELD(parts), FLOAT_FIELD(keys), FLOAT_FIELD(values), FLOAT_FIELD(cos), FLOAT_FIELD(sin), FLOAT_FIELD(norm),
-        LONG_FIELD(splits), LONG_FIELD(rotation_stride), LONG_FIELD(slots), LONG_FIELD(layer_stride), LONG_FIELD(rows),
-        LONG_FIELD(y_bfloat16), LONG_FIELD(layers), LONG_FIELD(hidden), LONG_FIELD(heads), LONG_FIELD(kv_heads),
-        LONG_FIELD(experts), LONG_FIELD(active), LONG_FIELD(normalised), FLOAT_FIELD(likely), FLOAT_FIELD(shares),
-        .d = args[STEP_head_dim], .eps = float_of(args[STEP_eps]), .routes = POINTER(int64_t, STEP_routes),
-        .workspace = POINTER(void, STEP_workspace), .y = POINTER(void, STEP_y),
-        .linears = POINTER(int64_t, STEP_linears), .vectors = POINTER(int64_t, STEP_vectors),
-        .positions = POINTER(int64_t, STEP_positions),
-    };
-}
-
-static float inverse_rms(const float *x, long n, float eps) {
+static float inverse_rms(const float *x, long n, double eps) {
     Floats squares = spread(0.0f);
     for (long i = 0; i < n; i += LANES) squares = fmadd(load(x + i), load(x + i), squares);
-    return 1.0f / sqrtf(total(squares) / (float)n + eps);
+    return 1.0f / sqrtf(total(squares) / (float)n + (float)eps);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
@@ -101,8 +79,9 @@ static void activations(const Step *s, int kind, const float *weight, float fact
     }
 }
 
-// This thread's part of the activations. NORMED: `vector` is the norm's weight; GATED: factors of the rows, or NULL.
-static void quantise(const Step *s, const Activations *x, long rows, int kind, const float *vector) {
+// This thread's part of the activations of a linear layer. NORMED: `vector` is the norm's weight; GATED: factors of the
+// rows, or NULL.
+static void prepare(const Step *s, const Activations *x, long rows, int kind, const float *vector) {
     long group, end;
     thread_share(x->groups, &group, &end);
     for (long row = 0; row < rows; row++) {
@@ -112,19 +91,19 @@ static void quantise(const Step *s, const Activations *x, long rows, int kind, c
         for (long g = group; g < end; g++) {
             float values[LONGEST_GROUP];
             activations(s, kind, vector, factor, row, g * x->group_size, x->group_size, x->columns, values);
-            quantise_group(x, row, g, values);
+            put_group(x, row, g, values);
         }
     }
 }
 
 // This thread's part of a linear layer over all rows; every thread has to come here.
-static void linear(const Step *s, const int64_t *fields, int kind, const float *norm, int mode, float *y) {
+static void project(const Step *s, const int64_t *fields, int kind, const float *norm, int mode, float *y) {
     Linear layer = linear_at(fields);
     Activations x = activations_at(s->workspace, s->rows, &layer);
     long block, end;
-    quantise(s, &x, s->rows, kind, norm);
+    prepare(s, &x, s->rows, kind, norm);
     barrier();
-    thread_share(layer.blocks, &block, &end);
+    thread_share(blocks_of(&layer), &block, &end);
     multiply(&layer, &x, s->rows, block, end, mode, y);
     barrier();
 }
@@ -197,13 +176,13 @@ static void multiply_experts(const Step *s, int which, const int64_t *fields, co
         if (first == last) continue;
         Linear layer = linear_at((const int64_t *)(intptr_t)fields[expert]);
         long block, end;
-        thread_share(layer.blocks, &block, &end);
+        thread_share(blocks_of(&layer), &block, &end);
         for (; block < end; block++)
             for (const int64_t *pair = first; pair < last; pair++) {
                 long row = *pair / s->active, from = which == DOWN ? *pair : row, to = which == DOWN ? row : *pair;
                 Activations one = activations_of(x, from);
                 multiply(&layer, &one, 1, block, block + 1, which == DOWN ? ADD_FLOAT32 : TO_FLOAT32,
-                         y + to * layer.blocks * OUTPUTS);
+                         y + to * layer.outputs);
             }
     }
 }
@@ -211,7 +190,7 @@ static void multiply_experts(const Step *s, int which, const int64_t *fields, co
 static void mixture(const Step *s, const int64_t *gate_up, const int64_t *down, const uint16_t *router, const float *norm) {
     Linear layer = linear_at((const int64_t *)(intptr_t)gate_up[0]);  // experts are alike in their sizes and groups
     Activations x = activations_at(s->workspace, s->rows, &layer);
-    quantise(s, &x, s->rows, NORMED, norm);
+    prepare(s, &x, s->rows, NORMED, norm);
     route(s, router, norm);
     barrier();
     if (thread_index() == 0) choose(s);
@@ -220,7 +199,7 @@ static void mixture(const Step *s, const int64_t *gate_up, const int64_t *down, 
     barrier();
     layer = linear_at((const int64_t *)(intptr_t)down[0]);
     x = activations_at(s->workspace, s->rows * s->active, &layer);
-    quantise(s, &x, s->rows * s->active, GATED, s->shares);
+    prepare(s, &x, s->rows * s->active, GATED, s->shares);
     barrier();
     multiply_experts(s, DOWN, down, &x, s->x);
     barrier();
@@ -322,30 +301,21 @@ ALWAYS_INLINE void attend(const Step *s, long row, long head, long split, const 
         }
         part[s->d] = top, part[s->d + 1] = total(sum) + total(invalid);
     }
-    enum { SLICE = 4 };  // registers of a head's values at a time
+    enum { SLICE = LANES == 16 ? 2 : 4 };  // registers of a head's values at a time: `d` is a multiple of 32
     for (long first = 0; first < s->d; first += SLICE * LANES) {
-        const int registers = (int)at_most(SLICE, (s->d - first) / LANES);
         Floats sums[HEADS_AT_ONCE][SLICE];
         for (int h = 0; h < heads; h++)
             for (int i = 0; i < SLICE; i++) sums[h][i] = spread(0.0f);
-        if (registers == SLICE) {
-            for (at = 0; at < count; at++) {
-                Floats held[SLICE];
-                for (int i = 0; i < SLICE; i++) held[i] = load(values + at * s->d + first + i * LANES);
-                for (int h = 0; h < heads; h++) {
-                    Floats weight = spread(scores[h * STRETCH + at]);
-                    for (int i = 0; i < SLICE; i++) sums[h][i] = fmadd(weight, held[i], sums[h][i]);
-                }
+        for (at = 0; at < count; at++) {
+            Floats held[SLICE];
+            for (int i = 0; i < SLICE; i++) held[i] = load(values + at * s->d + first + i * LANES);
+            for (int h = 0; h < heads; h++) {
+                Floats weight = spread(scores[h * STRETCH + at]);
+                for (int i = 0; i < SLICE; i++) sums[h][i] = fmadd(weight, held[i], sums[h][i]);
             }
-        } else {
-            for (at = 0; at < count; at++)
-                for (int i = 0; i < registers; i++) {
-                    Floats held = load(values + at * s->d + first + i * LANES);
-                    for (int h = 0; h < heads; h++) sums[h][i] = fmadd(spread(scores[h * STRETCH + at]), held, sums[h][i]);
-                }
         }
         for (int h = 0; h < heads; h++)
-            for (int i = 0; i < registers; i++) store(part_at(s, row, head + h, split) + first + i * LANES, sums[h][i]);
+            for (int i = 0; i < SLICE; i++) store(part_at(s, row, head + h, split) + first + i * LANES, sums[h][i]);
     }
 }
 
@@ -398,26 +368,28 @@ static void join_parts(const Step *s) {
 // ---- the step -------------------------------------------------------------------------------------------------------
 
 static void step_thread(Args args) {
-    const Step step = step_at(args), *s = &step;
+    Step step;
+    memcpy(&step, args, sizeof step);
+    const Step *s = &step;
     for (long layer = 0; layer < s->layers; layer++) {
         const int64_t *const linears = s->linears + layer * LINEARS;
         const float *vectors[VECTORS];
         for (int i = 0; i < VECTORS; i++) vectors[i] = (const float *)(intptr_t)s->vectors[layer * VECTORS + i];
 #define FIELDS_OF(i) ((const int64_t *)(intptr_t)linears[i])
-        linear(s, FIELDS_OF(QKV), NORMED, vectors[ATTENTION_NORM], TO_FLOAT32, s->qkv);
+        project(s, FIELDS_OF(QKV), NORMED, vectors[ATTENTION_NORM], TO_FLOAT32, s->qkv);
         rotate_and_store(s, layer, vectors[QKV_BIAS], vectors[QK_NORM]);
         barrier();
         attend_parts(s, layer);
         barrier();
         join_parts(s);
         barrier();
-        linear(s, FIELDS_OF(OUT), MIXED, NULL, ADD_FLOAT32, s->x);
+        project(s, FIELDS_OF(OUT), MIXED, NULL, ADD_FLOAT32, s->x);
         if (vectors[ROUTER]) {
             mixture(s, FIELDS_OF(GATE_UP), FIELDS_OF(DOWN), (const uint16_t *)vectors[ROUTER], vectors[MLP_NORM]);
             continue;
         }
-        linear(s, FIELDS_OF(GATE_UP), NORMED, vectors[MLP_NORM], TO_FLOAT32, s->gate_up);
-        linear(s, FIELDS_OF(DOWN), GATED, NULL, ADD_FLOAT32, s->x);
+        project(s, FIELDS_OF(GATE_UP), NORMED, vectors[MLP_NORM], TO_FLOAT32, s->gate_up);
+        project(s, FIELDS_OF(DOWN), GATED, NULL, ADD_FLOAT32, s->x);
     }
     long first, end;
     thread_share(s->hidden / LANES, &first, &end);

@@ -9,6 +9,10 @@
 #include <sched.h>
 #include <stdatomic.h>
 
+// What the loader asks a library before it calls a kernel: the sources it was compiled from, and its variant.
+EXPORT const char *qwenq_sources(void) { return QWENQ_SOURCES; }
+EXPORT const char *qwenq_variant(void) { return QWENQ_VARIANT; }
+
 static void (*omp_parallel)(void (*)(void *), void *, unsigned, unsigned);
 static void (*omp_barrier)(void);
 static int (*omp_index)(void);
