@@ -226,11 +226,11 @@ def precisions(recipe: Recipe) -> tuple[str, ...]:
 
 
 def _quantise(recipe: Recipe, file: Path, precision: str, out: Path) -> Step:
-    model = () if recipe.model is None else (recipe.model,)
+    model = recipe.model or "bundled"
     bits = str(BITS[precision])
     shipped = shipped_recipes().get(file.stem) == file  # by its name: its folder is nothing to record
     word = file.stem if shipped else str(file)
-    arguments = ("quantize", *model, "--recipe", word, "--bits", bits, "--out", str(out))
+    arguments = ("quantize", model, "--recipe", word, "--bits", bits, "--out", str(out))
     alias = out.parents[1] / out.name
     return Step(f"quantise to {precision}", arguments, out, whole=True, alias=alias)
 
@@ -255,13 +255,13 @@ def _record(precision: str, quantise: Step, folder: Path) -> Step:
 def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
     """Yield the evaluations, the unquantised model first: the others are paired with its answers."""
     options = [*_eval_options(recipe), "--out", str(folder)]
-    base = [] if recipe.model is None else [recipe.model]
+    base = recipe.model or "bundled"
     rows = folder / RESULTS_FILE
     data = recipe.eval.data if recipe.eval else None
     asked = recipe.eval.dtype if recipe.eval else "auto"
     dtype = () if asked == "auto" else ("--dtype", asked)
     for precision in plain:
-        arguments = ("eval", *base, "--dtype", DTYPES[precision], *options)
+        arguments = ("eval", base, "--dtype", DTYPES[precision], *options)
         yield Step(f"evaluate {precision}", arguments, rows, _local(recipe.model, data))
     for precision, model in quantised.items():
         arguments = ("eval", str(model), *dtype, *options)

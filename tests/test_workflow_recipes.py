@@ -26,7 +26,7 @@ def test_the_plan_is_shown_and_nothing_done(tmp_path: Path) -> None:
     done = qwenq("run", "r.toml", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "10 steps; run folder runs/small" in done.stderr
-    assert "qwenq eval --dtype float32 --tasks mmlu,gsm8k" in done.stderr
+    assert "qwenq eval bundled --dtype float32 --tasks mmlu,gsm8k" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.toml"]
 
 
@@ -127,7 +127,7 @@ def test_an_unsound_recipe_is_refused_before_anything_runs(tmp_path: Path, text:
 def test_a_recipe_of_qwenqs_own_is_found_by_name_from_any_folder(tmp_path: Path) -> None:
     done = qwenq("run", "demo", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "qwenq quantize --recipe demo --bits 8" in done.stderr
+    assert "qwenq quantize bundled --recipe demo --bits 8" in done.stderr
     (tmp_path / "demo").mkdir()
     assert qwenq("run", "demo", "--dry-run", cwd=tmp_path).returncode == 0, "a folder is no recipe"
     (tmp_path / "demo").rmdir()
