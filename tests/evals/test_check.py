@@ -329,7 +329,7 @@ def test_one_block_is_in_memory_at_a_time(case: Case, monkeypatch: pytest.Monkey
         made.append(self)
 
     def spy_forward(self: BlockwiseDecoder, *args: Any) -> Tensor:
-        blocks = [block for decoder in made for block in decoder._blocks]
+        blocks = [block for decoder in made for block in decoder.blocks]
         filled.append(sum(not next(block.parameters()).is_meta for block in blocks))
         return forward(self, *args)
 
