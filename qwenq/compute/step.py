@@ -226,7 +226,7 @@ class _Workspace:
         self._set({name: tensor.data_ptr() for name, tensor in self._held.items()})
         sizes = ("layers", "hidden", "heads", "kv_heads", "experts", "active", "normalised")
         self._set({"rows": rows, "d": d, **{name: int(getattr(shape, name)) for name in sizes}})
-        self._set({"eps": struct.unpack("<q", struct.pack("<d", shape.eps))[0]})
+        self._set({"eps": struct.unpack("<I", struct.pack("<f", shape.eps))[0]})
         self._step = cpu.kernel("decode_step")
 
     def fits(self, rows: int, slots: int) -> bool:

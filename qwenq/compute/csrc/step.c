@@ -31,7 +31,7 @@ enum { STRETCH = 256, HEADS_AT_ONCE = 4, MOST_HEAD_REGISTERS = 256 / LANES };
     FIELD(int64_t, layers) FIELD(int64_t, hidden) FIELD(int64_t, heads) FIELD(int64_t, kv_heads) FIELD(int64_t, d) \
     FIELD(int64_t, experts) FIELD(int64_t, active)  /* of a mixture; how many a row takes */ \
     FIELD(int64_t, normalised)        /* whether their shares add up to one */ \
-    FIELD(double, eps)
+    FIELD(Float32, eps)
 
 typedef struct {
     int64_t threads;
@@ -52,10 +52,10 @@ enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
 // Addresses of float32 vectors, and of a mixture's router, bfloat16 [experts, hidden]; 0: there is none.
 enum { ATTENTION_NORM, MLP_NORM, QKV_BIAS, QK_NORM, ROUTER, VECTORS };
 
-static float inverse_rms(const float *x, long n, double eps) {
+static float inverse_rms(const float *x, long n, Float32 eps) {
     Floats squares = spread(0.0f);
     for (long i = 0; i < n; i += LANES) squares = fmadd(load(x + i), load(x + i), squares);
-    return 1.0f / sqrtf(total(squares) / (float)n + (float)eps);
+    return 1.0f / sqrtf(total(squares) / (float)n + eps.value);
 }
 
 // ---- products -------------------------------------------------------------------------------------------------------
