@@ -123,7 +123,8 @@ class CpuNative:
     def _rows(self, rows: Tensor) -> Tensor:
         if self.order is not None:
             rows = rows[:, self.order]
-        y = linear.multiply(rows, self.layer) if len(rows) < self.many_rows else self._many(rows)
+        dtype = rows.dtype if self.offsets is None else torch.float32  # which are added before it is rounded
+        y = linear.multiply(rows, self.layer, dtype) if len(rows) < self.many_rows else self._many(rows)
         if self.offsets is not None:
             sums = rows.view(len(rows), len(self.offsets), -1).sum(-1, dtype=torch.float32)  # [rows, groups]
             y = torch.addmm(y.float(), sums, self.offsets).to(rows.dtype)
