@@ -123,9 +123,10 @@ def quantize(
         QwenqError: see qwenq/errors.py; finished layers are kept, and the message says how to continue.
     """
     job = _prepare(recipe.validated(), out, listener, device, team)
+    budget = _budget(job)
     calibration = _timed(job, "calibration", lambda: _calibration(job))
-    if job.recipe.quantize.budget is not None:
-        _timed(job, "sensitivity", lambda: _choose_bits(job, calibration, resume=resume))
+    if budget is not None:
+        _timed(job, "sensitivity", lambda: _choose_bits(job, calibration, *budget, resume=resume))
     store = _open_store(job, calibration, resume=resume)
     _announce_duration(job, calibration.tokens.numel())
     try:
@@ -352,17 +353,33 @@ def _shape(job: Job) -> ModelShape | None:
         return None
 
 
-def _choose_bits(job: Job, calibration: CalibrationSet, *, resume: bool) -> None:
+def _budget(job: Job) -> tuple[list[Group], Sizes, int] | None:
+    """Return the groups whose bits are open, what the size is made of, and the bytes that they may take."""
+    from qwenq.gptq.mixed_bits import groups_of
+    from qwenq.planner.budget import allowed_bytes
+
+    if (budget := job.recipe.quantize.budget) is None:
+        return None
+    groups = groups_of(job.decoder, job.settings)
+    if not groups:
+        raise UsageError(
+            "--module-bits names every linear layer: no bits are left to choose",
+            where="--budget",
+            hint="leave out one of the two, or name fewer layers",
+        )
+    sizes = _sizes(job, groups)
+    return groups, sizes, allowed_bytes(budget, sizes, _shape(job))
+
+
+def _choose_bits(
+    job: Job, calibration: CalibrationSet, groups: list[Group], sizes: Sizes, allowed: int, *, resume: bool
+) -> None:
     """Choose 4 or 8 bits by module for the size that the recipe asks for, by what each costs in 4 bits."""
-    from qwenq.gptq.mixed_bits import choose_bits, groups_of, measure, sample_of
+    from qwenq.gptq.mixed_bits import choose_bits, measure, sample_of
     from qwenq.gptq.pipeline import run_facts
     from qwenq.models.folders import PARTIAL
     from qwenq.models.quantized_folder import SENSITIVITY, work_folder
-    from qwenq.planner.budget import allowed_bytes
 
-    groups = groups_of(job.decoder, job.settings)
-    sizes = _sizes(job, groups)
-    allowed = allowed_bytes(job.recipe.quantize.budget or "", sizes, _shape(job))
     tokens = sample_of(calibration.tokens, job.device)
     facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
     with (

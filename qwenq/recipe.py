@@ -67,7 +67,6 @@ Thinking = Literal["auto", "on", "off"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 ON_CPU, ON_GPU = (48, 256), (128, 2048)
 """Calibration sequences, and tokens of each, that auto stands for where memory suffices."""
-BUDGET = r"^(\d+(\.\d+)?( ?(MB|GB|MiB|GiB))?|[A-Za-z0-9.-]+:[1-9]\d*)$"
 FAIL_ON = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1.0"
 """Conditions of the gate where the recipe has none (``reporting.gate`` has the rules)."""
 
@@ -147,7 +146,7 @@ class QuantizeRecipe:
         'As `{ "linear_attn" = 8, "self_attn" = 16 }`; on the command line `--module-bits PATTERN=BITS`, '
         "which may be repeated.",
     )
-    budget: Annotated[str, Bounds(pattern=BUDGET)] | float | None = setting(
+    budget: str | float | None = setting(
         None,
         "Size to reach, with 8 bits where they count most and 4 elsewhere: 4.5: bits that a weight takes, "
         "scales included; 450MB: of all weights; rtx-4090:8192: what fits that GPU with so many tokens.",

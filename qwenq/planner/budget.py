@@ -13,6 +13,8 @@ from qwenq.planner.plan import QUANTISED_DTYPE
 
 UNITS = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
 _BYTES = re.compile(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})")
+_GPU = re.compile(r"([A-Za-z0-9.-]+):([1-9]\d{0,9})")
+_BITS = re.compile(r"\d+(?:\.\d+)?")
 _OPTION = "--budget"
 
 
@@ -46,15 +48,21 @@ def allowed_bytes(budget: str | float, sizes: Sizes, shape: ModelShape | None) -
         shape: of the model; None: unknown.
 
     Raises:
-        UsageError: below what 4 bits take, or above what 8 bits do; a GPU that is not known.
+        UsageError: no such size; below what 4 bits take, or above what 8 bits do; a GPU that is not known.
     """
     text = str(budget)
     if (found := _BYTES.fullmatch(text)) is not None:
         nbytes = int(float(found[1]) * UNITS[found[2]]) - sizes.fixed
-    elif ":" in text:
-        nbytes = _beside_the_cache(text, shape) - sizes.fixed
-    else:
+    elif (named := _GPU.fullmatch(text)) is not None:
+        nbytes = _beside_the_cache(named[1], int(named[2]), shape) - sizes.fixed
+    elif _BITS.fullmatch(text) is not None:
         nbytes = int(float(text) * sizes.elements / 8)
+    else:
+        raise UsageError(
+            f"{text!r} is no size",
+            where=_OPTION,
+            hint="give bits of a weight (4.5), bytes (450MB), or a GPU and tokens (rtx-4090:8192)",
+        )
     if nbytes < sizes.least:
         bits, megabytes = 8 * sizes.least / sizes.elements, (sizes.fixed + sizes.least) / 1e6
         raise UsageError(
@@ -72,8 +80,7 @@ def allowed_bytes(budget: str | float, sizes: Sizes, shape: ModelShape | None) -
     return min(nbytes, sizes.most)
 
 
-def _beside_the_cache(text: str, shape: ModelShape | None) -> int:
-    name, _, tokens = text.partition(":")
+def _beside_the_cache(name: str, tokens: int, shape: ModelShape | None) -> int:
     there = gpu(name)
     if shape is None:
         raise UsageError(
@@ -81,5 +88,5 @@ def _beside_the_cache(text: str, shape: ModelShape | None) -> int:
             where=_OPTION,
             hint="give bits, such as 4.5, or bytes, such as 5GB",
         )
-    rest = generation_memory(shape, 0, dtype=QUANTISED_DTYPE, context=int(tokens)).peak
+    rest = generation_memory(shape, 0, dtype=QUANTISED_DTYPE, context=tokens).peak
     return int(there.memory_gib * GIB) - rest

@@ -217,13 +217,14 @@ def _load_blocks(weights: Weights, spec: DecoderSpec) -> list[Block]:
         prefix = f"model.layers.{number}"
         full = spec.shape.linear_attention is None or number in spec.shape.attending
         load, part = (_load_attention, "self_attn") if full else (_load_linear_attention, "linear_attn")
-        mlp = _load_mixture if spec.shape.is_mixed(number) else _load_mlp
         blocks.append(
             Block(
                 attention_norm=_load_norm(weights, spec, f"{prefix}.input_layernorm"),
                 attention=load(weights, spec, f"{prefix}.{part}", done[full]),
                 mlp_norm=_load_norm(weights, spec, f"{prefix}.post_attention_layernorm"),
-                mlp=mlp(weights, spec, f"{prefix}.mlp"),
+                mlp=_load_mixture(weights, spec, f"{prefix}.mlp")
+                if spec.shape.is_mixed(number)
+                else _load_mlp(weights, f"{prefix}.mlp"),
             )
         )
         done[full] += 1
@@ -295,8 +296,7 @@ def _regrouped(module: str, shape: block_shapes.LinearAttention, widths: Sequenc
     return Rows(module, torch.cat([kind.flatten() for kind in rows.split(list(widths), dim=1)]))
 
 
-def _load_mlp(weights: Weights, spec: DecoderSpec, prefix: str) -> GatedMLP:
-    del spec
+def _load_mlp(weights: Weights, prefix: str) -> GatedMLP:
     gate_up = weights.linear(f"{prefix}.gate_proj", f"{prefix}.up_proj")
     return GatedMLP(gate_up, weights.linear(f"{prefix}.down_proj"))
 
@@ -304,10 +304,10 @@ def _load_mlp(weights: Weights, spec: DecoderSpec, prefix: str) -> GatedMLP:
 def _load_mixture(weights: Weights, spec: DecoderSpec, prefix: str) -> Mixture:
     experts = spec.shape.experts
     assert experts is not None  # noqa: S101 - the layer is one
-    each = tuple(_load_mlp(weights, spec, f"{prefix}.experts.{number}") for number in range(experts.count))
+    each = tuple(_load_mlp(weights, f"{prefix}.experts.{number}") for number in range(experts.count))
     shared = None
     if experts.shared_width:
         gate = weights.tensor(f"{prefix}.shared_expert_gate.weight")
-        shared = SharedExpert(_load_mlp(weights, spec, f"{prefix}.shared_expert"), gate)
+        shared = SharedExpert(_load_mlp(weights, f"{prefix}.shared_expert"), gate)
     router = weights.tensor(f"{prefix}.gate.weight")
     return Mixture(router, each, experts.active, spec.normalises_experts, shared)

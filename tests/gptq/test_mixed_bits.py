@@ -217,14 +217,16 @@ def test_a_fixed_rule_stays_and_counts(tmp_path: Path) -> None:
         ({"budget": 4.5}, "too small"),
         ({"budget": 9.5}, "more than 8 bits"),
         ({"budget": "1GB"}, "more than 8 bits"),
-        ({"budget": "much"}, "quantize.budget"),
+        ({"budget": "much"}, "is no size"),
         ({"budget": 5.0, "bits": 8}, "--bits is 8"),
+        ({"budget": 6.0, "module_bits": {"proj": 8}}, "no bits are left to choose"),
     ],
 )
 def test_a_size_that_cannot_be_is_refused(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)):
         run(write_family(tmp_path / "m", "qwen3"), tmp_path / "out", **changes)
     assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out.partial")), "before any text is written or anything measured"
 
 
 def test_the_text_of_the_check_is_not_what_bits_are_chosen_by(tmp_path: Path) -> None:
