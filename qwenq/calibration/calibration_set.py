@@ -18,9 +18,6 @@ from qwenq.errors import CalibrationError, CorruptFileError, UsageError
 from qwenq.models.folders import local_path
 from qwenq.storage import atomic_write_bytes, atomic_write_json
 
-# Hold, save and load calibration sets.
-
-
 _METADATA_KEY = "qwenq_calibration"
 _TENSORS = {"tokens", "held_out"}
 
@@ -191,9 +188,6 @@ def _parse(manifest: str, path: Path) -> CalibrationManifest:
         ) from error
 
 
-# Read a calibration set that `qwenq calibrate` saved.
-
-
 def load_saved(
     path: Path, vocabulary: int, asked: tuple[int | None, int | None, int | None] = (None, None, None)
 ) -> CalibrationSet:
@@ -226,9 +220,6 @@ def load_saved(
     for tokens in (loaded.tokens, loaded.held_out):
         check_vocabulary(tokens, vocabulary, str(path))
     return loaded
-
-
-# Draw random tokens for models with random weights, for which a text would mean nothing.
 
 
 def random_tokens(vocabulary: int, wanted: Sizes, seed: int) -> CalibrationSet:

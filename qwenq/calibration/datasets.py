@@ -13,9 +13,6 @@ from qwenq.calibration.documents import Document, from_record
 from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, bare_suffix, read_file
 from qwenq.errors import CalibrationError, HubError, QwenqError, UsageError
 
-# Read hub datasets as streams of documents, through the ``datasets`` library.
-
-
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _OTHERWISE = "download the file, repair it and give its path; or name another dataset"
 _WITHOUT_HUB = "without a network: name self, or download the file elsewhere and give its path"
@@ -96,9 +93,6 @@ def unreadable(error: Exception, where: Path | str, hint: str) -> BaseException:
         return stop
     reason = " ".join(str(error).split())[:500] or type(error).__name__
     return CalibrationError(f"the dataset cannot be read: {reason}", where=where, hint=hint)
-
-
-# Read folders as streams of documents: saved or downloaded data sets, and folders of text files.
 
 
 _KINDS: tuple[set[str], ...] = ({".parquet"}, JSONS, set(TABLES), TEXTS - {""})

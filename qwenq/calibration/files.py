@@ -25,9 +25,6 @@ from qwenq.calibration.documents import (
 )
 from qwenq.errors import CalibrationError, UsageError
 
-# Open files by their bytes: compression, encodings, binary data.
-
-
 LONGEST_LINE = 100_000_000
 """Bytes of a line, which is held in memory: a sparse file or a device could have one without end."""
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
@@ -176,9 +173,6 @@ def _of_zeros(raw: bytes) -> str | None:
 
 def _convert(encoding: str, name: str) -> str:
     return f"convert it, e.g. `iconv -f {encoding} -t UTF-8 {name}`"
-
-
-# Read local files as streams of documents, lazily.
 
 
 Reader = Callable[[Path, str | None], Iterator[Document]]

@@ -46,8 +46,6 @@ from qwenq.storage import cache_folder, readable_bytes
 if TYPE_CHECKING:
     from qwenq.recipe import Recipe
 
-# Choose sizes that suit the device, where a recipe leaves them open.
-
 
 def calibration_for(
     recipe: Recipe,
@@ -178,9 +176,6 @@ def _without_text(
     loaded = load_saved(Path(source), vocabulary, asked)
     require_plain(checkpoint.config, loaded.manifest.seq_len, option=LENGTH, where=source)
     return loaded
-
-
-# Make or load the calibration set that the user names.
 
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_HELD_OUT = 32, 512, 8

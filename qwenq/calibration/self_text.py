@@ -27,9 +27,6 @@ from qwenq.models.tokenizer import Tokenizer
 from qwenq.models.transformers_model import as_cache, assemble_unfused, build_whole_model, transformers_config
 from qwenq.storage import readable_bytes
 
-# Load the whole model, which only writing text needs.
-
-
 _SLACK = 1.2  # activations, logits, the allocator
 GIVE_A_FILE = "give a text instead: --calibration FILE (`qwenq calibrate`: --source, `qwenq check`: --text)"
 
@@ -98,9 +95,6 @@ def require_finite(values: torch.Tensor, checkpoint: Checkpoint) -> None:
             where=checkpoint.folder,
             hint=f"check its weights; or {GIVE_A_FILE}",
         )
-
-
-# Sample text from the model, row by row.
 
 
 HELD_OUT_ROWS = 1 << 32

@@ -15,9 +15,6 @@ from qwenq.calibration.documents import Document
 from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.tokenizer import Tokenizer
 
-# Shuffle, render, tokenise, join and cut documents into sequences.
-
-
 Progress = Callable[[int, int], None]
 """Called with (tokens done, tokens in all)."""
 
@@ -209,9 +206,6 @@ def check_vocabulary(tokens: torch.Tensor, vocab_size: int, where: str) -> None:
         where=where,
         hint="tokenizer and model do not belong together: use the tokenizer of this very model",
     )
-
-
-# Report what tokens do not show: keys that a chat template does not read, special tokens in plain text.
 
 
 _PLAIN = {"role", "content"}

@@ -15,8 +15,6 @@ from torch import Tensor
 from qwenq.compute.columns import storable
 from qwenq.compute.scales import Groups, search_scales
 
-# Define the grid that a weight is rounded to: value = scale · (integer − zero), per row and group.
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -66,9 +64,6 @@ class Rounded(NamedTuple):
 
     integers: Tensor
     errors: Tensor
-
-
-# Choose the grid of a weight before rounding.
 
 
 ScaleSearch = Literal["hessian", "mse", "none"]

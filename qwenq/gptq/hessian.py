@@ -17,8 +17,6 @@ from torch import Tensor
 from qwenq.compute.products import are_compiled, mirror, products
 from qwenq.distributed import ALONE, Team
 
-# Accumulate the Hessian of a linear layer's quantisation error.
-
 
 def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
     """Return H, [width, width] float32, symmetric; computed in float32 whatever dtype the activations have.
@@ -42,9 +40,6 @@ def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
     if found is None:
         raise ValueError("a Hessian of no tokens")
     return found
-
-
-# For a process that works alone: running means over the batches, in float32.
 
 
 def running_hessian(inputs: Sequence[Tensor]) -> Tensor:

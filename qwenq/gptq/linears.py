@@ -17,9 +17,6 @@ from qwenq.gptq.grid import Grid, search_grid
 from qwenq.gptq.settings import Settings
 from qwenq.gptq.solver import DampedHessian, damp_hessian, order_by_diagonal, output_error, solve
 
-# Quantise the linears that share an input.
-
-
 MEASURED_ROWS = 256  # evenly spread output rows on which the solver's own figure is checked
 SLACK = 1e-6  # of the output's energy: float32 cannot tell two errors apart that are nearer than this
 

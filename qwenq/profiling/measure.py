@@ -41,8 +41,6 @@ from qwenq.statistics import MOST, Summary, enough, repeat, summarise
 if TYPE_CHECKING:
     from qwenq.runtime.engine import Engine
 
-# Load the engine that a point names, in one process or in several.
-
 
 def checkpoint_of(point: Point) -> Checkpoint:
     """Return the point's model, before it is rounded."""
@@ -119,13 +117,6 @@ def assist(point: Point, team: Team) -> None:
     team.barrier()
     follow(engine, team)
     team.barrier()
-
-
-# Measure one point in this process: protocol, prefill, decode, memory, energy, share of a copy's bandwidth.
-#
-# The protocol is that of ``profile.py`` of QwenLM/Qwen (2023-08-28): the wall clock around one ``generate``
-# call with a prompt of one repeated token and a fixed number of new tokens, which alone are counted. The
-# other figures follow llama-bench: one thing at a time, repeated, with its warm-up outside the clock.
 
 
 PATIENCE = 20.0

@@ -128,9 +128,6 @@ def _status(key: str) -> int:
     raise UnsupportedError(f"/proc/self/status has no {key} here")
 
 
-# Read the energy counter that a GPU's driver keeps (NVML; Volta and later).
-
-
 ENERGY_SOURCE = "the GPU's counter over the protocol's generations: the whole GPU, idle power included"
 
 

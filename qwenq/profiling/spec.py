@@ -13,9 +13,6 @@ from qwenq.models.gptq_config import is_quantised
 from qwenq.models.shapes import ModelShape
 from qwenq.results import Model, Row, Status, Value
 
-# Define what is measured: a point is one model in one precision, attention, engine and length.
-
-
 Weights = Literal["stored", "random"]
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "auto", "int4": "auto"}
 """Precision → dtype to compute in."""
@@ -247,9 +244,6 @@ def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> 
                 where="--tp",
                 hint="name unquantised models, and precisions among fp32, bf16 and fp16",
             )
-
-
-# List the models of a sweep: a quantised one in its own precision, others in each that was asked for.
 
 
 @dataclass

@@ -27,8 +27,6 @@ from qwenq.runtime.linear import Dense, Linear
 from qwenq.runtime.quantised_linear import CpuNative
 from qwenq.runtime.spec import DecoderSpec, Rope
 
-# Run a decoder's blocks: the forward pass of a block, written once, over interchangeable operations.
-
 
 @dataclass(frozen=True)
 class GatedMLP:

@@ -16,8 +16,6 @@ from torch import Tensor
 from qwenq.errors import UsageError
 from qwenq.runtime.memory import require
 
-# Plan where one forward pass writes into a cache, and what its queries may see there.
-
 
 @dataclass(frozen=True)
 class Span:
@@ -138,9 +136,6 @@ class StepLayout:
         keys = self.keys.flatten(1, 2)[..., :end].unbind(0)  # views [batch · heads, d, end] of each layer
         values = self.values.flatten(1, 2)[:, :, :end].unbind(0)
         return Step(positions, end, keys, values, key_slots, value_slots, mask)
-
-
-# Keep keys and values of a batch of sequences, each row with its own length.
 
 
 LOWER = (

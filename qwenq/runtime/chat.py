@@ -13,9 +13,6 @@ from qwenq.models.tokenizer import Tokenizer
 from qwenq.runtime.generation import Engine, Timing
 from qwenq.runtime.sampling import GREEDY, Sampling
 
-# Answer one prompt after another over one cache: what they share is computed once.
-
-
 _ROOM = 256  # tokens: a cache grows in such steps, so that a short answer does not copy it
 
 
@@ -76,9 +73,6 @@ class Session:
             shared = 0
         self._cache.rewind(shared)
         return shared
-
-
-# Hold a conversation: its history, the prompt that fits the context, answers that are safe to show.
 
 
 ANSWER, THOUGHTS = 512, 32_768

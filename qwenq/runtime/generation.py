@@ -17,8 +17,6 @@ from qwenq.runtime.cache import LOWER, KVCache
 from qwenq.runtime.memory import explained
 from qwenq.runtime.sampling import GREEDY, Sampler, Sampling
 
-# Keep sums in float32, and end a run whose logits overflow.
-
 
 def sum_in_float32(device: torch.device, dtype: torch.dtype) -> None:
     """Sum products of float16 on a GPU in float32 to the end: by default parts may be joined in float16.
@@ -46,9 +44,6 @@ def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
             hint="use --dtype bfloat16, or float32 where the device has no bfloat16",
         )
     return logits
-
-
-# Generate token by token: the protocol of all engines, their loop, and what it measured.
 
 
 OnToken = Callable[[int, int], None]
@@ -112,9 +107,6 @@ class stopwatch:  # noqa: N801 - reads as a statement
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.seconds = time.perf_counter() - self._start
-
-
-# Run prompts and steps over a cache, checked first, and generate text with them: what all engines share.
 
 
 class Engine(ABC):

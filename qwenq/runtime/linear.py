@@ -156,9 +156,6 @@ def stacked(layers: list[PackedLinear]) -> PackedLinear | None:
     return PackedLinear(qweight, qzeros, scales, first.g_idx)
 
 
-# Multiply plain weights, and join layers over the same input.
-
-
 _BLOCK, _LEAST_BLOCK, _FEW_ROWS = 256, 64, 32
 """Outputs of a block, at most and at least, and the most rows for which blocks are faster."""
 

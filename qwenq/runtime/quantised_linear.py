@@ -21,8 +21,6 @@ from qwenq.runtime.linear import (
     unpack_by_group,
 )
 
-# Multiply dequantised weights, the reference: it runs everywhere, in the memory of plain weights.
-
 
 class Dequantise:
     """A plain matrix product in the dtype of the activations."""
@@ -320,9 +318,6 @@ class TritonInt8(TritonInt4):
 
     name = "triton-int8"
     widths: ClassVar[tuple[int, ...]] = (8,)
-
-
-# List the quantised linears, the fastest of each device first, and choose one at load.
 
 
 KERNELS: tuple[type[QuantLinear], ...] = (CpuNative, TritonInt4, TritonInt8, Dequantise)

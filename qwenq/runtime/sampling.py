@@ -16,9 +16,6 @@ from qwenq.errors import UsageError
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
-# Choose the next token: greedy, or temperature, top-k and top-p with a seed.
-
-
 _COLDEST = 1e-30
 """Of temperatures: below it only equal logits share the draw, and float32 would take it for 0."""
 
@@ -109,9 +106,6 @@ class Sampler:
         if 0 < self._sampling.top_k < logits.shape[-1]:
             return logits.topk(self._sampling.top_k)
         return logits.sort(descending=True, stable=True)
-
-
-# Read how a checkpoint wants to be sampled (generation_config.json), and which ids end its texts.
 
 
 SEED = 1024

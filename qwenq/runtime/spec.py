@@ -17,9 +17,6 @@ from qwenq.models.qwen_v1 import V1_KEY, LongContext, long_context_of
 from qwenq.models.shapes import ModelShape
 from qwenq.models.transformers_model import refused_by_transformers, transformers_config
 
-# Read what the lean decoder needs of a config.json, and refuse what it does not have.
-
-
 _USE_TRANSFORMERS = "use --engine transformers"
 _COPY_AGAIN = "copy the model's config.json again"
 

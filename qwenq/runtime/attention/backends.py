@@ -14,9 +14,6 @@ from qwenq.runtime.attention.flash import flash_v1_ours, flash_v1_package, flash
 from qwenq.runtime.attention.plain import Attention, GroupedDecode, Off, Sdpa, grouped
 from qwenq.runtime.cache import Span
 
-# Measure at load which backend is fastest here: one for prompts, one for decode steps.
-
-
 HEADS, HEAD_DIM = 16, 128
 """Of the measurement: one layer of Qwen-1.8B."""
 PROMPT, CONTEXT = 512, 2048
@@ -85,9 +82,6 @@ def _measure(attention: Attention, tokens: int, end: int, device: torch.device, 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-# List the attention backends by name: which exist, which can run here, and why not.
 
 
 class Availability(NamedTuple):

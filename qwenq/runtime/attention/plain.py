@@ -17,8 +17,6 @@ from qwenq.compute.block import STEP
 from qwenq.errors import UnsupportedError
 from qwenq.runtime.cache import Span
 
-# Compute attention anywhere: written out (``off``), and by whatever torch picks (``sdpa``).
-
 
 class Attention(Protocol):
     """Softmax attention over the cache's slots."""
