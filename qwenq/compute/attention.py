@@ -53,7 +53,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
     sizes = 4 * per_thread, width, batch, heads, kv_heads, tokens, slots, d
     strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
     tensors = q, k, v, starts, out, keys, values, scratch
-    cpu.call("causal_attention", block.DTYPE_CODES[q.dtype], *tensors, *sizes, float(scale), *strides)
+    cpu.call("causal_attention", cpu.DTYPE_CODES[q.dtype], *tensors, *sizes, float(scale), *strides)
     return out
 
 

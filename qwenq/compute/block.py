@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwenq.compute import cpu
+from qwenq.compute.cpu import DTYPE_CODES
 
 STEP = 16
 """The C kernels take widths that are a multiple of this."""
-
-DTYPE_CODES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
-"""The dtypes of activations that C kernels take, and their number in C (``csrc/vector.h``)."""
 
 
 def unsupported_reason(
@@ -29,18 +27,15 @@ def unsupported_reason(
     """Return why the C kernels do not run, in words that follow "because"; None: they do.
 
     Args:
-        device: of the activations.
-        dtype: of the activations.
+        device, dtype: of the activations.
         widths: last axes, by what they are the width of.
     """
-    if device.type != "cpu":
-        return f"the C kernels are for CPUs, not for {device.type}"
-    if dtype not in DTYPE_CODES:
-        return f"the C kernels are for bfloat16 and float32, not for {str(dtype).removeprefix('torch.')}"
-    for name, width in widths.items():
-        if not width or width % STEP:
-            return f"the width of {name}, {width}, is no multiple of {STEP}"
-    return cpu.unsupported_reason()
+    reason = cpu.unsupported_input(device, dtype)
+    if reason is None:
+        for name, width in widths.items():
+            if not width or width % STEP:
+                return f"the width of {name}, {width}, is no multiple of {STEP}"
+    return reason
 
 
 def fallback_notice(

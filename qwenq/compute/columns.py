@@ -64,11 +64,7 @@ class Fitted(NamedTuple):
 
 def unsupported_reason(x: Tensor) -> str | None:
     """Return why C does not take a tensor, in words that follow "because"; None: it does."""
-    if x.device.type != "cpu":
-        return f"that is for CPUs, not for {x.device.type}"
-    if x.dtype != torch.float32:
-        return f"that is for float32, not for {str(x.dtype).removeprefix('torch.')}"
-    return cpu.unsupported_reason()
+    return cpu.unsupported_input(x.device, x.dtype, [torch.float32])
 
 
 def _suits_c(block: Block) -> bool:

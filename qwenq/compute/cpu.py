@@ -11,10 +11,11 @@ import ctypes
 import os
 import platform
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ VARIABLE = "QWENQ_CPU"
 FOLDER_VARIABLE = "QWENQ_KERNELS"
 """Another folder of libraries, such as one that is compiled with a sanitizer."""
 
+DTYPE_CODES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
+"""The dtypes of activations that C kernels take, and their number in C (``csrc/vector.h``)."""
 _OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 (Cooper Lake, Zen 4), Arm (Neoverse V1)
 _INSTALL = "run python -m qwenq.compute.build, with gcc, clang or the package ziglang"
@@ -71,6 +74,20 @@ def unsupported_reason() -> str | None:
     """Return why C kernels do not run here, in words that follow "because"; None: they do."""
     found = library()
     return found if isinstance(found, str) else None
+
+
+def unsupported_input(
+    device: torch.device, dtype: torch.dtype, dtypes: Collection[torch.dtype] = tuple(DTYPE_CODES)
+) -> str | None:
+    """Return why C kernels do not take tensors, in words that follow "because"; None: they do."""
+    if device.type != "cpu":
+        return f"the C kernels are for CPUs, not for {device.type}"
+    if dtype not in dtypes:
+        taken, given = (
+            " and ".join(str(each).removeprefix("torch.") for each in some) for some in (dtypes, [dtype])
+        )
+        return f"the C kernels are for {taken}, not for {given}"
+    return unsupported_reason()
 
 
 def multiplies_bfloat16() -> bool:

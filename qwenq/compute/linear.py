@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import cpu
+from qwenq.compute.cpu import DTYPE_CODES
 
 OUTPUTS = 32
 """Outputs of a block of weights; a layer has whole blocks."""
@@ -19,7 +20,6 @@ GROUP_SIZES = (128, 64, 32)
 """Columns that may share a scale, the longest first."""
 LINEAR_FIELDS = ("weights", "scales", "columns", "outputs", "group_size", "bits", "scales_float16")
 """What C reads of a layer, int64 each."""
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _LINE = 64  # bytes: a step of weights begins at a cache line
 
 
@@ -105,7 +105,7 @@ def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) 
     Raises:
         ValueError: another shape, dtype or device than C reads.
     """
-    if x.dtype not in _DTYPES or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != layer.columns:
+    if x.dtype not in DTYPE_CODES or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != layer.columns:
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} on {x.device}, not float32 or bfloat16 "
             f"[rows, {layer.columns}] on the CPU"
@@ -113,7 +113,7 @@ def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) 
     x, rows = x.contiguous(), len(x)
     y = torch.empty(rows, layer.outputs, dtype=dtype or x.dtype)
     workspace = torch.empty(activation_bytes(rows, layer.columns), dtype=torch.uint8)
-    cpu.call("linear", layer.fields, x, y, workspace, rows, _DTYPES[x.dtype], _DTYPES[y.dtype])
+    cpu.call("linear", layer.fields, x, y, workspace, rows, DTYPE_CODES[x.dtype], DTYPE_CODES[y.dtype])
     return y
 
 
@@ -123,10 +123,10 @@ def unpack(layer: PackedWeights, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: another dtype.
     """
-    if dtype not in _DTYPES:
+    if dtype not in DTYPE_CODES:
         raise ValueError(f"weights are unpacked to float32 or bfloat16, not to {dtype}")
     weight = torch.empty(layer.columns, layer.outputs, dtype=dtype)
-    cpu.call("quantised_unpack", layer.fields, weight, _DTYPES[dtype])
+    cpu.call("quantised_unpack", layer.fields, weight, DTYPE_CODES[dtype])
     return weight
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qwenq.compute import block, columns, cpu, gpu, products
+from qwenq.compute import columns, cpu, gpu, products
 
 
 @dataclass(frozen=True)
@@ -36,15 +36,10 @@ def operations(device: torch.device, dtype: torch.dtype) -> list[Operation]:
 
 def fallback_notice(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return a notice of operations of quantising that run in torch for want of a kernel, or None."""
-    found = [
-        _operation(name, reason(dtype, device), dtype, device, kinds)
-        for name, kinds, reason in _TABLE
-        if name in QUANTISING
-    ]
-    slow = [operation for operation in found if operation.runs == "torch" and operation.reason]
+    slow = [each for each in operations(device, dtype) if each.name in QUANTISING and each.reason]
     if not slow:
         return None
-    names = ", ".join(operation.name for operation in slow)
+    names = ", ".join(each.name for each in slow)
     return f"{names} run in torch, which takes longer, because {slow[0].reason}"
 
 
@@ -70,9 +65,7 @@ def _hessians(dtype: torch.dtype, device: torch.device) -> str | None:
 
 
 def _block(dtype: torch.dtype, device: torch.device) -> str | None:
-    if dtype not in block.DTYPE_CODES:
-        return None  # torch is what there is
-    return block.unsupported_reason(device, dtype)
+    return None if dtype not in cpu.DTYPE_CODES else cpu.unsupported_input(device, dtype)
 
 
 def _linear(dtype: torch.dtype, device: torch.device) -> str | None:
@@ -102,7 +95,7 @@ _BY_DTYPE = ("Hessians", "norms, rotary positions, gated activations", "attentio
 def _operation(
     name: str, reason: str | None, dtype: torch.dtype, device: torch.device, kinds: tuple[str, ...]
 ) -> Operation:
-    if device.type not in kinds or (reason is None and dtype not in block.DTYPE_CODES and name in _BY_DTYPE):
+    if device.type not in kinds or (reason is None and dtype not in cpu.DTYPE_CODES and name in _BY_DTYPE):
         return Operation(name, "torch", None)
     if reason is not None:
         return Operation(name, "torch", reason)

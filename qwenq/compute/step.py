@@ -135,27 +135,23 @@ class DecodeStep:
         Raises:
             ValueError: tensors of other shapes, dtypes or strides.
         """
-        with self._alone:
-            return self._run(x, cos, sin, keys, values, lengths)
-
-    def _run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]
-    ) -> Tensor:
-        rows, slots = len(x), keys.shape[-1]
         self._check(x, cos, sin, keys, values, lengths)
-        held = self._workspace
-        if held is None or not held.fits(rows, slots):
-            held = self._workspace = _Workspace(
-                self._shape, rows, slots, self._linears, self._vectors, self._norm
-            )
-        held.x.copy_(x)
-        held.positions[:] = torch.tensor(lengths)
+        rows, slots = len(x), keys.shape[-1]
         y = torch.empty(rows, self._shape.hidden, dtype=self._dtype)
-        held.run(
-            cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
-            keys=keys.data_ptr(), values=values.data_ptr(), slots=slots, layer_stride=keys.stride(0),
-            y=y.data_ptr(), y_bfloat16=int(self._dtype is torch.bfloat16), splits=max(lengths) // STRETCH + 1,
-        )  # fmt: skip
+        with self._alone:
+            held = self._workspace
+            if held is None or not held.fits(rows, slots):
+                held = self._workspace = _Workspace(
+                    self._shape, rows, slots, self._linears, self._vectors, self._norm
+                )
+            held.x.copy_(x)
+            held.positions[:] = torch.tensor(lengths)
+            held.run(
+                cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
+                keys=keys.data_ptr(), values=values.data_ptr(), slots=slots, layer_stride=keys.stride(0),
+                y=y.data_ptr(), y_bfloat16=int(self._dtype is torch.bfloat16),
+                splits=max(lengths) // STRETCH + 1,
+            )  # fmt: skip
         return y
 
     def _check(
@@ -185,15 +181,7 @@ class DecodeStep:
 
 
 class _Workspace:
-    """What a step of so many rows writes to, and its arguments.
-
-    Args:
-        shape: sizes.
-        rows: of the batch.
-        slots: of each row of the cache, at most.
-        linears, vectors: addresses of each block, int64 [layers, 4] and [layers, 5].
-        norm: float32 [hidden].
-    """
+    """What a step of so many rows over so many slots writes to, and its arguments."""
 
     def __init__(
         self, shape: StepShape, rows: int, slots: int, linears: Tensor, vectors: Tensor, norm: Tensor

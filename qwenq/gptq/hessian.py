@@ -161,9 +161,7 @@ def mean_products(
         for part in _parts(total):
             sizes = units[part].double()[:, None] * columns[wide].double()
             result[panel, wide][part] = total[part].div_(sizes).mul_(2 / n).float()
-        if same:
-            _mirror(result, panel)
-    return result
+    return mirror(result) if same else result
 
 
 def exact_deviation(
@@ -211,10 +209,3 @@ def _parts(matrix: Tensor) -> list[slice]:
     rows, width = matrix.shape
     step = max(1, CHUNK // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _mirror(result: Tensor, panel: slice) -> None:
-    """Copy rows ``panel`` of a symmetric matrix, known up to their diagonal, to its columns."""
-    square = result[panel, panel]
-    square.copy_(square.tril() + square.tril(-1).T)
-    result[: panel.start, panel] = result[panel, : panel.start].T
