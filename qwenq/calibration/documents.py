@@ -34,17 +34,12 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Document:
-    """A text or a conversation, and its place in the source.
+    """A text or a conversation, and its place in the source."""
 
-    Attributes:
-        content: the text, or messages ``{"role": …, "content": …}`` with all further keys of theirs.
-        where: file and line or row, for messages to the user.
-        tools: descriptions of the tools that the conversation may call.
-    """
-
+    # the text, or messages ``{"role": …, "content": …}`` with all further keys of theirs
     content: str | list[dict[str, Any]]
-    where: str
-    tools: tuple[Any, ...] = ()
+    where: str  # file and line or row, for messages to the user
+    tools: tuple[Any, ...] = ()  # descriptions of the tools that the conversation may call
 
     @property
     def characters(self) -> int:

@@ -105,17 +105,11 @@ _CACHE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Where texts begin and end.
+    """Where texts begin and end."""
 
-    Attributes:
-        start: the id that begins a text: BOS, or the document separator where there is none.
-        ends: ids after which a row begins a new text.
-        size: ids below this are real; a padded embedding has more rows.
-    """
-
-    start: int
-    ends: frozenset[int]
-    size: int
+    start: int  # the id that begins a text: BOS, or the document separator where there is none
+    ends: frozenset[int]  # ids after which a row begins a new text
+    size: int  # ids below this are real; a padded embedding has more rows
 
 
 def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:

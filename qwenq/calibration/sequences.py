@@ -35,19 +35,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Packed:
-    """Sequences cut from documents.
+    """Sequences cut from documents."""
 
-    Attributes:
-        tokens: int64 [samples, seq_len].
-        held_out: int64 [held_out, seq_len].
-        held_out_from: whether the held-out sequences come from other documents.
-        documents: how many documents were tokenised for them.
-    """
-
-    tokens: torch.Tensor
-    held_out: torch.Tensor
+    tokens: torch.Tensor  # int64 [samples, seq_len]
+    held_out: torch.Tensor  # int64 [held_out, seq_len]
+    # whether the held-out sequences come from other documents
     held_out_from: Literal["other documents", "the same documents", "none"]
-    documents: int
+    documents: int  # how many documents were tokenised for them
 
 
 @dataclass(frozen=True)

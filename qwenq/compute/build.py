@@ -32,21 +32,13 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A set of instructions that the library is compiled for.
+    """A set of instructions that the library is compiled for."""
 
-    Attributes:
-        name: of the library's file, of ``QWENQ_CPU`` and of tables.
-        machine: as ``platform.machine()`` names it on Linux.
-        features: that a CPU needs, as ``torch.cpu.get_capabilities()`` names them.
-        gcc: flags for GCC and Clang.
-        zig: the CPU for ``zig cc -mcpu``.
-    """
-
-    name: str
-    machine: str
-    features: tuple[str, ...]
-    gcc: tuple[str, ...]
-    zig: str
+    name: str  # of the library's file, of ``QWENQ_CPU`` and of tables
+    machine: str  # as ``platform.machine()`` names it on Linux
+    features: tuple[str, ...]  # that a CPU needs, as ``torch.cpu.get_capabilities()`` names them
+    gcc: tuple[str, ...]  # flags for GCC and Clang
+    zig: str  # the CPU for ``zig cc -mcpu``
 
 
 _AVX2 = ("avx2", "fma3", "f16c", "bmi2")
@@ -75,19 +67,12 @@ SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 @dataclass(frozen=True)
 class Platform:
-    """What a wheel can be built for on any machine, by Zig.
+    """What a wheel can be built for on any machine, by Zig."""
 
-    Attributes:
-        tag: of the wheel's file name: the system, its oldest version, the machine.
-        machine: as `Variant.machine`.
-        zig: the target for `zig cc`.
-        suffix: of libraries.
-    """
-
-    tag: str
-    machine: str
-    zig: str
-    suffix: str
+    tag: str  # of the wheel's file name: the system, its oldest version, the machine
+    machine: str  # as `Variant.machine`
+    zig: str  # the target for `zig cc`
+    suffix: str  # of libraries
 
 
 PLATFORMS = (

@@ -24,42 +24,25 @@ WIDEST_GROUP = 256
 
 
 class Block(NamedTuple):
-    """Columns that are rounded one after the other, and memory for the result.
+    """Columns that are rounded one after the other, and memory for the result."""
 
-    Attributes:
-        columns: [block, rows] float, a column of W in each row, contiguous; changed in place.
-        U: [block, block] of the same dtype, upper triangular: the block's part of ``inverse_factor``.
-        scales, zeros: [groups, rows] of the same dtype, contiguous.
-        groups: the group of each column.
-        levels: the largest integer.
-        integers: [block, rows] uint8, contiguous: filled.
-        errors: [block, rows] of the same dtype, contiguous: filled with (w_i − q_i) / U_ii.
-    """
-
-    columns: Tensor
-    U: Tensor
-    scales: Tensor
-    zeros: Tensor
-    groups: list[int]
-    levels: int
-    integers: Tensor
-    errors: Tensor
+    columns: Tensor  # [block, rows] float, a column of W in each row, contiguous; changed in place
+    U: Tensor  # [block, block] of the same dtype, upper triangular: the block's part of ``inverse_factor``
+    scales: Tensor  # [groups, rows] of the same dtype, contiguous
+    zeros: Tensor  # [groups, rows] of the same dtype, contiguous
+    groups: list[int]  # the group of each column
+    levels: int  # the largest integer
+    integers: Tensor  # [block, rows] uint8, contiguous: filled
+    errors: Tensor  # [block, rows] of the same dtype, contiguous: filled with (w_i − q_i) / U_ii
 
 
 class Fitted(NamedTuple):
-    """A group after its scale was fitted.
+    """A group after its scale was fitted."""
 
-    Attributes:
-        scale: [rows].
-        values: [group_size, rows], the dequantised integers.
-        less: [group_size, rows], the values before, less these.
-        change: [rows], of ``output_error``, by the scale alone.
-    """
-
-    scale: Tensor
-    values: Tensor
-    less: Tensor
-    change: Tensor
+    scale: Tensor  # [rows]
+    values: Tensor  # [group_size, rows], the dequantised integers
+    less: Tensor  # [group_size, rows], the values before, less these
+    change: Tensor  # [rows], of ``output_error``, by the scale alone
 
 
 def unsupported_reason(x: Tensor) -> str | None:

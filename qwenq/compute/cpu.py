@@ -45,16 +45,11 @@ _INSTALL = "run python -m qwenq.compute.build, with gcc, clang or the package zi
 
 @dataclass(frozen=True)
 class Library:
-    """The library of a variant, loaded.
+    """The library of a variant, loaded."""
 
-    Attributes:
-        variant: what it was compiled for.
-        shares_threads: whether it runs on torch's OpenMP threads, not on a pool of the library.
-    """
-
-    variant: Variant
+    variant: Variant  # what it was compiled for
     handle: ctypes.CDLL
-    shares_threads: bool
+    shares_threads: bool  # whether it runs on torch's OpenMP threads, not on a pool of the library
 
 
 def variants_here() -> list[Variant]:

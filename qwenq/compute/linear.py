@@ -25,24 +25,18 @@ _LINE = 64  # bytes: a step of weights begins at a cache line
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A layer's weights in the layout of ``csrc/linear.c``.
+    """A layer's weights in the layout of ``csrc/linear.c``."""
 
-    Attributes:
-        weights: uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in
-            the high nibbles. With 16 bits, bfloat16 [outputs, columns].
-        scales: [blocks, groups, 32] float16, or float32 where float16 would round them; of 16 bits, empty.
-        bits: 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16.
-        columns, outputs, group_size: of the weight.
-        fields: ``LINEAR_FIELDS``, kept alive for C.
-    """
-
+    # uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in the high
+    # nibbles. With 16 bits, bfloat16 [outputs, columns].
     weights: Tensor
+    # [blocks, groups, 32] float16, or float32 where float16 would round them; of 16 bits, empty
     scales: Tensor
-    bits: int
+    bits: int  # 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16
     columns: int
     outputs: int
     group_size: int
-    fields: Tensor = field(repr=False)
+    fields: Tensor = field(repr=False)  # ``LINEAR_FIELDS``, kept alive for C
 
 
 def unsupported_reason(bits: int, columns: int, outputs: int, group_size: int) -> str | None:

@@ -16,16 +16,11 @@ from qwenq.compute import columns, cpu, gpu, products
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation, and what runs it.
+    """An operation, and what runs it."""
 
-    Attributes:
-        name: in the field's words.
-        runs: the implementation: ``C (avx2)``, ``Triton`` or ``torch``.
-        reason: why nothing faster runs, in words that follow "because"; None: this is the fastest there is.
-    """
-
-    name: str
-    runs: str
+    name: str  # in the field's words
+    runs: str  # the implementation: ``C (avx2)``, ``Triton`` or ``torch``
+    # why nothing faster runs, in words that follow "because"; None: this is the fastest there is
     reason: str | None
 
 

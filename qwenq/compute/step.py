@@ -30,47 +30,32 @@ _EXPERTS_AT_ONCE = 16  # registers of any variant are filled
 
 @dataclass(frozen=True)
 class StepShape:
-    """Sizes of a decoder.
-
-    Attributes:
-        ffn: the width of the dense MLPs; 0: there is none.
-        head_dim: of a head.
-        eps: of the norms.
-        experts: of a mixture; 0: there is none.
-        active: how many of them a row takes.
-        expert_width: of one.
-        normalised: whether their shares are made to add up to one.
-    """
+    """Sizes of a decoder."""
 
     layers: int
     hidden: int
-    ffn: int
+    ffn: int  # the width of the dense MLPs; 0: there is none
     heads: int
     kv_heads: int
-    head_dim: int
-    eps: float
-    experts: int = 0
-    active: int = 0
-    expert_width: int = 0
-    normalised: bool = False
+    head_dim: int  # of a head
+    eps: float  # of the norms
+    experts: int = 0  # of a mixture; 0: there is none
+    active: int = 0  # how many of them a row takes
+    expert_width: int = 0  # of one
+    normalised: bool = False  # whether their shares are made to add up to one
 
 
 @dataclass(frozen=True)
 class StepBlock:
-    """The weights of a block.
+    """The weights of a block."""
 
-    Attributes:
-        linears: qkv, out.
-        mlps: gate_up, down; of a mixture, those of each expert, with the same sizes and group sizes.
-        vectors: float32: attention_norm [hidden], mlp_norm [hidden], qkv_bias [(heads + 2 kv_heads) · d] or
-            None, qk_norm [heads + kv_heads, d] or None.
-        router: bfloat16 [experts, hidden]; None: the block is no mixture.
-    """
-
-    linears: tuple[PackedWeights, PackedWeights]
+    linears: tuple[PackedWeights, PackedWeights]  # qkv, out
+    # gate_up, down; of a mixture, those of each expert, with the same sizes and group sizes
     mlps: tuple[tuple[PackedWeights, PackedWeights], ...]
+    # float32: attention_norm [hidden], mlp_norm [hidden], qkv_bias [(heads + 2 kv_heads) · d] or None,
+    # qk_norm [heads + kv_heads, d] or None
     vectors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-    router: Tensor | None = None
+    router: Tensor | None = None  # bfloat16 [experts, hidden]; None: the block is no mixture
 
 
 def unsupported_reason(shape: StepShape) -> str | None:

@@ -23,20 +23,14 @@ SLACK = 1e-6  # of the output's energy: float32 cannot tell two errors apart tha
 
 @dataclass(frozen=True)
 class ModuleStats:
-    """What quantising one linear cost, as shares of its output's energy over the calibration tokens.
+    """What quantising one linear cost, as shares of its output's energy over the calibration tokens."""
 
-    Attributes:
-        error: ‖(W′ − Q) X‖² / ‖W′ X‖², W′ the shifted target (``shift_targets``), X including the damping.
-        rtn_error: the same for round-to-nearest on a min/max grid.
-        damp: the share of the mean diagonal that was added to the Hessian.
-        dead: input columns that were always zero.
-        tokens: of an expert: how many were routed to it; None: not an expert, it sees all of them.
-    """
-
+    # ‖(W′ − Q) X‖² / ‖W′ X‖², W′ the shifted target (``shift_targets``), X including the damping
     error: float
-    rtn_error: float
-    damp: float
-    dead: int
+    rtn_error: float  # the same for round-to-nearest on a min/max grid
+    damp: float  # the share of the mean diagonal that was added to the Hessian
+    dead: int  # input columns that were always zero
+    # of an expert: how many were routed to it; None: not an expert, it sees all of them
     tokens: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -127,21 +121,15 @@ TILE_ROWS_ELSEWHERE = 16384  # on a GPU the column loop costs what its launches 
 
 @dataclass(frozen=True)
 class SolvedRows:
-    """Rows on their grid, and what they cost.
+    """Rows on their grid, and what they cost."""
 
-    Attributes:
-        integers: [rows, in] uint8.
-        scales, zeros: [rows, groups] float32.
-        figures: [rows, 4] float32: a row's output error as the solver summed it up; that of round-to-nearest
-            on a min/max grid; and, on measured rows, as computed from the integers; the row's output energy.
-        facts: [2] float64: the damping that was used, and the number of dead columns.
-    """
-
-    integers: Tensor
-    scales: Tensor
-    zeros: Tensor
+    integers: Tensor  # [rows, in] uint8
+    scales: Tensor  # [rows, groups] float32
+    zeros: Tensor  # [rows, groups] float32
+    # [rows, 4] float32: a row's output error as the solver summed it up; that of round-to-nearest on a
+    # min/max grid; and, on measured rows, as computed from the integers; the row's output energy
     figures: Tensor
-    facts: Tensor
+    facts: Tensor  # [2] float64: the damping that was used, and the number of dead columns
 
     @classmethod
     def empty(cls, W: Tensor, group_size: int) -> SolvedRows:

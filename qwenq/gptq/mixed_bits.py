@@ -44,42 +44,26 @@ CURVE = 24  # sizes that the curve is computed for
 
 @dataclass(frozen=True)
 class Group:
-    """Linears of a block that have the same bits.
+    """Linears of a block that have the same bits."""
 
-    Attributes:
-        layer: the block.
-        name: of the engines' layer, within the block.
-        modules: within the block.
-        elements: weights of all modules.
-        few_bytes, many_bytes: of their tensors, in 4 and in 8 bits.
-    """
-
-    layer: int
-    name: str
-    modules: tuple[str, ...]
-    elements: int
-    few_bytes: int
-    many_bytes: int
+    layer: int  # the block
+    name: str  # of the engines' layer, within the block
+    modules: tuple[str, ...]  # within the block
+    elements: int  # weights of all modules
+    few_bytes: int  # of their tensors in 4 bits
+    many_bytes: int  # of their tensors in 8 bits
 
 
 @dataclass(frozen=True)
 class MixedBits:
-    """A choice of bits.
+    """A choice of bits."""
 
-    Attributes:
-        groups: in the model's order.
-        divergences: of each group in 4 bits alone, in nats a token.
-        chosen: whether a group has 8 bits.
-        tokens: that the divergences were measured on.
-        fixed: bytes of all other tensors of the model.
-        curve: (bytes of the whole model, least sum of the divergences that remain).
-    """
-
-    groups: tuple[Group, ...]
-    divergences: tuple[float, ...]
-    chosen: tuple[bool, ...]
-    tokens: int
-    fixed: int
+    groups: tuple[Group, ...]  # in the model's order
+    divergences: tuple[float, ...]  # of each group in 4 bits alone, in nats a token
+    chosen: tuple[bool, ...]  # whether a group has 8 bits
+    tokens: int  # that the divergences were measured on
+    fixed: int  # bytes of all other tensors of the model
+    # (bytes of the whole model, least sum of the divergences that remain)
     curve: tuple[tuple[int, float], ...]
 
     @property

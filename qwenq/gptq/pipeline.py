@@ -43,20 +43,13 @@ LAYER_IS_STORED = "this layer is on the disk"
 
 @dataclass(frozen=True)
 class LayerDone:
-    """Progress: a layer that has been quantised, or taken over from an earlier run.
-
-    Attributes:
-        index, total: which layer, of how many.
-        seconds: spent on it.
-        modules: statistics by module name within the block.
-        resumed: it was already on disk.
-    """
+    """Progress: a layer that has been quantised, or taken over from an earlier run."""
 
     index: int
-    total: int
-    seconds: float
-    modules: dict[str, ModuleStats]
-    resumed: bool
+    total: int  # layers
+    seconds: float  # spent on it
+    modules: dict[str, ModuleStats]  # statistics by module name within the block
+    resumed: bool  # it was already on disk
 
     @property
     def error(self) -> float:
@@ -202,17 +195,12 @@ def _stop_together(team: Team) -> None:
 
 @dataclass
 class _Streams:
-    """Hidden states between two blocks, one tensor per batch.
+    """Hidden states between two blocks, one tensor per batch."""
 
-    Attributes:
-        quantised: as the quantised blocks so far produce them.
-        original: as the original blocks do; empty without asymmetric calibration.
-        groups: linears of a block that read the same tensor, found on the first block of a kind: by the names
-            of its linears and their bits.
-    """
-
-    quantised: list[Tensor]
-    original: list[Tensor]
+    quantised: list[Tensor]  # as the quantised blocks so far produce them
+    original: list[Tensor]  # as the original blocks do; empty without asymmetric calibration
+    # linears of a block that read the same tensor, found on the first block of a kind: by the names of its
+    # linears and their bits
     groups: dict[tuple[tuple[str, int], ...], list[list[str]]] = field(default_factory=dict)
 
 

@@ -27,25 +27,19 @@ UNQUANTISED = 16
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the algorithm, from the recipe's ``[quantize]``.
+    """Settings of the algorithm, from the recipe's ``[quantize]``."""
 
-    Attributes:
-        bits: of all modules that no pattern of ``module_bits`` matches.
-        group_size: -1: one group a row.
-        asymmetric_calibration: 0 … 1, the strength of ``shift_targets``.
-        module_bits: (pattern, bits) of modules that differ from the rest; 16: they are not quantised.
-        block_bits: (full name, bits) of modules that differ from those of the same name in other blocks.
-    """
-
-    bits: int
-    group_size: int
+    bits: int  # of all modules that no pattern of ``module_bits`` matches
+    group_size: int  # -1: one group a row
     sym: bool
     act_order: bool
     scale_search: ScaleSearch
     damp: float
-    asymmetric_calibration: float
+    asymmetric_calibration: float  # 0 … 1, the strength of ``shift_targets``
     coordinate_descent: bool
+    # (pattern, bits) of modules that differ from the rest; 16: they are not quantised
     module_bits: tuple[tuple[str, int], ...] = ()
+    # (full name, bits) of modules that differ from those of the same name in other blocks
     block_bits: tuple[tuple[str, int], ...] = ()
 
     @classmethod

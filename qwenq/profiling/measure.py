@@ -140,22 +140,16 @@ class Allowance:
 
 @dataclass
 class Bench:
-    """A loaded model on its point.
-
-    Attributes:
-        before: bytes that the process held before it loaded the model.
-        settings: of every row.
-        cache_bytes: of the newest cache, whole, in the form in which the engine keeps it.
-    """
+    """A loaded model on its point."""
 
     point: Point
     engine: Engine
     checkpoint: Checkpoint
     meter: Meter
     allowance: Allowance
-    before: int
-    settings: dict[str, Any]
-    cache_bytes: int = 0
+    before: int  # bytes that the process held before it loaded the model
+    settings: dict[str, Any]  # of every row
+    cache_bytes: int = 0  # of the newest cache, whole, in the form in which the engine keeps it
 
     @property
     def prompt(self) -> list[int]:
@@ -447,17 +441,11 @@ def estimated(tokens: int, short: tuple[int, float], longer: tuple[int, float]) 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Seconds per token at each position.
+    """Seconds per token at each position."""
 
-    Attributes:
-        positions: tokens in the cache before each timed run of steps.
-        rounds: seconds per token, [rounds][positions].
-        steps: timed at each position.
-    """
-
-    positions: tuple[int, ...]
-    rounds: tuple[tuple[float, ...], ...]
-    steps: int
+    positions: tuple[int, ...]  # tokens in the cache before each timed run of steps
+    rounds: tuple[tuple[float, ...], ...]  # seconds per token, [rounds][positions]
+    steps: int  # timed at each position
 
     @property
     def speeds(self) -> list[float]:

@@ -42,20 +42,14 @@ _OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
 
 @dataclass(frozen=True)
 class Device:
-    """A device as the probe found it.
+    """A device as the probe found it."""
 
-    Attributes:
-        device: ``cpu``, ``cuda`` or ``cuda:1``.
-        dtype: what ``auto`` computes in there.
-        start_seconds: from starting a process there until its libraries were read.
-    """
-
-    device: str
+    device: str  # ``cpu``, ``cuda`` or ``cuda:1``
     free_bytes: int
     copy_bytes_per_s: float
     operations_per_s: float
-    dtype: str
-    start_seconds: float
+    dtype: str  # what ``auto`` computes in there
+    start_seconds: float  # from starting a process there until its libraries were read
 
     @property
     def kind(self) -> str:
@@ -65,22 +59,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Planned:
-    """A point with its estimates.
-
-    Attributes:
-        load: seconds until it can begin: a process, its libraries, the model.
-        work: seconds of measuring without a limit.
-        least: seconds of measuring each thing once.
-        nbytes: memory for weights, cache and prompt.
-        too_large: why it cannot run here at all; None: it can.
-    """
+    """A point with its estimates."""
 
     point: Point
-    load: float
-    work: float
-    least: float
-    nbytes: int
-    too_large: str | None = None
+    load: float  # seconds until it can begin: a process, its libraries, the model
+    work: float  # seconds of measuring without a limit
+    least: float  # seconds of measuring each thing once
+    nbytes: int  # memory for weights, cache and prompt
+    too_large: str | None = None  # why it cannot run here at all; None: it can
 
     @property
     def seconds(self) -> float:
@@ -95,17 +81,12 @@ class Planned:
 
 @dataclass(frozen=True)
 class PlannedSweep:
-    """All points of a sweep, as it is announced before the first one.
-
-    Attributes:
-        budget: seconds that the sweep may take; None: any.
-        folder: of the run.
-    """
+    """All points of a sweep, as it is announced before the first one."""
 
     points: Sequence[Planned]
     device: Device
-    budget: float | None
-    folder: Path
+    budget: float | None  # seconds that the sweep may take; None: any
+    folder: Path  # of the run
 
 
 def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Device) -> list[Planned]:

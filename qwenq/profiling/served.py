@@ -64,17 +64,11 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A served model.
+    """A served model."""
 
-    Attributes:
-        server: its server.
-        name: the model's name there.
-        model: its identity in rows.
-    """
-
-    server: Server
-    name: str
-    model: Model
+    server: Server  # its server
+    name: str  # the model's name there
+    model: Model  # its identity in rows
 
 
 @dataclass(frozen=True)
@@ -103,21 +97,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Repetition:
-    """The outcome of a fixed number of requests.
+    """The outcome of a fixed number of requests."""
 
-    Attributes:
-        answers: of the requests that succeeded.
-        failures: reasons of the others.
-        seconds: from the first request to the last answer.
-        cpu: share of a core that this process used.
-        cut: the time was over before all requests were sent.
-    """
-
-    answers: tuple[Answer, ...]
-    failures: tuple[str, ...]
-    seconds: float
-    cpu: float = 0.0
-    cut: bool = False
+    answers: tuple[Answer, ...]  # of the requests that succeeded
+    failures: tuple[str, ...]  # reasons of the others
+    seconds: float  # from the first request to the last answer
+    cpu: float = 0.0  # share of a core that this process used
+    cut: bool = False  # the time was over before all requests were sent
 
     @property
     def speed(self) -> float:
@@ -248,20 +234,14 @@ def _require_figures(target: Target, rows: Sequence[Row]) -> None:
 
 @dataclass(frozen=True)
 class _Session:
-    """A warm server, and the prompts that have the length asked for.
-
-    Attributes:
-        words: of a prompt.
-        counted: tokens that the server counts in them; None: it does not say.
-        seed: of the prompts; each session has another one, or a server that caches would know them.
-    """
+    """A warm server, and the prompts that have the length asked for."""
 
     target: Target
     load: Load
     listener: Listener
-    words: int
-    counted: int | None
-    seed: int
+    words: int  # of a prompt
+    counted: int | None  # tokens that the server counts in them; None: it does not say
+    seed: int  # of the prompts; each session has another one, or a server that caches would know them
 
     @classmethod
     def begin(cls, target: Target, load: Load, listener: Listener) -> _Session:

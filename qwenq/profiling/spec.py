@@ -41,44 +41,28 @@ ENCODING = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in one precision.
+    """A model in one precision."""
 
-    Attributes:
-        given: what the user typed; None: the bundled model.
-        weights: stored, or random in a catalogue model's shape.
-        seed: of random weights.
-        rounded: bits to round to on the fly; None: the weights as they are.
-        dtype: to compute in, a name of ``runtime.engine.DTYPES`` or ``auto``.
-        model: as rows name it.
-    """
-
-    given: str | None
-    weights: Weights
-    seed: int
-    rounded: int | None
-    dtype: str
-    model: Model
+    given: str | None  # what the user typed; None: the bundled model
+    weights: Weights  # stored, or random in a catalogue model's shape
+    seed: int  # of random weights
+    rounded: int | None  # bits to round to on the fly; None: the weights as they are
+    dtype: str  # to compute in, a name of ``runtime.engine.DTYPES`` or ``auto``
+    model: Model  # as rows name it
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement.
-
-    Attributes:
-        context: tokens of the prompt.
-        tokens: new tokens; 1: the point measures encoding the prompt.
-        kernel: of quantised weights; ``auto`` is the fastest that supports them.
-        tp: processes that hold the model together, see ``runtime.tensor_parallel``.
-    """
+    """One measurement."""
 
     subject: Subject
     attention: str
     engine: str
-    context: int
-    tokens: int
+    context: int  # tokens of the prompt
+    tokens: int  # new tokens; 1: the point measures encoding the prompt
     device: str
-    kernel: str = "auto"
-    tp: int = 1
+    kernel: str = "auto"  # of quantised weights; ``auto`` is the fastest that supports them
+    tp: int = 1  # processes that hold the model together, see ``runtime.tensor_parallel``
 
     @property
     def encodes(self) -> bool:
@@ -248,19 +232,13 @@ def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> 
 
 @dataclass
 class Subjects:
-    """The models of a sweep.
-
-    Attributes:
-        shapes: by model name.
-        notices: for the user, one line each.
-        plain: names of unquantised models by fingerprint.
-        bases: fingerprints that manifests of quantised models name, by model name.
-    """
+    """The models of a sweep."""
 
     subjects: list[Subject] = field(default_factory=list)
-    shapes: dict[str, ModelShape] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
-    plain: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, ModelShape] = field(default_factory=dict)  # by model name
+    notices: list[str] = field(default_factory=list)  # for the user, one line each
+    plain: dict[str, str] = field(default_factory=dict)  # names of unquantised models by fingerprint
+    # fingerprints that manifests of quantised models name, by model name
     bases: dict[str, str] = field(default_factory=dict)
 
 

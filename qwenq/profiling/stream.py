@@ -34,24 +34,16 @@ Counted = Literal["usage", "chunks", "contradicted"]
 
 @dataclass(frozen=True)
 class Answer:
-    """A streamed answer.
+    """A streamed answer."""
 
-    Attributes:
-        first: seconds from sending the request to the first text, connecting included.
-        gaps: seconds between a chunk with text and the next.
-        tokens: of the answer.
-        counted: the source of ``tokens``: the server's ``usage``; chunks, where it sends none; or chunks,
-            where its usage contradicts them or the request.
-        prompt_tokens: by usage; None without.
-        refused: attempts that the server was too busy for.
-    """
-
-    first: float
-    gaps: tuple[float, ...]
-    tokens: int
+    first: float  # seconds from sending the request to the first text, connecting included
+    gaps: tuple[float, ...]  # seconds between a chunk with text and the next
+    tokens: int  # of the answer
+    # the source of ``tokens``: the server's ``usage``; chunks, where it sends none; or chunks, where its
+    # usage contradicts them or the request
     counted: Counted
-    prompt_tokens: int | None
-    refused: int = 0
+    prompt_tokens: int | None  # by usage; None without
+    refused: int = 0  # attempts that the server was too busy for
 
 
 class StoppedError(Exception):

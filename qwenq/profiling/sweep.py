@@ -24,15 +24,10 @@ Measure = Callable[[Point, float | None], Iterator[Row]]
 
 @dataclass
 class Progress:
-    """The result of a sweep.
+    """The result of a sweep."""
 
-    Attributes:
-        measured: points of this run.
-        kept: points that the folder held already, measured on this machine.
-    """
-
-    measured: int = 0
-    kept: int = 0
+    measured: int = 0  # points of this run
+    kept: int = 0  # points that the folder held already, measured on this machine
 
 
 def run_sweep(

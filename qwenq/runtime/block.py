@@ -30,15 +30,10 @@ from qwenq.runtime.spec import DecoderSpec, Rope
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """The MLP of a dense block, or one expert.
+    """The MLP of a dense block, or one expert."""
 
-    Attributes:
-        gate_up: hidden → 2 · ffn.
-        down: ffn → hidden.
-    """
-
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear  # hidden → 2 · ffn
+    down: Linear  # ffn → hidden
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return [..., hidden] for [..., hidden]."""
@@ -57,21 +52,13 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts, of which each token takes those that its router finds likeliest.
+    """Experts, of which each token takes those that its router finds likeliest."""
 
-    Attributes:
-        router: [experts, hidden].
-        experts: of one width.
-        active: how many a token takes.
-        normalised: whether their shares are made to add up to one.
-        shared: what every token takes besides.
-    """
-
-    router: Tensor
-    experts: tuple[GatedMLP, ...]
-    active: int
-    normalised: bool
-    shared: SharedExpert | None = None
+    router: Tensor  # [experts, hidden]
+    experts: tuple[GatedMLP, ...]  # of one width
+    active: int  # how many a token takes
+    normalised: bool  # whether their shares are made to add up to one
+    shared: SharedExpert | None = None  # what every token takes besides
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return the weighted sum of each token's experts, [..., hidden]; no other expert is read."""
@@ -123,20 +110,13 @@ class SharedExpert:
 
 @dataclass(frozen=True)
 class FullAttention:
-    """Attention to all earlier tokens.
+    """Attention to all earlier tokens."""
 
-    Attributes:
-        qkv: hidden → (heads + 2 · key/value heads) · d, and the gate where there is one.
-        qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
-        layer: its number among those with keys and values in the cache.
-        gate: width of what gates the heads' output (hybrids), else 0.
-    """
-
-    qkv: Linear
-    qk_norm: Tensor | None
+    qkv: Linear  # hidden → (heads + 2 · key/value heads) · d, and the gate where there is one
+    qk_norm: Tensor | None  # [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None
     out: Linear
-    layer: int
-    gate: int = 0
+    layer: int  # its number among those with keys and values in the cache
+    gate: int = 0  # width of what gates the heads' output (hybrids), else 0
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return [..., hidden] for [..., hidden]."""
@@ -155,30 +135,18 @@ class FullAttention:
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """Attention with a recurrent state (``compute.delta_rule``), in float32 between its linear layers.
+    """Attention with a recurrent state (``compute.delta_rule``), in float32 between its linear layers."""
 
-    Attributes:
-        shape: its sizes.
-        qkvz: hidden → queries, keys, values, and z, which gates the output.
-        rates: hidden → strength and decay of each value head, before they are bounded.
-        convolution: float32 [width, channels].
-        speed: float32 [value heads], the least logarithm of the decay.
-        bias: float32 [value heads], of the decay.
-        norm: float32 [value width].
-        eps: of the norm.
-        layer: its number among those with states in the cache.
-    """
-
-    shape: block_shapes.LinearAttention
-    qkvz: Linear
-    rates: Linear
-    convolution: Tensor
-    speed: Tensor
-    bias: Tensor
-    norm: Tensor
-    eps: float
+    shape: block_shapes.LinearAttention  # its sizes
+    qkvz: Linear  # hidden → queries, keys, values, and z, which gates the output
+    rates: Linear  # hidden → strength and decay of each value head, before they are bounded
+    convolution: Tensor  # float32 [width, channels]
+    speed: Tensor  # float32 [value heads], the least logarithm of the decay
+    bias: Tensor  # float32 [value heads], of the decay
+    norm: Tensor  # float32 [value width]
+    eps: float  # of the norm
     out: Linear
-    layer: int
+    layer: int  # its number among those with states in the cache
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return [..., hidden] for [..., hidden]."""
@@ -277,23 +245,14 @@ def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Ope
 
 @dataclass
 class PlainOperations:
-    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture them.
+    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture them."""
 
-    Attributes:
-        attend: what mixes the cache's values.
-        cache: written where ``span`` says; its lengths stay as they are.
-        span: where the tokens go, and what they may see.
-        rotation: cosines and sines, see ``Rope.at``.
-        query_scales: Qwen v1's factors [batch or 1, tokens, 1, 1], or None.
-        spec: sizes and constants.
-    """
-
-    attend: Attention
-    cache: KVCache
-    span: Span
-    rotation: tuple[Tensor, Tensor]
-    query_scales: Tensor | None
-    spec: DecoderSpec
+    attend: Attention  # what mixes the cache's values
+    cache: KVCache  # written where ``span`` says; its lengths stay as they are
+    span: Span  # where the tokens go, and what they may see
+    rotation: tuple[Tensor, Tensor]  # cosines and sines, see ``Rope.at``
+    query_scales: Tensor | None  # Qwen v1's factors [batch or 1, tokens, 1, 1], or None
+    spec: DecoderSpec  # sizes and constants
 
     def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
         """See `Operations`."""

@@ -19,28 +19,20 @@ from qwenq.runtime.memory import require
 
 @dataclass(frozen=True)
 class Span:
-    """Where one forward pass writes, and what its queries may see.
+    """Where one forward pass writes, and what its queries may see."""
 
-    Attributes:
-        positions: int64 [batch or 1, tokens]; 1 when all rows are alike. The padding of shorter rows is
-            clamped below ``end``.
-        start: the first slot, where it is the same in all rows and no row is padded; else None.
-        end: slots 0 … end-1 are read.
-        causal: every row starts at slot 0: query t sees keys 0 … t and no mask is needed.
-        mask: bool [batch or 1, 1, tokens, end], true where a query may look; None: causal, or one query that
-            sees everything.
-        rows, steps: int64 [written] row and step of each real token, None unless rows differ.
-        counts: int64 [batch], the real tokens of each row; None: no row is padded.
-    """
-
+    # int64 [batch or 1, tokens]; 1 when all rows are alike. The padding of shorter rows is clamped below
+    # ``end``.
     positions: Tensor
-    start: int | None
-    end: int
-    causal: bool
+    start: int | None  # the first slot, where it is the same in all rows and no row is padded; else None
+    end: int  # slots 0 … end-1 are read
+    causal: bool  # every row starts at slot 0: query t sees keys 0 … t and no mask is needed
+    # bool [batch or 1, 1, tokens, end], true where a query may look; None: causal, or one query that sees
+    # everything
     mask: Tensor | None
-    rows: Tensor | None = None
-    steps: Tensor | None = None
-    counts: Tensor | None = None
+    rows: Tensor | None = None  # int64 [written], the row of each real token; None unless rows differ
+    steps: Tensor | None = None  # likewise, its step
+    counts: Tensor | None = None  # int64 [batch], the real tokens of each row; None: no row is padded
 
 
 def plan(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> Span:
@@ -76,23 +68,17 @@ def _visible(positions: Tensor, end: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step: the newest token of every row, over a cache that is arranged for it.
+    """One decode step: the newest token of every row, over a cache that is arranged for it."""
 
-    Attributes:
-        positions: int64 [batch or 1, 1]; 1 when all rows are alike.
-        end: slots 0 … end-1 are read.
-        keys: per layer float32 [batch · heads, d, end], the slots side by side.
-        values: per layer float32 [batch · heads, end, d].
-        key_slots, value_slots: per layer [batch, heads, d], where the new token goes; None: rows differ.
-        mask: float32 [batch · heads, 1, end], -inf behind a row's length; None: no row is shorter.
-    """
-
-    positions: Tensor
-    end: int
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    key_slots: Sequence[Tensor] | None
-    value_slots: Sequence[Tensor] | None
+    positions: Tensor  # int64 [batch or 1, 1]; 1 when all rows are alike
+    end: int  # slots 0 … end-1 are read
+    keys: Sequence[Tensor]  # per layer float32 [batch · heads, d, end], the slots side by side
+    values: Sequence[Tensor]  # per layer float32 [batch · heads, end, d]
+    key_slots: (
+        Sequence[Tensor] | None
+    )  # per layer [batch, heads, d], where the new key goes; None: rows differ
+    value_slots: Sequence[Tensor] | None  # likewise, where the new value goes
+    # float32 [batch · heads, 1, end], -inf behind a row's length; None: no row is shorter
     mask: Tensor | None
 
 
@@ -147,15 +133,11 @@ LOWER = (
 
 @dataclass(frozen=True)
 class StateShape:
-    """Sizes of what a linear-attention layer keeps of a row, whatever its length.
+    """Sizes of what a linear-attention layer keeps of a row, whatever its length."""
 
-    Attributes:
-        conv: (channels, width): the last inputs of its convolution, in the dtype of the activations.
-        recurrent: (heads, key width, value width): float32.
-    """
-
+    # (channels, width): the last inputs of its convolution, in the dtype of the activations
     conv: tuple[int, int]
-    recurrent: tuple[int, int, int]
+    recurrent: tuple[int, int, int]  # (heads, key width, value width): float32
 
 
 class KVCache:

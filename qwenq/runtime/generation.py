@@ -52,16 +52,11 @@ OnToken = Callable[[int, int], None]
 
 @dataclass
 class Timing:
-    """Tokens and wall seconds, prefill and decode apart. The first new token belongs to the prefill.
+    """Tokens and wall seconds, prefill and decode apart. The first new token belongs to the prefill."""
 
-    Attributes:
-        prefill_tokens: prompt tokens that were computed (not those found in a cache).
-        decode_tokens: tokens from decode steps, all rows.
-    """
-
-    prefill_tokens: int = 0
+    prefill_tokens: int = 0  # prompt tokens that were computed (not those found in a cache)
     prefill_seconds: float = 0.0
-    decode_tokens: int = 0
+    decode_tokens: int = 0  # tokens from decode steps, all rows
     decode_seconds: float = 0.0
 
     def add(self, other: Timing) -> None:
@@ -74,15 +69,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of one row of a batch.
+    """The answer of one row of a batch."""
 
-    Attributes:
-        ids: new tokens, without the stop id that ended them.
-        stop_id: that id; None when the token limit came first.
-    """
-
-    ids: list[int]
-    stop_id: int | None
+    ids: list[int]  # new tokens, without the stop id that ended them
+    stop_id: int | None  # that id; None when the token limit came first
 
 
 @dataclass(frozen=True)

@@ -40,38 +40,24 @@ class Linear(Protocol):
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Sizes of one quantised linear, by headers and ``g_idx``.
+    """Sizes of one quantised linear, by headers and ``g_idx``."""
 
-    Attributes:
-        name: of the module.
-        in_features, out_features: of the weight.
-        even: whether the group size divides the columns.
-    """
-
-    name: str
+    name: str  # of the module
     in_features: int
     out_features: int
-    even: bool = True
+    even: bool = True  # whether the group size divides the columns
 
 
 @dataclass(frozen=True, eq=False)
 class Requirements:
-    """What a model requires of a `QuantLinear`; equal to itself alone: experts are thousands of layers.
+    """What a model requires of a `QuantLinear`; equal to itself alone: experts are thousands of layers."""
 
-    Attributes:
-        bits: 2, 4 or 8.
-        group_size: input columns that share a scale; -1 for all of them.
-        checkpoint_format: how zero points are stored.
-        device, dtype: where, and of the activations.
-        layers: every quantised linear of the model.
-    """
-
-    bits: int
-    group_size: int
-    checkpoint_format: CheckpointFormat
+    bits: int  # 2, 4 or 8
+    group_size: int  # input columns that share a scale; -1 for all of them
+    checkpoint_format: CheckpointFormat  # how zero points are stored
     device: torch.device
-    dtype: torch.dtype
-    layers: tuple[LinearShape, ...] = ()
+    dtype: torch.dtype  # of the activations
+    layers: tuple[LinearShape, ...] = ()  # every quantised linear of the model
 
 
 class QuantLinear(Linear, Protocol):
@@ -96,19 +82,12 @@ class QuantLinear(Linear, Protocol):
 
 @dataclass(frozen=True)
 class UnpackedLinear:
-    """One quantised linear as plain integers, the columns of each group side by side.
+    """One quantised linear as plain integers, the columns of each group side by side."""
 
-    Attributes:
-        integers: uint8 [out, in].
-        scales: float32 [out, groups], of either sign.
-        zeros: uint8 [out, groups].
-        order: int64 [in], the input column of each stored one; None: as they come.
-    """
-
-    integers: Tensor
-    scales: Tensor
-    zeros: Tensor
-    order: Tensor | None
+    integers: Tensor  # uint8 [out, in]
+    scales: Tensor  # float32 [out, groups], of either sign
+    zeros: Tensor  # uint8 [out, groups]
+    order: Tensor | None  # int64 [in], the input column of each stored one; None: as they come
 
     @property
     def group_size(self) -> int:

@@ -24,20 +24,14 @@ _COLDEST = 1e-30
 class Sampling:
     """How tokens are chosen.
 
-    Attributes:
-        temperature: 0 takes the most likely token; otherwise logits are divided by it.
-        top_p: keep the fewest likeliest tokens whose probabilities sum to at least this.
-        top_k: keep that many likeliest tokens; 0 keeps all.
-        seed: of the random numbers; each row of a batch has a stream derived from it.
-
     Raises:
         UsageError: a value out of range.
     """
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    temperature: float = 1.0  # 0 takes the most likely token; otherwise logits are divided by it
+    top_p: float = 1.0  # keep the fewest likeliest tokens whose probabilities sum to at least this
+    top_k: int = 0  # keep that many likeliest tokens; 0 keeps all
+    seed: int = 0  # of the random numbers; each row of a batch has a stream derived from it
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):

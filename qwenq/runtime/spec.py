@@ -23,29 +23,18 @@ _COPY_AGAIN = "copy the model's config.json again"
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes and constants of a Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next or Qwen3.5 decoder.
+    """Sizes and constants of a Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next or Qwen3.5 decoder."""
 
-    Attributes:
-        shape: all sizes.
-        eps: of every RMSNorm.
-        rotated: width of a head's part that is rotated, its first columns.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: transformers' rope parameters where they are not the default, else None.
-        long_context: Qwen v1's own way beyond ``seq_length``; None for all newer models.
-        real_vocab: ids from here on pad the embedding and are never sampled.
-        normalises_experts: whether the shares of a token's experts are made to add up to one.
-        config: the whole config.json.
-    """
-
-    shape: ModelShape
-    eps: float
-    rotated: int
-    rope_theta: float
+    shape: ModelShape  # all sizes
+    eps: float  # of every RMSNorm
+    rotated: int  # width of a head's part that is rotated, its first columns
+    rope_theta: float  # base of the rotary frequencies
+    # transformers' rope parameters where they are not the default, else None
     rope_scaling: dict[str, Any] | None
-    long_context: LongContext | None
-    real_vocab: int
-    normalises_experts: bool
-    config: dict[str, Any]
+    long_context: LongContext | None  # Qwen v1's own way beyond ``seq_length``; None for all newer models
+    real_vocab: int  # ids from here on pad the embedding and are never sampled
+    normalises_experts: bool  # whether the shares of a token's experts are made to add up to one
+    config: dict[str, Any]  # the whole config.json
 
     @property
     def keeps_rope_in_float32(self) -> bool:

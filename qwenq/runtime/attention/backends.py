@@ -85,17 +85,11 @@ def _wait(device: torch.device) -> None:
 
 
 class Availability(NamedTuple):
-    """Whether a backend can run here: exactly one of both is None.
+    """Whether a backend can run here: exactly one of both is None."""
 
-    Attributes:
-        name: of the backend.
-        implementation: what would run.
-        reason: why it cannot, and what would help.
-    """
-
-    name: str
-    implementation: str | None
-    reason: str | None
+    name: str  # of the backend
+    implementation: str | None  # what would run
+    reason: str | None  # why it cannot, and what would help
 
 
 def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
