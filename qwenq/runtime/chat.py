@@ -17,25 +17,13 @@ _ROOM = 256  # tokens: a cache grows in such steps, so that a short answer does 
 
 
 class Session:
-    """Answers prompts one at a time.
-
-    Args:
-        engine: what runs.
-
-    Attributes:
-        timing: tokens and seconds of all answers so far.
-    """
+    """Answers prompts one at a time; ``timing`` has the tokens and seconds of all answers so far."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self._cache = engine.new_cache(1, _ROOM)
         self._ids: list[int] = []  # what was given to the engine; the cache holds its beginning
         self.timing = Timing()
-
-    @property
-    def engine(self) -> Engine:
-        """What runs."""
-        return self._engine
 
     def answer(
         self,
@@ -57,7 +45,7 @@ class Session:
         self._cache.reserve(-(-needed // _ROOM) * _ROOM)
         self._ids = list(prompt)
         fresh = prompt[kept:]
-        for token in self._engine.stream(fresh, max_new_tokens, sampling, stop_ids, self._cache, self.timing):
+        for token in self.engine.stream(fresh, max_new_tokens, sampling, stop_ids, self._cache, self.timing):
             self._ids.append(token)
             yield token
 
@@ -67,7 +55,7 @@ class Session:
         pairs = enumerate(zip(held, prompt[:-1], strict=False))
         shared = next((place for place, (old, new) in pairs if old != new), min(len(held), len(prompt) - 1))
         # Qwen v1 would have rotated a longer prompt by another base: nothing of the cache can be kept then.
-        if self._engine.prompt_alpha(len(prompt)) != self._cache.alphas[0]:
+        if self.engine.prompt_alpha(len(prompt)) != self._cache.alphas[0]:
             shared = 0
         if not self._cache.can_rewind(0, shared):  # a recurrent state is that of its last token alone
             shared = 0

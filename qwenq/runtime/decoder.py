@@ -32,7 +32,7 @@ from qwenq.runtime.block import (
     run_blocks,
 )
 from qwenq.runtime.cache import KVCache, Span, StateShape
-from qwenq.runtime.linear import Dense, Linear, float32_logits
+from qwenq.runtime.linear import Dense, Linear
 from qwenq.runtime.quantised_linear import CpuNative, Int8Head
 from qwenq.runtime.spec import DecoderSpec, Rope, logn_scales, read_spec
 from qwenq.runtime.weights import Rows, Weights
@@ -128,15 +128,7 @@ class Decoder:
         return KVCache(*sizes, self.device, self.dtype, states)
 
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Run new tokens through all blocks and add them to the cache.
-
-        Args:
-            ids: int64 [batch, tokens]; row r holds ``counts[r]`` tokens, then anything.
-            counts: new tokens of each row; at least one.
-            cache: what came before.
-
-        Returns:
-            [batch, tokens, hidden] after the final norm; rows are meaningless behind their count.
+        """Run new tokens through all blocks and add them to the cache, see ``Engine.forward``.
 
         Raises:
             UsageError: the tokens do not fit into the cache.
@@ -159,7 +151,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of [..., hidden], float32 [..., vocabulary]."""
-        return float32_logits(self.head, hidden)
+        return self.head(hidden).float()
 
     def _decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Run one token of each row on a CPU, [batch] → [batch, hidden]."""

@@ -79,10 +79,12 @@ class FastEngine(Engine):
         """Return Qwen v1's NTK factor for a prompt of that length."""
         return self.decoder.rope.alpha(tokens)
 
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Run new tokens through the decoder."""
         return self.decoder.forward(ids, counts, cache)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits."""
         return self.decoder.logits(hidden)
 
 
@@ -132,9 +134,7 @@ def load(
     if engine == "transformers":
         from qwenq.runtime.transformers_engine import TransformersEngine
 
-        loaded: Engine = TransformersEngine(
-            checkpoint, torch_device, torch_dtype, backend, kernel, real_vocab
-        )
+        loaded: Engine = TransformersEngine(*parts, kernel, real_vocab)
     else:
         loaded = FastEngine(Decoder(*parts, kernel, head), real_vocab)
     emulated = torch_dtype is torch.bfloat16 and compute_dtype(torch_device) is not torch.bfloat16

@@ -127,21 +127,22 @@ class Engine(ABC):
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens."""
 
+    @abstractmethod
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Add ids to a cache; return the hidden states behind the last norm, [batch, tokens, hidden]."""
-        return self._hidden(ids, counts, cache)
+        """Add ``counts[r]`` tokens to each row r of a cache; return what is behind the last norm.
 
+        Args:
+            ids: int64 [batch, tokens]; anything behind a row's count.
+            counts: at least one for each row.
+            cache: what came before.
+
+        Returns:
+            [batch, tokens, hidden], meaningless behind a row's count.
+        """
+
+    @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits of such hidden states."""
-        return self._head(hidden)
-
-    @abstractmethod
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Run int64 [batch, tokens] to [batch, tokens, hidden]; add ``counts[r]`` tokens to each row r."""
-
-    @abstractmethod
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Return float32 [..., vocabulary] for [..., hidden]."""
+        """Return float32 logits [..., vocabulary] of such hidden states [..., hidden]."""
 
     def prompt_alpha(self, tokens: int) -> int:
         """Return Qwen v1's NTK factor for a prompt of that length (see ``rope``); 1 everywhere else.
@@ -180,7 +181,7 @@ class Engine(ABC):
         with self._memory(prompts):
             hidden = self._prompt_hidden(prompts, cache)
             last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-            logits = self._head(hidden[torch.arange(len(prompts), device=self.device), last])
+            logits = self.head(hidden[torch.arange(len(prompts), device=self.device), last])
             return checked(logits, self.dtype, prompt=True)
 
     @torch.inference_mode()
@@ -188,8 +189,8 @@ class Engine(ABC):
         """Add one token to each row, int64 [batch], and return float32 [batch, vocabulary] after it."""
         self._check_step(tokens, cache)
         with self._step_memory(cache):
-            hidden = self._hidden(tokens.unsqueeze(1), [1] * len(tokens), cache)
-            return checked(self._head(hidden[:, 0]), self.dtype, prompt=False)
+            hidden = self.forward(tokens.unsqueeze(1), [1] * len(tokens), cache)
+            return checked(self.head(hidden[:, 0]), self.dtype, prompt=False)
 
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> list[Tensor]:
@@ -198,7 +199,7 @@ class Engine(ABC):
         self._check(prompts, cache)
         with self._memory(prompts):
             hidden = self._prompt_hidden(prompts, cache)
-            heads = (self._head(row[: len(prompt)]) for row, prompt in zip(hidden, prompts, strict=True))
+            heads = (self.head(row[: len(prompt)]) for row, prompt in zip(hidden, prompts, strict=True))
             return [checked(logits, self.dtype, prompt=True) for logits in heads]
 
     def generate(
@@ -302,7 +303,9 @@ class Engine(ABC):
             yield drawn
 
     def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        return self._hidden(_padded(prompts, self.device), [len(prompt) for prompt in prompts], cache)
+        counts = [len(prompt) for prompt in prompts]
+        padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
+        return self.forward(torch.tensor(padded, device=self.device), counts, cache)
 
     def _memory(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
         what = f"{len(prompts)} prompts of up to {max(map(len, prompts), default=0)} tokens"
@@ -354,9 +357,3 @@ class Engine(ABC):
 def _require_some(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise UsageError(f"{max_new_tokens} new tokens are none", where="--max-new-tokens")
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return int64 [rows, longest], shorter rows filled with 0 on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)

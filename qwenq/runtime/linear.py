@@ -194,11 +194,6 @@ class SideBySide:
         return sum(part.nbytes for part in self.parts)
 
 
-def float32_logits(head: Linear, hidden: Tensor) -> Tensor:
-    """Return the output head's product in float32, for softmax and sampling."""
-    return head(hidden).to(torch.float32)
-
-
 def _blocks(weight: Tensor) -> Tensor | None:
     """View the matrix as [blocks, outputs of a block, in]; None where that is no faster."""
     outputs = math.gcd(len(weight), _BLOCK)

@@ -115,19 +115,21 @@ class LeadingEngine(SplitEngine):
         """End the other ranks' `follow`."""
         _broadcast(self._team, [END])
 
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Run new tokens on all ranks."""
         if (number := self._numbers.get(cache)) is None:
             raise UnsupportedError("rows of a cache cannot be taken out of it with tensor parallelism")
         self._forget()
         rows, tokens = ids.shape
         message = [HIDDEN, number, cache.capacity, rows, tokens, *cache.lengths, *counts]
         _broadcast(self._team, [*message, *ids.flatten().tolist()])
-        return super()._hidden(ids, counts, cache)
+        return super().forward(ids, counts, cache)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits, by all ranks."""
         _broadcast(self._team, [HEAD, *hidden.shape])
         _broadcast_tensor(self._team, hidden)
-        return super()._head(hidden)
+        return super().head(hidden)
 
     def _forget(self) -> None:
         while self._gone:
@@ -157,11 +159,11 @@ def follow(engine: SplitEngine, team: Team) -> None:
             cache.reserve(capacity)
             cache.lengths, counts = rest[:rows], rest[rows : 2 * rows]
             ids = torch.tensor(rest[2 * rows :], device=engine.device).view(rows, tokens)
-            engine._hidden(ids, counts, cache)
+            engine.forward(ids, counts, cache)
         else:
             hidden = torch.empty(numbers, dtype=engine.dtype, device=engine.device)
             _broadcast_tensor(team, hidden)
-            engine._head(hidden)
+            engine.head(hidden)
 
 
 def _broadcast(team: Team, numbers: Sequence[int]) -> None:

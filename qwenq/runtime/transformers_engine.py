@@ -101,9 +101,10 @@ class TransformersEngine(Engine):
         sizes = (layers, batch, heads, capacity, width)
         return KVCache(*sizes, self.device, self.dtype, self._states)
 
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Run new tokens through transformers' model without its head."""
         if cache.states and len(set(counts)) > 1:
-            return self._hidden_by_count(ids, counts, cache)
+            return self._forward_by_count(ids, counts, cache)
         span = cache.span(counts)
         _refuse_long_v1(self._long_context, span.end)
         _forget_longest(self._model.base_model)
@@ -121,13 +122,13 @@ class TransformersEngine(Engine):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _hidden_by_count(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+    def _forward_by_count(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run rows of unlike length apart: padding would go into their recurrent states."""
         hidden: Tensor | None = None
         for count in sorted(set(counts) - {0}):
             rows = [row for row, own in enumerate(counts) if own == count]
             part = cache.take(rows, max(cache.lengths[row] for row in rows) + count)
-            found = self._hidden(ids[rows, :count], [count] * len(rows), part)
+            found = self.forward(ids[rows, :count], [count] * len(rows), part)
             cache.put(rows, part)
             if hidden is None:
                 hidden = found.new_zeros(len(counts), ids.shape[1], found.shape[-1])
@@ -136,10 +137,9 @@ class TransformersEngine(Engine):
             raise UsageError("there is no token to run")
         return hidden
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        if self._after is not None:
-            return self._after(hidden).float()
-        logits: Tensor = self._model.get_output_embeddings()(hidden)
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits."""
+        logits: Tensor = (self._after or self._model.get_output_embeddings())(hidden)
         return logits.float()
 
 
