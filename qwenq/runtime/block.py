@@ -215,12 +215,8 @@ class Operations(Protocol):
         """Rotate queries and keys, write keys and values to the cache, return the heads' mixed values.
 
         Args:
-            qkv: [..., (heads + 2 · key/value heads) · d].
-            qk_norm: see `FullAttention`.
-            layer: likewise.
-
-        Returns:
-            [..., heads · d].
+            qkv: [..., (heads + 2 · key/value heads) · d]; what is returned is [..., heads · d].
+            qk_norm, layer: see `FullAttention`.
         """
         ...
 
@@ -287,15 +283,8 @@ class StepOperations:
     """Operations of a decode step on a CPU, over [batch, ...], with attention in float32.
 
     A small model spends as long between two products as in them, so there are few calls: the views of the
-    cache are made for all layers together, and only rows of unequal length are masked.
-
-    Args:
-        cache: gets one more token in each row; its lengths stay as they are.
-        rope: rotates it.
-        spec: sizes and constants.
-
-    Raises:
-        UsageError: a row is full.
+    cache are made for all layers together, and only rows of unequal length are masked. The cache gets one
+    more token in each row; its lengths stay as they are.
     """
 
     def __init__(self, cache: KVCache, rope: Rope, spec: DecoderSpec) -> None:
@@ -377,14 +366,7 @@ class TritonOperations(PlainOperations):
 
 
 class CompiledStep:
-    """A decoder's blocks in one call, for fewer rows than ``most_rows``: with many, torch's calls weigh less.
-
-    Args:
-        spec: sizes and constants.
-        blocks: whose linear layers C multiplies, see `unsupported_reason`.
-        norm: weight of the final norm.
-        dtype: of the activations.
-    """
+    """A decoder's blocks in one call, for fewer rows than most_rows: with many, torch weighs less."""
 
     most_rows = CpuNative.many_rows
 
@@ -417,11 +399,7 @@ class CompiledStep:
         return reason
 
     def __call__(self, x: Tensor, cache: KVCache, rope: Rope) -> Tensor:
-        """Run one embedded token of each row, [batch, hidden]; the cache's lengths stay as they are.
-
-        Raises:
-            UsageError: a row is full.
-        """
+        """Run one embedded token of each row, [batch, hidden]; the cache's lengths stay as they are."""
         keys, values = cache.laid_out_for_step()  # float32 [layers, batch, heads, d, slots], [..., slots, d]
         cos, sin = rope.at_step(cache.next_positions(), cache.alphas, max(cache.lengths) + 1)
         return self._run(x, cos.contiguous(), sin.contiguous(), keys, values, cache.lengths)

@@ -148,15 +148,14 @@ class KVCache:
         device, dtype: of the tensors.
         states: of each linear-attention layer, in order; a row without tokens has zeros.
 
-    Raises:
-        UsageError: a negative size.
-        OutOfMemoryError: more bytes than are free.
-
     Attributes:
         lengths: tokens in each row.
         alphas: NTK factor with which each row's keys were rotated (1 for all but long Qwen v1 prompts).
         keys, values: one [batch, heads, capacity, d] per layer.
         states: (convolution, recurrent) per linear-attention layer, [batch, …] each.
+
+    Raises:
+        OutOfMemoryError: more bytes than are free.
     """
 
     def __init__(
@@ -266,10 +265,6 @@ class KVCache:
 
         A prefix that many sequences share is encoded once and taken many times; the rows of a batch that are
         not finished yet are taken together, so that the rest costs nothing more.
-
-        Args:
-            rows: of this cache.
-            capacity: slots of each row of the copy; None: as many as here.
         """
         self.check_rows(rows)
         capacity = self.capacity if capacity is None else capacity
@@ -303,8 +298,7 @@ class KVCache:
     def keep(self, rows: Collection[int]) -> list[int]:
         """Drop all other rows in place: little is copied, and no memory is freed.
 
-        Returns:
-            For each row that is left, which one it was: itself where it can be, else it fills a gap.
+        For each row that is left, return which one it was: itself where it can be, else it fills a gap.
         """
         kept = sorted(set(rows))
         self.check_rows(kept)
@@ -396,11 +390,9 @@ class KVCache:
         return stored_keys[:, :, : span.end], stored_values[:, :, : span.end]
 
     def arrange_for_steps(self, capacity: int = 0) -> StepLayout:
-        """Bring keys and values, once, to the form that `step` reads, on the CPU.
+        """Bring keys and values, once, to the form that `step` reads, on the CPU, with room for ``capacity``.
 
-        Args:
-            capacity: slots that each row gets at least; a cache that is made small and arranged with its real
-                capacity while it is empty never holds both forms.
+        A cache that is made small and arranged with its real capacity while it is empty never holds both.
         """
         if self._arranged is None or capacity > self.capacity:
             _, heads, slots, d = self.keys[0].shape
@@ -422,11 +414,9 @@ class KVCache:
         return torch.tensor(self.lengths).unsqueeze(1)
 
     def laid_out_for_step(self) -> tuple[Tensor, Tensor]:
-        """Return all layers as `step` lays them out, for compiled code.
+        """Return all layers as `step` lays them out: `StepLayout`'s keys and values, for compiled code.
 
-        Returns:
-            Float32 keys [layers, batch, heads, d, slots] and values [layers, batch, heads, slots, d]. Rows
-            that were dropped leave gaps between layers; there are no others.
+        Rows that were dropped leave gaps between layers; there are no others.
         """
         self._refuse_more_than(max(self.lengths) + 1)
         layout = self.arrange_for_steps()

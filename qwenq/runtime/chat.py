@@ -33,11 +33,7 @@ class Session:
         sampling: Sampling = GREEDY,
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        """Yield the tokens of one answer; a caller that stops early may go on with another prompt.
-
-        Raises:
-            UsageError: an empty prompt, no token was asked for, or ids that the model does not know.
-        """
+        """Yield the tokens of one answer; a caller that stops early may go on with another prompt."""
         if not prompt:
             raise UsageError("an empty prompt: there is nothing to go on from")
         kept = self._rewind_to(prompt)
@@ -81,9 +77,6 @@ class Conversation:
     Attributes:
         dropped_rounds: how many of the oldest rounds did not fit into the latest prompt.
         cut: whether the latest answer reached its limit of tokens.
-
-    Raises:
-        UsageError: a base model, which was not trained to answer.
     """
 
     def __init__(
@@ -107,10 +100,7 @@ class Conversation:
         """Yield the answer, piece by piece, as text without control characters.
 
         An answer that is cut short (the caller stops reading, or is interrupted) stays in the history as far
-        as it came; a question that got no answer at all is forgotten.
-
-        Raises:
-            UsageError: the question alone is too long for the model.
+        as it came; a question that got no answer at all, such as one that is too long, is forgotten.
         """
         self._rounds.append([{"role": "user", "content": question}])
         ids: list[int] = []
@@ -170,11 +160,7 @@ class Conversation:
 
 
 def require_chat(tokenizer: Tokenizer) -> None:
-    """Refuse a base model, which was not trained to answer.
-
-    Raises:
-        UsageError: a base model.
-    """
+    """Refuse a base model, which was not trained to answer."""
     if isinstance(tokenizer, QwenTokenizer):
         if tokenizer.im_end_id in tokenizer.eos_ids:
             return
@@ -188,10 +174,7 @@ def require_chat(tokenizer: Tokenizer) -> None:
 def thinking_in_chat(tokenizer: Tokenizer, wish: str) -> tuple[Tokenizer, bool]:
     """Return the tokenizer with ``enable_thinking`` as asked for, and whether the model thinks then.
 
-    ``auto`` leaves it to the chat template.
-
-    Raises:
-        UsageError: the template cannot do what was asked for.
+    ``auto`` leaves it to the chat template; a wish that the template cannot fulfil is refused.
     """
     kind = tokenizer.thinking
     if kind == "switch" and wish == "auto":

@@ -49,18 +49,13 @@ class Decoder:
         device: where everything lies.
         dtype: of weights, activations and cache.
         attention: what mixes the cache's values.
-        kernel: of the quantised linears, see ``kernels.table``.
+        kernel: of the quantised linears, see ``quantised_linear.KERNELS``.
         head: ``as-is``, or ``int8`` to round the output head to 8 bits.
 
     Attributes:
         notes: what a user should know about the choices that were made, one line each.
         compiled: what runs decode steps in one call of C; None: nothing.
-        has_step_layout: whether decode steps read the cache in their layout, see ``step_layout``.
-
-    Raises:
-        UnsupportedError: something of the architecture that this decoder does not have, or a kernel that
-            cannot run this model here.
-        ModelError: the weights do not fit the config.
+        has_step_layout: whether decode steps read the cache in their layout, see `StepLayout`.
     """
 
     def __init__(
@@ -102,11 +97,7 @@ class Decoder:
             self.notes = (*self.notes, f"the faster compiled decode step is not used because {reason}")
 
     def switched(self, *, dynamic_ntk: bool, logn: bool) -> Decoder:
-        """Return a decoder over the same weights with Qwen v1's two ways beyond its trained length on or off.
-
-        Raises:
-            UsageError: the model has no such switches.
-        """
+        """Return a decoder over the same weights with Qwen v1's ways beyond its trained length on or off."""
         context = self.spec.long_context
         if context is None:
             raise UsageError("only Qwen v1 models have dynamic NTK and logn to switch")
@@ -128,11 +119,7 @@ class Decoder:
         return KVCache(*sizes, self.device, self.dtype, states)
 
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Run new tokens through all blocks and add them to the cache, see ``Engine.forward``.
-
-        Raises:
-            UsageError: the tokens do not fit into the cache.
-        """
+        """Run new tokens through all blocks and add them to the cache, see ``Engine.forward``."""
         self._fix_alphas(counts, cache)
         if self.has_step_layout and ids.shape[1] == 1:
             hidden = self._decode(ids[:, 0], cache).unsqueeze(1)

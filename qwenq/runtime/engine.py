@@ -104,9 +104,9 @@ def load(
     Args:
         model: a model folder, or an open checkpoint.
         device: ``auto`` (a CUDA GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``.
-        dtype: ``auto`` (bfloat16 where the device has it, see ``compute_dtype``), or a name in DTYPES.
+        dtype: ``auto`` (see ``find_dtype``), or a name in DTYPES.
         engine: ``fast`` (the lean decoder) or ``transformers``.
-        kernel: what multiplies quantised weights, see ``kernels.table``; ``auto``: the fastest that can.
+        kernel: what multiplies quantised weights, see ``quantised_linear.KERNELS``; ``auto``: the fastest.
         attention: see ``attention_backend``; or ``auto``, see ``find_attention``.
         head: ``as-is``, or ``int8``: the output head rounded to 8 bits (fast engine, CPU, bfloat16).
         real_vocab: never sample ids from here on; None: as the config says.
@@ -156,9 +156,6 @@ def find_dtype(name: str | torch.dtype, device: torch.device, engine: str = "fas
 
     On a CPU the fast engine reads bfloat16 weights wherever C kernels run: they widen it in registers, so
     that it needs no instructions for bfloat16. transformers takes it where torch does not emulate it.
-
-    Raises:
-        UsageError: no such dtype.
     """
     if isinstance(name, torch.dtype):
         return name

@@ -32,9 +32,6 @@ def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
 
     float16 ends at 65504, so there the logits of every prompt are looked at; with ``--debug`` those
     of every step in every dtype.
-
-    Raises:
-        ModelError: NaN or Inf among them.
     """
     wanted = (prompt and dtype is torch.float16) or bool(os.environ.get("QWENQ_DEBUG"))
     if wanted and not bool(torch.isfinite(logits).all()):
@@ -132,7 +129,7 @@ class Engine(ABC):
         """Add ``counts[r]`` tokens to each row r of a cache; return what is behind the last norm.
 
         Args:
-            ids: int64 [batch, tokens]; anything behind a row's count.
+            ids: int64 [batch, tokens]; behind a row's count, anything.
             counts: at least one for each row.
             cache: what came before.
 

@@ -104,11 +104,7 @@ class UnpackedLinear:
 
 
 def unpack_by_group(packed: PackedLinear, need: Requirements) -> UnpackedLinear:
-    """Unpack a layer; columns in activation order are sorted by group.
-
-    Raises:
-        UnsupportedError: groups of unequal size.
-    """
+    """Unpack a layer; columns in activation order are sorted by group, which all have to have one size."""
     integers, scales, zeros = unpack(packed, need.bits, need.checkpoint_format)
     order = None
     if not has_trivial_g_idx(packed.g_idx, packed.groups):
@@ -140,18 +136,12 @@ _BLOCK, _LEAST_BLOCK, _FEW_ROWS = 256, 64, 32
 
 
 class Dense:
-    """A matrix in the dtype of the activations.
+    """A matrix [out, in] in the dtype of the activations, and a bias [out] or None.
 
-    It lies in oneDNN's blocks from the start where that is faster (``dense.packable``).
-
-    Attributes:
-        layer: the matrix as a compiled decode step reads it; None: C does not multiply it here.
-
-    Args:
-        weight: [out, in].
-        bias: [out] or None.
-        shared: whether ``weight`` is held elsewhere, too. It stays as it is then, or there would be a second
-            copy of it; on the CPU in float32, few rows are multiplied with some of its outputs at a time.
+    It lies in oneDNN's blocks from the start where that is faster (``dense.packable``). One that is held
+    elsewhere too (``shared``) stays as it is, or there would be a second copy of it; on the CPU in float32,
+    few rows are multiplied with some of its outputs at a time. ``layer`` is the matrix as a compiled decode
+    step reads it; None: C does not multiply it here.
     """
 
     name = "dense"

@@ -171,11 +171,7 @@ _VOCAB_AT_ONCE = 4096
 
 
 class Int8Head:
-    """The head rounded to nearest in 8 bits, a scale for each 32 columns. On the CPU, in bfloat16.
-
-    Args:
-        weight: bfloat16 [vocabulary, hidden].
-    """
+    """The head, bfloat16 [vocabulary, hidden], rounded to 8 bits with a scale for each 32 columns."""
 
     name = f"int8 head by {CpuNative.name}"
 
@@ -192,11 +188,7 @@ class Int8Head:
 
     @classmethod
     def of(cls, head: Linear) -> Int8Head:
-        """Round a plain head.
-
-        Raises:
-            UnsupportedError: the head is quantised already, or it cannot run in Int8 here.
-        """
+        """Round a plain head; refuse one that is quantised already, or cannot run in Int8 here."""
         reason = f"the output head is quantised already ({head.name})"
         if isinstance(head, Dense):
             weight = head.weight

@@ -22,11 +22,7 @@ _COLDEST = 1e-30
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
-
-    Raises:
-        UsageError: a value out of range.
-    """
+    """How tokens are chosen."""
 
     temperature: float = 1.0  # 0 takes the most likely token; otherwise logits are divided by it
     top_p: float = 1.0  # keep the fewest likeliest tokens whose probabilities sum to at least this
@@ -53,16 +49,9 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Sampler:
-    """Draws tokens for a batch.
+    """Draws tokens for a batch of rows; ids from ``real_vocab`` on are padding and never chosen.
 
-    Args:
-        sampling: how.
-        rows: rows of the batch.
-        real_vocab: ids from here on are padding of the embedding and are never chosen.
-        suppressed: ids that are never chosen either: their logits become −∞ before anything else is done.
-
-    Raises:
-        UsageError: no id is left.
+    The logits of ``suppressed`` ids become −∞ before anything else is done.
     """
 
     def __init__(

@@ -189,10 +189,7 @@ def _scaled_frequencies(spec: DecoderSpec) -> tuple[Tensor, float]:
 class Rope:
     """Cosines and sines of every position, in one table per NTK factor (one table in all but Qwen v1).
 
-    Args:
-        spec: the model.
-        device: where the tables lie.
-        dtype: of the activations; the tables have it too, except Qwen v1's, which stay float32.
+    They have the dtype of the activations, except Qwen v1's, which stay float32.
     """
 
     def __init__(self, spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> None:
@@ -231,13 +228,7 @@ class Rope:
     def at_step(self, positions: Tensor, alphas: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines of a decode step on a CPU, with attention's scale in the queries'.
 
-        Args:
-            positions: int64 [batch or 1, 1], all below ``end``.
-            alphas: NTK factor of each row.
-            end: number of positions that the tables have to hold.
-
-        Returns:
-            Two of float32 [batch or 1, heads + key/value heads, d].
+        As ``at`` for one token, but float32 [batch or 1, heads + key/value heads, d].
         """
         cos, sin = self.at(positions, alphas, end)  # [batch or 1, 1, 1, d]
         scales, context = self._scales, self._spec.long_context

@@ -33,12 +33,7 @@ _FIRST = 32
 
 
 def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:
-    """Refuse what transformers' plan cannot shard among so many processes.
-
-    Raises:
-        UnsupportedError: accelerate is missing; packed weights, an architecture without a plan, or heads
-            that do not divide.
-    """
+    """Refuse what transformers' plan cannot shard among so many processes."""
     if find_spec("accelerate") is None:
         raise UnsupportedError(
             "transformers shards a model only where accelerate is installed",
@@ -138,11 +133,7 @@ class LeadingEngine(SplitEngine):
 
 @torch.inference_mode()
 def follow(engine: SplitEngine, team: Team) -> None:
-    """Compute what the leader computes, until it closes its engine.
-
-    Raises:
-        LostError: the leader is gone.
-    """
+    """Compute what the leader computes, until it closes its engine."""
     caches: dict[int, KVCache] = {}
     while True:
         kind, *numbers = _receive(team)

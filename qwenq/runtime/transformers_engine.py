@@ -47,13 +47,9 @@ class TransformersEngine(Engine):
         checkpoint: plain or GPTQ weights.
         device, dtype: where it runs, and in what.
         attention: what mixes the cache's values.
-        kernel: of the quantised linears, see ``kernels.table``.
+        kernel: of the quantised linears, see ``quantised_linear.KERNELS``.
         real_vocab: never sample ids from here on; None: as the config says.
         processes: among which the model is sharded, see ``tensor_parallel``.
-
-    Raises:
-        UnsupportedError: transformers does not know the architecture, or a kernel cannot run this model here.
-        ModelError: tensors are missing or of another shape; names the first.
     """
 
     name = "transformers"
@@ -187,11 +183,7 @@ class _Probe(DynamicLayer):  # type: ignore[misc]
 
 @torch.inference_mode()
 def _probe(model: Any, kinds: Sequence[str], device: torch.device) -> _Widths:
-    """Run one token and return what each layer wants to keep of it.
-
-    Raises:
-        UnsupportedError: a layer keeps nothing, or layers differ.
-    """
+    """Run one token and return what each layer wants to keep of it."""
     layers, span = [_Probe() for _ in kinds], plan([0], [1], device)
     model.base_model(
         input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),

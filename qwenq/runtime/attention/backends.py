@@ -22,17 +22,13 @@ _REPEATS = 3
 
 
 class Autotuned:
-    """The backends that were fastest for prompts and for decode steps.
+    """The backends that were fastest for prompts and for decode steps of that device and dtype.
 
-    Args:
-        candidates: backends that can run here.
-        device, dtype: of the measurement.
+    A decoder with a CPU's ``grouped`` among them measures its whole steps with and without that, as they are
+    what counts, and may call `take_whole_steps`.
 
     Attributes:
         seconds: of each candidate, by name: one prompt, one decode step.
-        implementation: what was chosen, from what.
-        has_grouped: whether ``grouped`` is a candidate: a decoder measures its whole steps with and without
-            that, too, as they are what counts, and may call `take_whole_steps`.
     """
 
     name = "best"
@@ -104,7 +100,7 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
 
     Raises:
         UsageError: there is no such backend.
-        UnsupportedError: it cannot run on this device or in this dtype; names the reason and what would help.
+        UnsupportedError: it cannot run here; names the reason and what would help.
     """
     if name not in BACKENDS:
         raise UsageError(

@@ -35,19 +35,10 @@ All queries see the first ``length`` keys; how many those are is read on the dev
 
 
 class Flash:
-    """A flash kernel over the cache.
+    """A flash kernel over the cache, and one for a token of rows whose length only the device knows.
 
     Rows of unequal length that begin behind a prefix are computed one by one: such a kernel has no mask for
-    them.
-
-    Args:
-        name: ``v2`` or ``v1``.
-        implementation: for tables.
-        kernel: what computes.
-        step_kernel: what computes one token of a row whose length only the device knows; None: there is none.
-
-    Attributes:
-        capturable: whether a CUDA graph can hold decode steps: they read nothing back from the device.
+    them. With a step kernel decode steps read nothing back from the device: they are ``capturable``.
     """
 
     def __init__(

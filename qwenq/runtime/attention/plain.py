@@ -27,15 +27,12 @@ class Attention(Protocol):
     """Exactly what runs, with package and version, for the row of a table."""
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
-        """Mix the values that each query may see.
+        """Return the mix of the values that each query may see, [batch, heads, tokens, d].
 
         Args:
-            queries: [batch, heads, tokens, d].
+            queries: [batch, heads, tokens, d]; what comes of a shorter row's padding is meaningless.
             keys, values: [batch, key/value heads, end, d], the cache's slots 0 … end-1, of any strides.
             span: which slots each query may see: those up to its own position.
-
-        Returns:
-            [batch, heads, tokens, d]; meaningless in the padding of a shorter row.
         """
         ...
 
@@ -74,8 +71,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
 class Off:
     """No fused kernel: matrix product, softmax in float32, matrix product.
 
-    Args:
-        softcap: scores become softcap · tanh(score / softcap); None: they stay as they are.
+    With ``softcap`` scores become softcap · tanh(score / softcap).
     """
 
     name = "off"
@@ -118,11 +114,7 @@ def visible(span: Span, tokens: int) -> Tensor | None:
 
 
 class GroupedDecode:
-    """``compute.attention`` for prompts; for the one query of a decode step, products in float32.
-
-    Args:
-        dtype: of queries, keys and values.
-    """
+    """``compute.attention`` for prompts; for the one query of a decode step, products in float32."""
 
     name = "grouped"
 
@@ -154,16 +146,13 @@ class GroupedDecode:
 
 
 def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return softmax attention of one step, all float32.
+    """Return softmax attention of one step, float32 [batch · key/value heads, heads of a group, d].
 
     Args:
-        queries: [batch · key/value heads, heads of a group, d], scaled.
+        queries: of that shape, scaled.
         keys: [batch · key/value heads, d, end].
         values: [batch · key/value heads, end, d].
         mask: [batch · key/value heads, 1, end], added to the scores; None: everything is seen.
-
-    Returns:
-        [batch · key/value heads, heads of a group, d].
     """
     scores = torch.bmm(queries, keys) if mask is None else torch.baddbmm(mask, queries, keys)
     return torch.bmm(torch.softmax(scores, dim=-1), values)
