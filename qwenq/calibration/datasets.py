@@ -111,10 +111,6 @@ def read_folder(folder: Path, split: str | None = None, column: str | None = Non
         folder: made by ``save_to_disk``, a copy of a data set's repository, or any folder of text files.
         split: of a folder whose files or parts are named after splits; None: train.
         column: as in ``read_file``.
-
-    Raises:
-        UsageError: nothing in it is read here, or there is no such split.
-        CalibrationError: a file is damaged.
     """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _saved(folder, split, column)

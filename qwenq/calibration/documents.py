@@ -65,9 +65,6 @@ def from_record(record: Any, where: str, column: str | None) -> Document:
         record: a string, or an object with ``column``, or else with one of KNOWN_KEYS.
         where: its place, for messages.
         column: the key to read; None takes the first known one that holds something.
-
-    Raises:
-        CalibrationError: no such key, or a value that is neither a text nor a conversation.
     """
     if isinstance(record, str) and column is None:
         return Document(_clean(record), where)

@@ -69,12 +69,7 @@ def is_compressed(path: Path) -> bool:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed if it is compressed.
-
-    Raises:
-        UsageError: a compression whose library is not installed.
-        CalibrationError: the compressed file is damaged, or its first bytes are not those of a text.
-    """
+    """Open a file for reading, decompressed if it is compressed."""
     with path.open("rb") as stored:
         start = stored.read(16)
     for magic, what, hint in _FOREIGN:
@@ -113,11 +108,7 @@ def _zstandard(path: Path) -> IO[bytes]:
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines with their ends; a byte-order mark is dropped, other encodings are refused.
-
-    Raises:
-        CalibrationError: a line that is too long, or bytes that are not UTF-8 text; names the line.
-    """
+    """Yield numbered lines with their ends; a byte-order mark is dropped, other encodings are refused."""
     with open_bytes(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             where = f"{path}, line {number}"
@@ -132,16 +123,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def refuse_other_encoding(raw: bytes, where: str, name: str, *, first: bool) -> None:
-    """Refuse bytes that are not UTF-8, or hold zero bytes, which no text has.
-
-    Args:
-        raw: the bytes.
-        where, name: of the file, for the message and the command that converts it.
-        first: whether they are the file's beginning.
-
-    Raises:
-        CalibrationError: names the encoding that it probably is.
-    """
+    """Refuse bytes that are not UTF-8, or hold zero bytes, which no text has; name what they probably are."""
     encoding = _marked(raw) if first else None
     if encoding is None and b"\0" in raw:
         encoding = _of_zeros(raw)

@@ -65,9 +65,6 @@ def calibration_for(
         listener: receives what was chosen, and the progress in tokens.
         fitting: sequences and tokens of each, for sizes that the recipe leaves open, where memory is too
             small for the device's usual ones.
-
-    Raises:
-        CalibrationError: no sound set comes of it, or it has no held-out sequences.
     """
     made = _loaded_or_made(recipe, checkpoint, vocabulary, device, listener, fitting)
     facts = made.manifest
@@ -403,11 +400,7 @@ def _load_saved_for(
 
 
 def require_sizes(wanted: Sizes, checkpoint: Checkpoint) -> None:
-    """Refuse what no set can have, what memory does not hold, and sequences too long for the model's blocks.
-
-    Raises:
-        UsageError: names the option.
-    """
+    """Refuse what no set can have, what memory does not hold, and sequences too long for the model."""
     limits = (
         ("samples", wanted.samples, 1),
         ("seq-len", wanted.seq_len, 2),

@@ -32,11 +32,7 @@ GIVE_A_FILE = "give a text instead: --calibration FILE (`qwenq calibrate`: --sou
 
 
 def require_base_model(checkpoint: Checkpoint) -> None:
-    """Refuse a quantised checkpoint: calibration text is written by the model as it was.
-
-    Raises:
-        UsageError: config.json has a quantization_config.
-    """
+    """Refuse a quantised checkpoint: calibration text is written by the model as it was."""
     if "quantization_config" in checkpoint.config:
         raise UsageError(
             "this model is already quantised; calibration text is written by the unquantised one",
@@ -46,11 +42,7 @@ def require_base_model(checkpoint: Checkpoint) -> None:
 
 
 def require_memory(checkpoint: Checkpoint, dtype: torch.dtype, extra: int) -> None:
-    """Refuse when the weights in ``dtype`` and ``extra`` bytes do not fit into the free memory.
-
-    Raises:
-        UsageError: names how much is needed and free.
-    """
+    """Refuse when the weights in ``dtype`` and ``extra`` bytes do not fit into the free memory."""
     weights = sum(checkpoint.info(name).numel for name in checkpoint.names()) * dtype.itemsize
     needed, free = int((weights + extra) * _SLACK), free_memory()
     if needed > free:
@@ -84,11 +76,7 @@ def store_transposed(model: Any) -> None:
 
 
 def require_finite(values: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """Refuse to sample from logits that are not finite.
-
-    Raises:
-        CalibrationError: NaN or Inf.
-    """
+    """Refuse to sample from logits that are not finite."""
     if not bool(torch.isfinite(values).all()):
         raise CalibrationError(
             "the model's logits are not finite, so it cannot write text",
@@ -113,11 +101,7 @@ class Vocabulary:
 
 
 def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:
-    """Return the ids that sampling needs.
-
-    Raises:
-        CalibrationError: the tokenizer names neither BOS nor an end, or the model has no row for it.
-    """
+    """Return the ids that sampling needs; refuse a tokenizer that does not fit the model."""
     separator = separator_of(tokenizer)
     start = tokenizer.bos_id if tokenizer.bos_id is not None else separator
     if start is None:
@@ -156,12 +140,9 @@ def write_self_text(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Return text that the model writes, one sequence for each number in ``rows``.
+    """Return text that the model writes, int64 [len(rows), seq_len] on the CPU: a sequence for each row.
 
     A row begins with BOS. Where it ends (an end id), it goes on with a new text, so that it is always full.
-
-    Returns:
-        int64 [len(rows), seq_len], on the CPU.
     """
     vocabulary = vocabulary_of(checkpoint, tokenizer)
     dtype = product_dtype(device)

@@ -55,15 +55,9 @@ class Pool:
 def ids_of(document: Document, tokenizer: Tokenizer, *, special: bool = True) -> list[int]:
     """Return the ids of a text, or of a conversation through the model's chat template.
 
-    Args:
-        document: the text or conversation.
-        tokenizer: of the model.
-        special: whether special tokens spelt out in a text are read as tokens: a text may be a conversation
-            that was rendered already.
-
-    Raises:
-        CalibrationError: a conversation, and a tokenizer without a template, or one that refuses it or knows
-            no tools and would render a tool's answer as a turn of an unknown role.
+    Special tokens spelt out in a text are read as tokens where ``special``: it may be a conversation that was
+    rendered already. A tool's answer is refused where the template knows no tools: it would be rendered as a
+    turn of an unknown role.
     """
     if isinstance(document.content, str):
         return tokenizer.encode(document.content, special=special)
@@ -185,11 +179,7 @@ def _require(have: int, wanted: Sizes, where: str) -> None:
 
 
 def check_vocabulary(tokens: torch.Tensor, vocab_size: int, where: str) -> None:
-    """Refuse ids that the model's embedding has no row for.
-
-    Raises:
-        CalibrationError: names the id and the size.
-    """
+    """Refuse ids that the model's embedding has no row for."""
     if tokens.numel() == 0:
         return
     low, high = int(tokens.min()), int(tokens.max())

@@ -29,14 +29,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
 
     Args:
         q: [batch, heads, tokens, d].
-        k: [batch, kv_heads, slots, d]; kv_heads divides heads.
-        v: likewise.
+        k, v: [batch, kv_heads, slots, d]; kv_heads divides heads.
         scale: of the scores, above zero.
         starts: int64 [batch], the slot of each row's first query; query t sees slots 0 … start + t, of those
             that there are. None: a query for every slot.
-
-    Raises:
-        ValueError: the shapes, dtypes or devices do not fit, or ``starts`` names a slot that does not exist.
     """
     _check(q, k, v, scale)
     _check_starts(starts, q, k)

@@ -141,9 +141,6 @@ def compile_variant(
         zig_target: another platform, as Zig names it (``aarch64-linux-gnu.2.17``); None: this one.
         extra: more flags, such as ``-fsanitize=address``.
         program: a C file with a ``main``; makes a program of it and the kernels, in place of a library.
-
-    Raises:
-        BuildError: there is no compiler, or it refuses.
     """
     command, zig = find_zig() if zig_target is not None else find_compiler()
     flags = [f"-mcpu={variant.zig}"] if zig else list(variant.gcc)
@@ -169,16 +166,7 @@ def compile_variant(
 
 
 def build(folder: Path = LIBRARIES, target: Platform | None = None, extra: Sequence[str] = ()) -> list[Path]:
-    """Compile every variant of a platform; skip those that are current.
-
-    Args:
-        folder: where libraries are written.
-        target: another platform, compiled for by Zig; None: this machine.
-        extra: more flags.
-
-    Raises:
-        BuildError: there is no compiler, or it refuses.
-    """
+    """Compile every variant of this machine, or of one that Zig compiles for; skip those that are current."""
     machine = target.machine if target else machine_name(platform.machine())
     paths = []
     for variant in VARIANTS:
@@ -191,11 +179,7 @@ def build(folder: Path = LIBRARIES, target: Platform | None = None, extra: Seque
 
 
 def platform_of(tag: str) -> Platform:
-    """Return a platform by its tag.
-
-    Raises:
-        BuildError: no wheel is built for it.
-    """
+    """Return a platform by its tag."""
     for known in PLATFORMS:
         if known.tag == tag:
             return known

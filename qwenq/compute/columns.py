@@ -223,11 +223,7 @@ def _workspace(block: Block) -> Tensor:
 
 
 def _check(block: Block, **others: Tensor) -> None:
-    """Check shapes, dtypes and strides: C reads memory by these numbers.
-
-    Raises:
-        ValueError: one differs from what ``Block`` says.
-    """
+    """Check shapes, dtypes and strides against what ``Block`` says: C reads memory by these numbers."""
     count, rows = block.columns.shape
     dtypes = {"integers": torch.uint8}
     shapes = {"U": (count, count), "scales": block.scales.shape, "zeros": block.scales.shape}

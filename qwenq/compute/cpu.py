@@ -124,11 +124,7 @@ def _features() -> dict[str, object]:
 
 
 def library() -> Library | str:
-    """Return the library that runs, or why there is none.
-
-    Raises:
-        UsageError: ``QWENQ_CPU`` names no variant, or one that this CPU lacks.
-    """
+    """Return the library that runs, or why there is none."""
     return _library(os.environ.get(VARIABLE, ""), os.environ.get(FOLDER_VARIABLE, ""))
 
 

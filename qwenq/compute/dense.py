@@ -24,15 +24,9 @@ _PACKED_FOR = 32
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias``, […, out].
+    """Return ``x @ weight.T + bias``, […, out], of […, in] and [out, in] of any strides.
 
-    Args:
-        x: […, in].
-        weight: [out, in], of any strides.
-        bias: [out] or None.
-
-    Raises:
-        ValueError: the shapes, dtypes or devices do not fit. On a CPU, x may be float32 over bfloat16.
+    On a CPU, x may be float32 over bfloat16.
     """
     _check(x, weight, bias)
     if x.device.type != "cpu" or weight.dtype is not torch.bfloat16:

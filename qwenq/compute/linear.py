@@ -59,9 +59,6 @@ def pack(integers: Tensor, scales: Tensor, bits: int) -> PackedWeights:
         integers: uint8 [outputs, columns], around 2^(bits - 1).
         scales: float32 [outputs, groups].
         bits: 4 or 8.
-
-    Raises:
-        ValueError: sizes that ``unsupported_reason`` refuses.
     """
     outputs, columns = integers.shape
     group_size = columns // scales.shape[1]
@@ -95,9 +92,6 @@ def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) 
 
     For integers, activations are rounded to 16 bits by group, and sums over a group are exact; for bfloat16,
     activations may be rounded to it. Totals are float32.
-
-    Raises:
-        ValueError: another shape, dtype or device than C reads.
     """
     if x.dtype not in DTYPE_CODES or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != layer.columns:
         raise ValueError(
@@ -112,11 +106,7 @@ def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) 
 
 
 def unpack(layer: PackedWeights, dtype: torch.dtype) -> Tensor:
-    """Return the weight as plain numbers, float32 or bfloat16 [columns, outputs].
-
-    Raises:
-        ValueError: another dtype.
-    """
+    """Return the weight as plain numbers, float32 or bfloat16 [columns, outputs]."""
     if dtype not in DTYPE_CODES:
         raise ValueError(f"weights are unpacked to float32 or bfloat16, not to {dtype}")
     weight = torch.empty(layer.columns, layer.outputs, dtype=dtype)

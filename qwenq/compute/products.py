@@ -16,12 +16,10 @@ PANEL = 192  # columns of a product: wide enough for GEMM's speed, narrow enough
 def products(
     rows: int, columns: int, like: Tensor, *, symmetric: bool = False
 ) -> CProducts | Float32Products:
-    """Return a mean over no batches yet.
+    """Return a mean over no batches yet, of products of ``rows`` by ``columns``, the widths of X and Y.
 
-    Args:
-        rows, columns: widths of X and Y.
-        like: activations: their dtype and device decide how products are computed.
-        symmetric: X is Y; what is above the diagonal need not be right.
+    ``like`` are activations, whose dtype and device decide how products are computed. ``symmetric``: X is Y,
+    and what is above the diagonal need not be right.
     """
     if are_compiled(like):
         return CProducts(rows, columns, like.dtype, symmetric=symmetric)

@@ -52,11 +52,7 @@ def search_scales(groups: Groups) -> None:
 
 
 def search_by_c(groups: Groups) -> None:
-    """Search as ``search_scales`` does, weighted.
-
-    Raises:
-        ValueError: other shapes, dtypes or strides than ``Groups`` says.
-    """
+    """Search as ``search_scales`` does, weighted."""
     weights, importance, scales, zeros, bits, sym, _ = groups
     count, size = weights.shape
     shapes = ((count, size), importance.shape[:1], (count,), (count,))

@@ -70,13 +70,9 @@ def unsupported_reason(shape: StepShape) -> str | None:
 
 
 class DecodeStep:
-    """A decoder's blocks, run by C. What a step writes to is kept for the next; one step runs at a time.
+    """A decoder's blocks and final norm, run by C; ``dtype``, float32 or bfloat16, is that of the result.
 
-    Args:
-        shape: sizes.
-        blocks: the weights of each block.
-        norm: float32 [hidden], the final norm.
-        dtype: float32 or bfloat16, of the result.
+    What a step writes to is kept for the next; one step runs at a time.
     """
 
     def __init__(
@@ -116,9 +112,6 @@ class DecodeStep:
                 row holds.
             values: float32 [layers, rows, kv_heads, slots, d].
             lengths: tokens of each row so far.
-
-        Raises:
-            ValueError: tensors of other shapes, dtypes or strides.
         """
         self._check(x, cos, sin, keys, values, lengths)
         rows, slots = len(x), keys.shape[-1]

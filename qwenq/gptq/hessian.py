@@ -24,9 +24,6 @@ def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
     Args:
         inputs: this rank's activations by batch, [..., width] each; every rank has a batch.
         team: the ranks that share the batches; each gets the same H, whatever their number.
-
-    Raises:
-        ValueError: there are no tokens.
     """
     if not team.launched:
         return running_hessian(inputs)
@@ -43,11 +40,7 @@ def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
 
 
 def running_hessian(inputs: Sequence[Tensor]) -> Tensor:
-    """Return 2/n · Σ x xᵀ, [width, width] float32, symmetric.
-
-    Args:
-        inputs: [..., width] each, any float dtype; at least one token.
-    """
+    """Return 2/n · Σ x xᵀ, [width, width] float32, symmetric, of inputs [..., width] of any float dtype."""
     if not sum(x.numel() for x in inputs):
         raise ValueError("a Hessian of no tokens")
     width = inputs[0].shape[-1]

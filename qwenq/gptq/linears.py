@@ -60,7 +60,7 @@ def quantise_group(
         weights: name → [out, in] float32; all with the same ``in``.
         H: [in, in] float32, their common Hessian; changed in place (damping).
         deviation: of their inputs from the original model's; None: there is none.
-        settings: see ``Settings``.
+        settings: GPTQ's.
         team: its ranks solve a share of the rows each, and all get the result.
 
     Raises:
@@ -169,11 +169,8 @@ def solve_rows(
     Args:
         W: [rows, in] float32; this rank's rows of it are changed in place.
         measured: [rows] bool, see ``SolvedRows.figures``.
-        H: [in, in] float32, see ``quantise_group``; changed in place.
-        deviation: of the inputs.
-        settings: see ``Settings``.
+        H, deviation, settings, team: see ``quantise_group``.
         group_size: a divisor of ``in``.
-        team: the ranks.
     """
     parts = tiles(W.shape[0], W.device)
     owners = [team.world - 1 - index % team.world for index in range(len(parts))]

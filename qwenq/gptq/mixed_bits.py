@@ -140,8 +140,7 @@ def choose_bits(
     """Return the groups in 8 bits that leave the least divergence within a number of bytes.
 
     Args:
-        groups: from ``groups_of``.
-        divergences: from ``measure``.
+        groups, divergences: from ``groups_of`` and ``measure``.
         allowed: bytes that all groups together may take; at least those of 4 bits.
         fixed: bytes of all other tensors.
         tokens: that were measured on.
@@ -198,17 +197,16 @@ def measure(
 ) -> list[float]:
     """Return the KL divergence from the base of each group in 4 bits, everything else as it is.
 
+    What is measured is kept block by block: a stop (SIGTERM) loses one, and a file with the same facts, those
+    that decide the result, is gone on with.
+
     Args:
         decoder: of the base.
         tokens: int64 [sequences, tokens], from ``sample_of``.
         settings: group size, symmetry and scale search.
         groups: from ``groups_of``.
-        file: where what is measured is kept, block by block; one with the same facts is gone on with.
-        facts: that decide the result.
+        file, facts: what is kept, and of what.
         listener: receives the progress.
-
-    Raises:
-        Terminated: SIGTERM came; the blocks that were measured are in the file.
     """
     known, layers = _read(file, facts), range(len(decoder.names))
     if not {_key(group) for group in groups} <= known.keys():

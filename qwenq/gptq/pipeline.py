@@ -71,11 +71,7 @@ class LayerDone:
 
 
 def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Refuse token ids that the model has no embedding for.
-
-    Raises:
-        CalibrationError: an id below zero or not below ``vocabulary``.
-    """
+    """Refuse token ids that the model has no embedding for."""
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= vocabulary:
         raise CalibrationError(
@@ -154,7 +150,6 @@ def quantise_layers(
 
     Raises:
         QuantisationError: names the module.
-        UsageError: more processes than batches.
         Terminated: any of the processes received SIGTERM, see ``stopping.finishing``; all stop after the same
             layer, which is stored.
     """
@@ -255,12 +250,7 @@ class _Layer:
             )
 
     def load(self, tensors: dict[str, Tensor], streams: _Streams) -> None:
-        """Advance the streams with the weights that an earlier run found for this block.
-
-        Args:
-            tensors: packed; of rank 0, which sends the weights to the others.
-            streams: of this rank.
-        """
+        """Advance the streams with the packed weights of an earlier run, which rank 0 has and sends."""
         streams.original = [self._forward(hidden) for hidden in streams.original]
         for name, linear in self._linears.items():
             weight = torch.empty_like(linear.weight.data)
@@ -336,11 +326,7 @@ def module_errors(store: LayerStore, layers: int) -> Iterator[tuple[str, dict[st
 
 
 def expert_coverage(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return how many calibration tokens each expert was given, for the manifest; {} without experts.
-
-    Args:
-        modules: from ``module_errors``.
-    """
+    """Return how many calibration tokens each expert was given, for the manifest; {} without experts."""
     tokens: dict[str, list[int]] = {}
     for name, stats in modules.items():
         if "tokens" in stats and name.endswith(".gate_proj"):
@@ -356,14 +342,7 @@ def expert_coverage(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def send_job(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings) -> None:
-    """Send the other ranks what they need for ``quantise_layers``, which has to follow.
-
-    Args:
-        team: the ranks, of which this is rank 0.
-        decoder: the model.
-        tokens: int64 [samples, seq_len].
-        settings: GPTQ's.
-    """
+    """Send the other ranks what they need for ``quantise_layers``, which has to follow."""
     team.broadcast_object(
         {
             "model": decoder.checkpoint.fingerprint,
@@ -382,15 +361,8 @@ def send_job(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Se
 def run_rank(recipe: Recipe, team: Team, device: str = "auto") -> None:
     """Take part in the quantisation of rank 0; return once all layers are done.
 
-    Args:
-        recipe: the same as rank 0's: it names the model.
-        team: the ranks, of which this is not rank 0.
-        device: as ``--device``.
-
-    Raises:
-        ModelError: the model is another one here than on rank 0, or attention or the solver would run by
-            other code, which rounds in another way.
-        QwenqError: as ``quantise_layers``, or another process has stopped.
+    The recipe is the same as rank 0's, and has to name the same model here; attention and the solver have to
+    run by the same code, as another rounds in another way.
     """
     job = team.broadcast_object()
     checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
@@ -420,10 +392,7 @@ def _require_same(
 ) -> None:
     """Refuse code that rounds in another way than rank 0's: integers would depend on the rank.
 
-    Args:
-        what: is computed.
-        on_rank_0, here: the implementation, and why nothing faster runs.
-        decoder: the one here.
+    Both are the implementation of ``what``, and why nothing faster runs.
     """
     (theirs, their_reason), (ours, our_reason) = on_rank_0, here
     if ours == theirs:

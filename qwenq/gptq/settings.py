@@ -107,11 +107,8 @@ def choose_group_size(wanted: int | str, widths: dict[str, int]) -> tuple[int, s
     """Return the group size, and a line that gives the reason.
 
     Args:
-        wanted: "auto", -1, or a number.
+        wanted: "auto", -1, or a number that divides every width.
         widths: input width of every linear that is quantised.
-
-    Raises:
-        UsageError: a size that does not divide every width.
     """
     if wanted == "auto":
         if not (fitting := fitting_group_sizes(widths.values())):
@@ -159,11 +156,7 @@ def kept_parameters(decoder: BlockwiseDecoder, settings: Settings) -> Iterator[d
 
 
 def check_packable(decoder: BlockwiseDecoder, settings: Settings) -> None:
-    """Refuse, before any work, a linear that no GPTQ file can hold: eight integers make a word of 32 bits.
-
-    Raises:
-        UnsupportedError: a side of a weight is not a multiple of the integers in a word.
-    """
+    """Refuse, before any work, a linear that no GPTQ file can hold: 32 / bits integers make a word."""
     for name, linear in every_linear(decoder, settings).items():
         bits = settings.bits_of(name)
         per_word = 32 // bits
@@ -181,16 +174,10 @@ def check_packable(decoder: BlockwiseDecoder, settings: Settings) -> None:
 def module_bits(
     decoder: BlockwiseDecoder, wanted: Mapping[str, int] | str, common: int
 ) -> tuple[tuple[str, int], ...]:
-    """Return the patterns of modules whose bits differ, as ``Settings`` takes them.
+    """Return the patterns of modules whose bits differ from the ``common`` ones, as ``Settings`` takes them.
 
-    Args:
-        decoder: of the model.
-        wanted: pattern → bits; "auto": ``AUTOMATIC_BITS``, as far as the model has such modules and they are
-            more than the others'.
-        common: the bits of all other modules.
-
-    Raises:
-        UsageError: an invalid pattern, or one that is found in the name of no linear layer.
+    Of ``wanted``, pattern → bits, each has to be found in a name; "auto" is ``AUTOMATIC_BITS``, as far as the
+    model has such modules and they are more than the others'.
     """
     names = {name for block in decoder.kinds.values() for name in linears_of(block)}
     rules = AUTOMATIC_BITS if isinstance(wanted, str) else wanted

@@ -220,10 +220,6 @@ def damp_hessian(H: Tensor, damp: float, order: Tensor) -> DampedHessian:
         H: [in, in] float32; changed in place.
         damp: GPTQ's ``damp_percent`` as a share.
         order: [in] int64, a permutation of the columns.
-
-    Raises:
-        QuantisationError: H holds NaN or Inf, as the activations did, or no damping makes it positive
-            definite.
     """
     diagonal = H.diagonal()
     if not bool(torch.isfinite(diagonal).all()):

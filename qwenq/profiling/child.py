@@ -43,9 +43,6 @@ def probe(device: str) -> dict[str, Any]:
     """Return what the plan needs to know of the device, found by a process whose memory is given back.
 
     It reads the same libraries as every process after it, so its start is timed, too.
-
-    Raises:
-        QwenqError: the process failed.
     """
     began = time.monotonic()
     for content in _ask({"probe": device}, None, _start(1)):
@@ -156,11 +153,7 @@ class _Child:
 
 
 def _ask(request: dict[str, Any], limit: float | None, children: list[_Child]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON lines of rank 0; all processes are killed when the reader stops, for one by Ctrl-C.
-
-    Raises:
-        _ChildError: a process failed; names the reason.
-    """
+    """Yield the JSON lines of rank 0; all processes are killed when the reader stops, for one by Ctrl-C."""
     try:
         with _watched(children, limit) as killed:
             for child in children:

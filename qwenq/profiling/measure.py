@@ -59,11 +59,7 @@ def checkpoint_of(point: Point) -> Checkpoint:
 
 
 def engine_for(point: Point, checkpoint: Checkpoint, team: Team) -> Engine:
-    """Return the point's engine; on rank 0 of several processes the one that leads the others.
-
-    Raises:
-        QwenqError: it cannot run this model here, or another process could not load its part.
-    """
+    """Return the point's engine; on rank 0 of several processes the one that leads the others."""
     attention, note = _attention(point)
     if point.tp > 1:
         from qwenq.runtime.tensor_parallel import LeadingEngine
@@ -106,11 +102,7 @@ def release(engine: Engine, team: Team) -> None:
 
 
 def assist(point: Point, team: Team) -> None:
-    """Hold this rank's slice of the model, and compute with rank 0 until it is done.
-
-    Raises:
-        QwenqError: it cannot be loaded, or another process has stopped.
-    """
+    """Hold this rank's slice of the model, and compute with rank 0 until it is done."""
     from qwenq.runtime.tensor_parallel import SplitEngine, follow
 
     engine = SplitEngine(checkpoint_of(point), team, point.device, point.subject.dtype, _attention(point)[0])
@@ -181,9 +173,6 @@ def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> I
     Args:
         seconds: time limit, loading included; None: until the intervals are narrow.
         team: processes that hold the model together; this is rank 0, the others run ``assist``.
-
-    Raises:
-        QwenqError: the model cannot be loaded or run like that.
     """
     bench = _load(point, Allowance(seconds), team)
     details = {"before_bytes": bench.before, **bench.meter.also()}
@@ -340,9 +329,7 @@ def _memory_rows(
 ) -> Iterator[Row]:
     """Yield the peak since the reset, with its parts; and what a script that never resets would print.
 
-    Args:
-        load_peak: before the reset.
-        prompt_peak: of the prompt, where it was not encoded again after the reset.
+    ``load_peak`` is that before the reset; ``prompt_peak`` the prompt's, where it was not encoded again.
     """
     peak, how = max(bench.meter.peak(), prompt_peak), {"memory": bench.meter.how}
     if reset_error:

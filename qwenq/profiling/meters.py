@@ -31,11 +31,7 @@ class Meter(Protocol):
     how: str
 
     def reset(self) -> None:
-        """Set the peak to what is held now.
-
-        Raises:
-            UnsupportedError: this system does not let a process do that.
-        """
+        """Set the peak to what is held now; ``UnsupportedError``: this system does not let us."""
         ...
 
     def peak(self) -> int:
@@ -52,11 +48,7 @@ class Meter(Protocol):
 
 
 def meter_for(device: torch.device) -> Meter:
-    """Return the meter of that device.
-
-    Raises:
-        UnsupportedError: the system has no /proc.
-    """
+    """Return the meter of that device; refuse a CPU on a system without /proc."""
     if device.type == "cuda":
         return CudaMeter(device)
     if not _STATUS.exists():
@@ -132,11 +124,7 @@ ENERGY_SOURCE = "the GPU's counter over the protocol's generations: the whole GP
 
 
 class EnergyCounter:
-    """The counter of one GPU.
-
-    Raises:
-        UnsupportedError: the device has no counter that can be read; names the reason.
-    """
+    """The counter of one GPU; ``UnsupportedError`` names the reason where there is none that can be read."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -217,11 +205,7 @@ def state_bytes(cache: KVCache) -> int:
 
 
 def weight_bytes(engine: Engine) -> int:
-    """Return the bytes of the linear layers, the head and the embedding as the engine keeps them.
-
-    Raises:
-        UnsupportedError: this engine does not tell in what form it keeps its weights.
-    """
+    """Return the bytes of the linear layers, the head and the embedding as the engine keeps them."""
     decoder = _decoder(engine)
     blocks = sum(linear.nbytes for block in decoder.blocks for linear in block.linears)
     tied = getattr(decoder.head, "weight", None) is decoder.embedding
@@ -229,11 +213,7 @@ def weight_bytes(engine: Engine) -> int:
 
 
 def step_bytes(engine: Engine) -> int:
-    """Return the bytes of weights that a decode step of one row reads: of a mixture, its active experts'.
-
-    Raises:
-        UnsupportedError: this engine does not tell in what form it keeps its weights.
-    """
+    """Return the bytes of weights that a decode step of one row reads: of a mixture, its active experts'."""
     decoder = _decoder(engine)
     return sum(block.step_bytes for block in decoder.blocks) + decoder.head.nbytes
 

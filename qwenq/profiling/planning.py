@@ -118,11 +118,7 @@ def allowances(planned: Sequence[Planned], budget: float | None) -> list[float |
 
 
 def parse_budget(text: str) -> float:
-    """Return the seconds of ``90``, ``90s``, ``10m``, ``1h`` or ``1h30m``.
-
-    Raises:
-        UsageError: another form, or zero.
-    """
+    """Return the seconds of ``90``, ``90s``, ``10m``, ``1h`` or ``1h30m``."""
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
     if not (total := 3600 * hours + 60 * minutes + seconds):
@@ -131,11 +127,7 @@ def parse_budget(text: str) -> float:
 
 
 def read_device(content: dict[str, Any]) -> Device:
-    """Return the device that the probe found.
-
-    Raises:
-        UsageError: there is no such device; names those that are there.
-    """
+    """Return the device that the probe found."""
     if error := content.get("error"):
         raise UsageError(error["what"], where=error["where"], hint=error["hint"])
     return Device(**content)

@@ -171,9 +171,6 @@ def profile_served(
         environment: of this machine, recorded in the folder and in each row; that of the server is unknown.
         budget: seconds for all; each concurrency gets an even share of what is left, at most ``SECONDS``.
         command: what the user typed, for the rows.
-
-    Raises:
-        QwenqError: no request was answered.
     """
     held = read_rows(out) if (out / RESULTS_FILE).exists() else []
     todo = [each for each in load.concurrency if not _is_done(target, load, each, held)]

@@ -105,11 +105,7 @@ class Point:
     def without(
         self, status: Status, reason: str, metrics: Iterable[str] | None = None, *, again: bool = False
     ) -> list[Row]:
-        """Return rows with the reason why there are no figures.
-
-        Args:
-            again: the same command tries them again, for example with a larger budget.
-        """
+        """Return rows with the reason for no figures; ``again``: the same command tries them again."""
         details = {"again": True} if again else {}
         return [
             self.row(metric, None, status=status, reason=reason, details=details)
@@ -170,9 +166,6 @@ def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[i
         context: prompts of generations.
         tokens: new tokens after each of them; empty, or 0 alone: no generation.
         encode: prompts whose encoding is measured; empty, or 0 alone: none.
-
-    Raises:
-        UsageError: a length is too small or too large, or nothing is to be measured.
     """
     news, encoded = ([] if list(found) == [0] else list(found) for found in (tokens, encode))
     for found, least, option, what in (
@@ -191,11 +184,7 @@ def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[i
 
 
 def require_known(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
-    """Refuse a misspelt name before the first point.
-
-    Raises:
-        UsageError: names what there is.
-    """
+    """Refuse a misspelt name before the first point."""
     from qwenq.runtime.attention import BACKENDS
     from qwenq.runtime.quantised_linear import KERNELS
 
@@ -209,11 +198,7 @@ def require_known(attentions: Sequence[str], engines: Sequence[str], kernel: str
 
 
 def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> None:
-    """Refuse what several processes cannot share, before anything is measured.
-
-    Raises:
-        UsageError: another engine than transformers; a model that is quantised, or would be rounded.
-    """
+    """Refuse what several processes cannot share, before anything is measured."""
     if wrong := [engine for engine in engines if engine != "transformers"]:
         raise UsageError(
             f"the engine {wrong[0]} runs on one device",
@@ -245,12 +230,7 @@ class Subjects:
 def subjects_of(
     models: Sequence[str | None], precisions: Sequence[str], weights: Weights = "stored", seed: int = 0
 ) -> Subjects:
-    """Open the models and list the precisions to measure of each.
-
-    Raises:
-        UsageError: no such precision or model, or one is named twice.
-        QwenqError: a model cannot be read.
-    """
+    """Open the models and list the precisions to measure of each."""
     if wrong := [name for name in precisions if name not in PRECISIONS]:
         hint = f"use {', '.join(PRECISIONS)}"
         raise UsageError(f"there is no precision {wrong[0]!r}", where="--precision", hint=hint)

@@ -60,9 +60,6 @@ def fit_words(server: Server, model: str, tokens: int, seed: str) -> tuple[int, 
 
     The count is None where the server reports no usage, or one that no vocabulary can have; then it is a word
     for a token.
-
-    Raises:
-        QwenqError: the server refuses such a prompt, or does not answer.
     """
     count, counted = tokens, None
     for attempt in range(_FIT):
@@ -82,9 +79,6 @@ def complete(server: Server, model: str, prompt: str, tokens: int, stop: threadi
     """Return one answer of so many tokens; a server that is busy is asked again with backoff.
 
     A pause is a minute at most, whatever the server asks for: the measurement has to end.
-
-    Args:
-        stop: ends the request where it is set.
 
     Raises:
         Again: it failed: no connection, an answer that stalls or breaks off, or a server that stays busy.

@@ -49,10 +49,6 @@ def run_sweep(
             reason. The first one is always measured: its loading time corrects the estimates of the others.
         command: what the user typed, for the rows.
         measure: replaced in tests; None: in processes of their own.
-
-    Raises:
-        StorageError: the disk refused a row.
-        UsageError: the folder holds something that is no row.
     """
     held = read_rows(out) if (out / RESULTS_FILE).exists() else []
     mine = {} if environment is None else {MACHINE: machine(environment)}

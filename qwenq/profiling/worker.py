@@ -50,9 +50,7 @@ def main() -> None:
 def _rows(point: Point, seconds: float | None, began: float) -> Iterator[Row]:
     """Yield the point's rows, on rank 0 where it has several processes.
 
-    Args:
-        seconds: time limit, reading the libraries included.
-        began: when that time started.
+    The time limit, ``seconds`` from ``began`` on, includes reading the libraries.
     """
     from qwenq.profiling.measure import measure
 
