@@ -92,15 +92,6 @@ def _attention(point: Point) -> tuple[str, tuple[str, ...]]:
     return name, (why,) if why else ()
 
 
-def release(engine: Engine, team: Team) -> None:
-    """Let the other processes end; all leave together."""
-    from qwenq.runtime.tensor_parallel import LeadingEngine
-
-    assert isinstance(engine, LeadingEngine)  # noqa: S101 - engine_for made it
-    engine.close()
-    team.barrier()
-
-
 def assist(point: Point, team: Team) -> None:
     """Hold this rank's slice of the model, and compute with rank 0 until it is done."""
     from qwenq.runtime.tensor_parallel import SplitEngine, follow
@@ -177,9 +168,17 @@ def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> I
     bench = _load(point, Allowance(seconds), team)
     details = {"before_bytes": bench.before, **bench.meter.also()}
     yield bench.row("memory.load", bench.meter.peak(), details=details, settings={"memory": bench.meter.how})
-    yield from (_encoding if point.encodes else _generating)(bench)
+    if why := too_long(bench):  # everything but loading starts with the prompt
+        left = [metric for metric in point.metrics if metric != "memory.load"]
+        yield from (bench.absent(metric, why, again=True) for metric in left)
+    else:
+        yield from (_encoding if point.encodes else _generating)(bench)
     if point.tp > 1:
-        release(bench.engine, team)
+        from qwenq.runtime.tensor_parallel import LeadingEngine
+
+        assert isinstance(bench.engine, LeadingEngine)  # noqa: S101 - engine_for made it
+        bench.engine.close()
+        team.barrier()  # all leave together
 
 
 def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
@@ -219,9 +218,6 @@ def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
 def _generating(bench: Bench) -> Iterator[Row]:
     """Measure the protocol first, as its peak must not be that of anything else; then one thing at a time."""
     point, engine = bench.point, bench.engine
-    if why := too_long(bench):
-        yield from _without_its_prompt(bench, why)
-        return
     load_peak = bench.meter.peak()
     _reset(bench.meter)
     engine.generate([bench.prompt], min(8, point.tokens), exact_tokens=True)  # warm-up
@@ -251,9 +247,6 @@ def _generating(bench: Bench) -> Iterator[Row]:
 
 
 def _encoding(bench: Bench) -> Iterator[Row]:
-    if why := too_long(bench):
-        yield from _without_its_prompt(bench, why)
-        return
     load_peak, held = bench.meter.peak(), bench.meter.now()
     reset_error = _reset(bench.meter)  # before the warm-up, which may be all that there is time for
     seconds_once = prefill(bench)  # warm-up
@@ -268,13 +261,6 @@ def _encoding(bench: Bench) -> Iterator[Row]:
     yield bench.summary("speed.prefill", speeds, settings=extra)
     yield bench.summary("time.first_token", summarise(values), settings=extra)
     yield from _memory_rows(bench, load_peak, held, reset_error)
-
-
-def _without_its_prompt(bench: Bench, why: str) -> Iterator[Row]:
-    """Yield rows without a figure: everything but loading starts with the prompt."""
-    for metric in bench.point.metrics:
-        if metric != "memory.load":
-            yield bench.absent(metric, why, again=True)
 
 
 def _protocol(bench: Bench) -> tuple[Row, Row]:

@@ -87,28 +87,26 @@ class CudaMeter:
     how = "peak of torch's CUDA allocator"
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self._device, self._cuda = device, torch.cuda
+        self._device = device
 
     def reset(self) -> None:
         """Free what the allocator caches, and set its peak to what is held."""
-        self._cuda.synchronize(self._device)
-        self._cuda.empty_cache()
-        self._cuda.reset_peak_memory_stats(self._device)
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int:
         """Return ``torch.cuda.max_memory_allocated``, which the cards printed."""
-        return self._cuda.max_memory_allocated(self._device)
+        return torch.cuda.max_memory_allocated(self._device)
 
     def now(self) -> int:
         """Return ``torch.cuda.memory_allocated``."""
-        return self._cuda.memory_allocated(self._device)
+        return torch.cuda.memory_allocated(self._device)
 
     def also(self) -> dict[str, Any]:
         """Return what the allocator reserved at its peak, and the device's size and use by all processes."""
-        free, total = self._cuda.mem_get_info(self._device)
-        reserved = self._cuda.max_memory_reserved(self._device)
+        free, total = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.max_memory_reserved(self._device)
         return {"reserved_bytes": reserved, "device_used_bytes": total - free, "device_bytes": total}
 
 
@@ -133,8 +131,6 @@ class EnergyCounter:
             import pynvml
         except ImportError as error:
             raise UnsupportedError("the package nvidia-ml-py is not installed") from error
-        import torch
-
         self._nvml: Any = pynvml
         try:
             pynvml.nvmlInit()

@@ -155,8 +155,13 @@ def sweep(
 
 def is_done(point: Point, rows: Iterable[Row]) -> bool:
     """Tell whether a run folder has every row of a point, and none is to be tried again."""
-    mine = {row.metric: row for row in rows if (row.point, row.model) == (point.place, point.subject.model)}
-    return all(metric in mine and not mine[metric].details.get("again") for metric in point.metrics)
+    return has_rows(rows, point.place, point.subject.model, point.metrics)
+
+
+def has_rows(rows: Iterable[Row], place: dict[str, Value], model: Model, metrics: Iterable[str]) -> bool:
+    """Tell whether there is a row of every metric, and none is to be tried again."""
+    mine = {row.metric: row for row in rows if (row.point, row.model) == (place, model)}
+    return all(metric in mine and not mine[metric].details.get("again") for metric in metrics)
 
 
 def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[int]) -> list[tuple[int, int]]:

@@ -73,14 +73,20 @@ def run_sweep(
             label = rest[0].point.label
             listener(Start(label, len(todo), "points", number, rest[0].seconds, seconds))
             for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
-                if row.value is None and (row.identity, row.model) in figures:
-                    continue  # an earlier run has the figure, which is kept
-                details = {**row.details, **({"command": command} if command else {})}
-                complete = replace(row, settings={**row.settings, **mine}, details=details)
-                append_row(out, complete)
-                listener(Advance(label, result=complete))
+                if row.value is not None or (row.identity, row.model) not in figures:
+                    record(row, out, mine, command, label, listener)  # else an earlier figure is kept
             progress.measured += 1
     return progress
+
+
+def record(
+    row: Row, out: Path, settings: Mapping[str, Any], command: str, label: str, listener: Listener
+) -> None:
+    """Append a row to a run folder, with where and by what command it was measured, and report it."""
+    details = {**row.details, **({"command": command} if command else {})}
+    complete = replace(row, settings={**row.settings, **settings}, details=details)
+    append_row(out, complete)
+    listener(Advance(label, result=complete))
 
 
 def sweep_models(
