@@ -168,8 +168,8 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         if named == _CALL and isinstance(content, str):
             more = {**more, "tool_calls": _calls(content, where)}
             content = None
-        if "tool_calls" in more:
-            more["tool_calls"] = _with_parsed_arguments(more["tool_calls"])
+        if isinstance(calls := more.get("tool_calls"), list):
+            more["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
         joined = "" if content is None and (more or "content" in turn) else _joined_parts(content, where)
         if isinstance(named, str) and isinstance(joined, str):
             return {"role": _role(named, where), "content": _clean(joined), **more}
@@ -197,18 +197,12 @@ def _calls(text: str, where: str) -> list[Any]:
     return [{"type": "function", "function": _cleaned(call)} for call in calls]
 
 
-def _with_parsed_arguments(calls: Any) -> Any:
-    """Return tool calls whose arguments are objects: APIs send them as JSON text, templates write JSON."""
-    if not isinstance(calls, list):
-        return calls
-    return [_with_parsed_call(call) for call in calls]
-
-
-def _with_parsed_call(call: Any) -> Any:
+def _with_parsed_arguments(call: Any) -> Any:
+    """Return a tool call whose arguments are an object: APIs send them as JSON text, templates write JSON."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(function := call.get("function"), Mapping):
-        return {**call, "function": _with_parsed_call(function)}
+        return {**call, "function": _with_parsed_arguments(function)}
     if isinstance(arguments := call.get("arguments"), str):
         try:
             parsed = json.loads(arguments)

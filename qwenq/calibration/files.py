@@ -265,12 +265,6 @@ def read_json_lines(path: Path, column: str | None = None) -> Iterator[Document]
 
 def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
     """Yield a list of records, as run_gptq.py takes it. It has to be parsed whole, so its size is bounded."""
-    if path.stat().st_size > _LARGEST_JSON:
-        raise UsageError(
-            f"a .json file of over {_LARGEST_JSON // 1_000_000} MB would have to be read whole",
-            where=path,
-            hint="write it as .jsonl, one record a line, which is read as far as needed",
-        )
     try:
         content = json.loads(_joined(path) or "null")
     except (ValueError, RecursionError) as error:
@@ -286,15 +280,18 @@ def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
 
 def _joined(path: Path) -> str:
     """Return the whole text, whose size after decompression is bounded too."""
+    too_large = UsageError(
+        f"over {_LARGEST_JSON // 1_000_000} MB of JSON would have to be read whole",
+        where=path,
+        hint="write it as .jsonl, one record a line, which is read as far as needed",
+    )
+    if path.stat().st_size > _LARGEST_JSON:
+        raise too_large
     lines, size = [], 0
     for _, line in lines_of(path):
         size += len(line)
         if size > _LARGEST_JSON:
-            raise UsageError(
-                f"over {_LARGEST_JSON // 1_000_000} MB of JSON would have to be read whole",
-                where=path,
-                hint="write it as .jsonl, one record a line, which is read as far as needed",
-            )
+            raise too_large
         lines.append(line)
     return "".join(lines)
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qwenq.calibration.sequences import check_vocabulary
 from qwenq.compute.columns import fallback_reason
 from qwenq.compute.products import unsupported_reason
 from qwenq.distributed import ALONE, Team
-from qwenq.errors import CalibrationError, ModelError, QuantisationError, UnsupportedError, UsageError
+from qwenq.errors import ModelError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.asymmetric import measure_deviation
 from qwenq.gptq.experts import ExpertInput, measure_expert
 from qwenq.gptq.hessian import hessian
@@ -68,16 +69,6 @@ class LayerDone:
             if stats.damp > asked:
                 raised.setdefault(stats.damp, []).append(name)
         return raised
-
-
-def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Refuse token ids that the model has no embedding for."""
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise CalibrationError(
-            f"token {low if low < 0 else high} in the calibration set; the model knows 0 … {vocabulary - 1}",
-            hint="make the calibration set again with this model's own tokenizer",
-        )
 
 
 def run_facts(
@@ -153,11 +144,9 @@ def quantise_layers(
         Terminated: any of the processes received SIGTERM, see ``stopping.finishing``; all stop after the same
             layer, which is stored.
     """
-    check_tokens(tokens, decoder.vocabulary)
-    total, finished = (
-        len(decoder.names),
-        team.broadcast_object(store.finished() if store is not None else None),
-    )
+    check_vocabulary(tokens, decoder.vocabulary, "the calibration set")
+    total = len(decoder.names)
+    finished = team.broadcast_object(store.finished() if store is not None else None)
     with torch.inference_mode():
         streams = _begin(decoder, tokens, settings, team) if finished < total else None
         for index in range(total):
