@@ -37,7 +37,7 @@ class StepShape:
     ffn: int  # the width of the dense MLPs; 0: there is none
     heads: int
     kv_heads: int
-    head_dim: int  # of a head
+    head_dim: int
     eps: float  # of the norms
     experts: int = 0  # of a mixture; 0: there is none
     active: int = 0  # how many of them a row takes

@@ -58,7 +58,7 @@ METRICS = {
 class Target:
     """A served model."""
 
-    server: Server  # its server
+    server: Server
     name: str  # the model's name there
     model: Model  # its identity in rows
 

@@ -137,7 +137,7 @@ class FullAttention:
 class LinearAttention:
     """Attention with a recurrent state (``compute.delta_rule``), in float32 between its linear layers."""
 
-    shape: block_shapes.LinearAttention  # its sizes
+    shape: block_shapes.LinearAttention
     qkvz: Linear  # hidden → queries, keys, values, and z, which gates the output
     rates: Linear  # hidden → strength and decay of each value head, before they are bounded
     convolution: Tensor  # float32 [width, channels]
@@ -248,7 +248,7 @@ class PlainOperations:
     span: Span  # where the tokens go, and what they may see
     rotation: tuple[Tensor, Tensor]  # cosines and sines, see ``Rope.at``
     query_scales: Tensor | None  # Qwen v1's factors [batch or 1, tokens, 1, 1], or None
-    spec: DecoderSpec  # sizes and constants
+    spec: DecoderSpec
 
     def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
         """See `Operations`."""

@@ -15,11 +15,9 @@ from qwenq.compute.linear import PackedWeights, plain
 from qwenq.errors import UnsupportedError
 from qwenq.models.gptq_format import CheckpointFormat, PackedLinear, has_trivial_g_idx, unpack
 
-# Define what a linear layer is to the engines, and what one over packed integers has to tell of itself.
-#
-# A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor
-# takes one layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are
-# listed in ``table``.
+# A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor takes
+# one layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are listed in
+# ``quantised_linear.KERNELS``.
 
 
 class Linear(Protocol):

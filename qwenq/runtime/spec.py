@@ -25,7 +25,7 @@ _COPY_AGAIN = "copy the model's config.json again"
 class DecoderSpec:
     """Sizes and constants of a Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next or Qwen3.5 decoder."""
 
-    shape: ModelShape  # all sizes
+    shape: ModelShape
     eps: float  # of every RMSNorm
     rotated: int  # width of a head's part that is rotated, its first columns
     rope_theta: float  # base of the rotary frequencies

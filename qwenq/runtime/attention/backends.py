@@ -83,7 +83,7 @@ def _wait(device: torch.device) -> None:
 class Availability(NamedTuple):
     """Whether a backend can run here: exactly one of both is None."""
 
-    name: str  # of the backend
+    name: str
     implementation: str | None  # what would run
     reason: str | None  # why it cannot, and what would help
 
