@@ -247,7 +247,9 @@ def subjects_of(
 
 
 def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights: Weights, seed: int) -> None:
-    from qwenq.models.identity import base_of
+    import torch
+
+    from qwenq.models.identity import base_of, result_model
     from qwenq.models.opening import open_model
 
     checkpoint = open_model(given, weights, seed)
@@ -260,9 +262,12 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
         )
     found.notices += checkpoint.notices
     shape = ModelShape.from_config(checkpoint.config)
-    made = _quantised(checkpoint, given, weights, seed) or [
-        _plain(checkpoint, shape, given, weights, seed, precision) for precision in precisions
-    ]
+    quantised = is_quantised(checkpoint.config)
+    if quantised:  # in its own precision, whatever others were asked for
+        model = result_model(checkpoint, torch.float32, given)
+        made = [Subject(given, weights, seed, None, "auto", model)]
+    else:
+        made = [_plain(checkpoint, shape, given, weights, seed, precision) for precision in precisions]
     name = made[0].model.name
     if name in found.shapes:
         raise UsageError(f"two models are called {name}", where=given, hint="rename one of the folders")
@@ -270,7 +275,7 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
     found.subjects += made
     if not checkpoint.on_disk:  # to know random weights by their bytes, all would have to be drawn
         return
-    if not is_quantised(checkpoint.config):
+    if not quantised:
         found.plain[checkpoint.fingerprint] = made[0].model.family
     elif isinstance(base := base_of(checkpoint.folder).get("fingerprint"), str):
         found.bases[name] = base
@@ -283,17 +288,6 @@ def _settled(subject: Subject, found: Subjects) -> Subject:
     """
     family = found.plain.get(found.bases.get(subject.model.name, ""))
     return subject if family is None else replace(subject, model=replace(subject.model, family=family))
-
-
-def _quantised(checkpoint: Checkpoint, given: str | None, weights: Weights, seed: int) -> list[Subject]:
-    """Return a quantised folder in its own precision, whatever others were asked for; else nothing."""
-    import torch
-
-    from qwenq.models.identity import result_model
-
-    if not is_quantised(checkpoint.config):
-        return []
-    return [Subject(given, weights, seed, None, "auto", result_model(checkpoint, torch.float32, given))]
 
 
 def _plain(
