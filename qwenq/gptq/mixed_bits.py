@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from qwenq.events import Listener, counted, silent
 from qwenq.gptq.grid import search_grid
+from qwenq.gptq.sequential import Hook, hooked
 from qwenq.gptq.settings import Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.gptq_config import engine_layer, packed_bytes
@@ -255,12 +256,8 @@ def _run_with_each_rounded(
     with decoder.block(index) as block:
         squares: dict[str, Tensor] = {}
         linears = {name: block.get_submodule(name) for group in groups for name in group.modules}
-        hooks = [each.register_forward_pre_hook(_squares(squares, name)) for name, each in linears.items()]
-        try:
+        with hooked(block, lambda name: _squares(squares, name) if name in linears else None):
             output = decoder.forward(block, hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
         rounded = []
         for group in groups:
             plain = {name: linears[name].weight for name in group.modules}
@@ -276,10 +273,10 @@ def _run_with_each_rounded(
     return output, rounded
 
 
-def _squares(found: dict[str, Tensor], name: str) -> Any:
+def _squares(found: dict[str, Tensor], name: str) -> Hook:
     """Return a hook that keeps the mean square of each input of a linear: [in], the Hessian's diagonal."""
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].flatten(0, -2)  # [tokens, in]
         if len(rows):  # else an expert that no token is routed to
             found[name] = rows.float().square().mean(0)

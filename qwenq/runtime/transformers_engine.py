@@ -26,7 +26,7 @@ from qwenq.models.config import PLAIN_ROPE, by_inspection, rope_parameters
 from qwenq.models.inspection import ClassHead
 from qwenq.models.qwen_v1 import LongContext, long_context_of
 from qwenq.models.transformers_model import as_cache, assemble_unfused, build_whole_model, transformers_config
-from qwenq.runtime.attention import Attention, Off, Sdpa
+from qwenq.runtime.attention.plain import Attention, Off, Sdpa
 from qwenq.runtime.cache import KVCache, Span, StateShape, plan
 from qwenq.runtime.generation import Engine
 from qwenq.runtime.linear import Linear
