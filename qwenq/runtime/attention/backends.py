@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.attention.flash import flash_v1_ours, flash_v1_package, flash_v2, split
-from qwenq.runtime.attention.plain import Attention, GroupedDecode, Off, Sdpa, grouped
+from qwenq.runtime.attention.flash import FlashV1, Split, flash_v1_package, flash_v2
+from qwenq.runtime.attention.plain import Attention, GroupedDecode, Off, Sdpa
 from qwenq.runtime.cache import Span
 
 HEADS, HEAD_DIM = 16, 128
@@ -139,7 +139,7 @@ def available(device: torch.device, dtype: torch.dtype) -> list[Availability]:
 def _v1(device: torch.device, dtype: torch.dtype) -> Attention:
     """Return the package of version 1 where it is installed, else our kernel."""
     package = flash_v1_package() if device.type == "cuda" else None
-    return package or flash_v1_ours(device, dtype)
+    return package or FlashV1(device, dtype)
 
 
 _BUILDERS: dict[str, Callable[[torch.device, torch.dtype], Attention]] = {
@@ -147,7 +147,7 @@ _BUILDERS: dict[str, Callable[[torch.device, torch.dtype], Attention]] = {
     "v1": _v1,
     "off": lambda *_: Off(),
     "sdpa": lambda *_: Sdpa(),
-    "split": split,
-    "grouped": grouped,
+    "split": Split,
+    "grouped": GroupedDecode,
 }
 BACKENDS = (*_BUILDERS, "best")

@@ -37,6 +37,11 @@ class Attention(Protocol):
         ...
 
 
+def refused(name: str, why: str, hint: str) -> UnsupportedError:
+    """Return the error of a backend that cannot run here."""
+    return UnsupportedError(f"attention {name}: {why}", where=f"--attention {name}", hint=hint)
+
+
 class Sdpa:
     """torch's ``scaled_dot_product_attention``; torch chooses the kernel, call by call."""
 
@@ -118,7 +123,13 @@ class GroupedDecode:
 
     name = "grouped"
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type != "cpu":
+            raise refused(
+                self.name,
+                f"it is laid out for a CPU, and this is a {device.type}",
+                "use --attention split, v2 or sdpa",
+            )
         prompts = f"torch {torch.__version__} scaled_dot_product_attention"
         if unsupported_reason(torch.device("cpu"), dtype, STEP) is None:
             prompts = f"C for {cpu.variant_name()} (heads of no multiple of {STEP}: {prompts})"
@@ -156,14 +167,3 @@ def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tenso
     """
     scores = torch.bmm(queries, keys) if mask is None else torch.baddbmm(mask, queries, keys)
     return torch.bmm(torch.softmax(scores, dim=-1), values)
-
-
-def grouped(device: torch.device, dtype: torch.dtype) -> GroupedDecode:
-    """Return the backend, on a CPU."""
-    if device.type != "cpu":
-        raise UnsupportedError(
-            f"attention grouped: it is laid out for a CPU, and this is a {device.type}",
-            where="--attention grouped",
-            hint="use --attention split, v2 or sdpa",
-        )
-    return GroupedDecode(dtype)
