@@ -97,27 +97,17 @@ class stopwatch:  # noqa: N801 - reads as a statement
 
 
 class Engine(ABC):
-    """Runs a model over a cache. Every method works on a batch whose rows may differ in length.
+    """Runs a model over a cache. Every method works on a batch whose rows may differ in length."""
 
-    Attributes:
-        name: ``fast`` or ``transformers``.
-        implementation: what exactly runs, for the row of a table: kernel, attention, package versions.
-        notes: one line for each choice at load that a user should know, such as a faster kernel that is not
-            used, with the reason.
-        device, dtype: where and in what.
-        vocab_size: columns of the logits.
-        real_vocab: ids from here on are padding and are never sampled.
-        context: tokens that the model was made for; None where the config has no limit.
-    """
-
-    name: str
-    implementation: str
+    name: str  # ``fast`` or ``transformers``
+    implementation: str  # what exactly runs, for the row of a table: kernel, attention, package versions
+    # one line for each choice at load that a user should know: a faster kernel that is not used, and why
     notes: tuple[str, ...]
     device: torch.device
-    dtype: torch.dtype
-    vocab_size: int
-    real_vocab: int
-    context: int | None
+    dtype: torch.dtype  # of the activations
+    vocab_size: int  # columns of the logits
+    real_vocab: int  # ids from here on are padding and are never sampled
+    context: int | None  # tokens that the model was made for; None where the config has no limit
     _form: tuple[int, int, int, torch.dtype] | None = None
 
     @abstractmethod

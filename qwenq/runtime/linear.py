@@ -23,8 +23,7 @@ from qwenq.models.gptq_format import CheckpointFormat, PackedLinear, has_trivial
 class Linear(Protocol):
     """A linear layer that is ready to run."""
 
-    name: str
-    """Its name in tables."""
+    name: str  # in tables
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [..., out] for [..., in], in the dtype of ``x``."""
@@ -59,15 +58,10 @@ class Requirements:
 
 
 class QuantLinear(Linear, Protocol):
-    """A linear layer over packed integers.
+    """A linear layer over packed integers."""
 
-    Attributes:
-        device_type: ``cpu``, ``cuda``, or ``any``: where it may be a faster choice than others.
-        widths: bits that it holds.
-    """
-
-    device_type: ClassVar[str]
-    widths: ClassVar[tuple[int, ...]]
+    device_type: ClassVar[str]  # ``cpu``, ``cuda``, or ``any``: where it may be a faster choice than others
+    widths: ClassVar[tuple[int, ...]]  # bits that it holds
 
     def __init__(self, packed: PackedLinear, need: Requirements, bias: Tensor | None) -> None:
         """Take one linear layer; ``packed`` and ``bias`` lie on the CPU, what is kept on ``need.device``."""

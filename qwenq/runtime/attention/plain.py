@@ -21,10 +21,8 @@ from qwenq.runtime.cache import Span
 class Attention(Protocol):
     """Softmax attention over the cache's slots."""
 
-    name: str
-    """Name of the backend: ``v2``, ``v1``, ``off``, ``sdpa``, ``split``, ``grouped`` or ``best``."""
-    implementation: str
-    """Exactly what runs, with package and version, for the row of a table."""
+    name: str  # ``v2``, ``v1``, ``off``, ``sdpa``, ``split``, ``grouped`` or ``best``
+    implementation: str  # exactly what runs, with package and version, for the row of a table
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """Return the mix of the values that each query may see, [batch, heads, tokens, d].
