@@ -15,8 +15,7 @@ from qwenq.calibration.documents import Document
 from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.tokenizer import Tokenizer
 
-Progress = Callable[[int, int], None]
-"""Called with (tokens done, tokens in all)."""
+Progress = Callable[[int, int], None]  # called with (tokens done, tokens in all)
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from qwenq.compute import block, cpu
 _WIDTH_STEP = 48
 """Packed keys and scores have room for a multiple of so many: a multiple of every variant's tile of keys."""
 
-_QUERIES = 8
-"""Rows of a tile, at most, of all variants."""
+_QUERIES = 8  # rows of a tile, at most, of all variants
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:

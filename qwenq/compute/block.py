@@ -17,8 +17,7 @@ from torch.nn import functional
 from qwenq.compute import cpu
 from qwenq.compute.cpu import DTYPE_CODES
 
-STEP = 16
-"""The C kernels take widths that are a multiple of this."""
+STEP = 16  # the C kernels take widths that are a multiple of this
 
 
 def unsupported_reason(

@@ -17,8 +17,7 @@ from qwenq.compute import cpu, gpu
 LARGEST = torch.finfo(torch.float16).max
 SMALLEST = torch.finfo(torch.float16).smallest_normal
 STRIP = 64  # rows that C takes at a time: its workspace, see csrc/gptq.c
-LEAST_ROWS = 16
-"""Rows that C takes at least: a register of any variant."""
+LEAST_ROWS = 16  # rows that C takes at least: a register of any variant
 WIDEST_GROUP = 256
 """Columns of a group whose scale C fits; a wider one is a matrix product that the library is faster at."""
 

@@ -19,8 +19,7 @@ _MANY_ROWS, _MANY_ROWS_FLOAT32 = 48, 32
 """From so many rows on, torch's product of bfloat16, or of a float32 copy, is faster than the one in C."""
 
 _OUTPUTS_AT_ONCE = 4096  # bounds the float32 copy
-_PACKED_FOR = 32
-"""Rows that oneDNN packs for; the layout is the same from 2 to 512 rows, another for one."""
+_PACKED_FOR = 32  # rows that oneDNN packs for; the layout is the same from 2 to 512 rows, another for one
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

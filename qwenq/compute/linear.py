@@ -14,10 +14,8 @@ from torch import Tensor
 from qwenq.compute import cpu
 from qwenq.compute.cpu import DTYPE_CODES
 
-OUTPUTS = 32
-"""Outputs of a block of weights; a layer has whole blocks."""
-GROUP_SIZES = (128, 64, 32)
-"""Columns that may share a scale, the longest first."""
+OUTPUTS = 32  # outputs of a block of weights; a layer has whole blocks
+GROUP_SIZES = (128, 64, 32)  # columns that may share a scale, the longest first
 LINEAR_FIELDS = ("weights", "scales", "columns", "outputs", "group_size", "bits", "scales_float16")
 """What C reads of a layer, int64 each."""
 _LINE = 64  # bytes: a step of weights begins at a cache line

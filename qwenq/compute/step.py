@@ -19,10 +19,8 @@ from torch import Tensor
 from qwenq.compute import cpu
 from qwenq.compute.linear import PackedWeights, activation_bytes
 
-STRETCH = 256
-"""Slots of a cache that attention takes together, as in C."""
-MULTIPLE = 32
-"""Of every width: halves of a head fill registers."""
+STRETCH = 256  # slots of a cache that attention takes together, as in C
+MULTIPLE = 32  # of every width: halves of a head fill registers
 MOST_HEAD_DIM = 256
 _HEADS_AT_ONCE = 4
 _EXPERTS_AT_ONCE = 16  # registers of any variant are filled

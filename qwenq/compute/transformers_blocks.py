@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from qwenq.compute import attention, block
 from qwenq.compute.block import STEP
 
-TORCH, OURS = "sdpa", "qwenq_causal"
-"""The names under which transformers knows attention."""
+TORCH, OURS = "sdpa", "qwenq_causal"  # the names under which transformers knows attention
 
 _KNOWN = {
     f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}DecoderLayer"

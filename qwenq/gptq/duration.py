@@ -15,8 +15,7 @@ from qwenq.gptq.settings import Settings
 from qwenq.models.block_shapes import ROW_PARALLEL, Block
 from qwenq.models.shapes import ModelShape
 
-OF_PEAK = 0.7
-"""Share of a large product's rate that forward passes and Hessians reach."""
+OF_PEAK = 0.7  # share of a large product's rate that forward passes and Hessians reach
 SOLVER, DESCENT = 15.0, 10.0
 """Operations of float32, in time, that factor, rounding and statistics take, and coordinate descent."""
 _SIDE, _SECONDS = 1024, 0.1

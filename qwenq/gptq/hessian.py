@@ -107,8 +107,7 @@ PANEL = 512  # rows of a product at a time: wide enough for full GEMM speed, and
 CHUNK = 1 << 18  # elements that are rounded and added at a time: they stay in the cache
 DIGITS = 51  # float64 counts to 2^53; one bit for rounding in float32, one to be sure
 
-Columns = Callable[[int, slice], Tensor]
-"""(batch, columns) → [tokens, these columns], float32 or bfloat16."""
+Columns = Callable[[int, slice], Tensor]  # (batch, columns) → [tokens, these columns], float32 or bfloat16
 
 
 def mean_products(

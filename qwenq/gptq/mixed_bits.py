@@ -34,10 +34,8 @@ from qwenq.models.gptq_config import engine_layer, packed_bytes
 from qwenq.stopping import stop_here
 from qwenq.storage import atomic_write_json
 
-FEW, MANY = 4, 8
-"""Bits of a group."""
-TOKENS = {"cpu": 512, "cuda": 4096}
-"""Calibration tokens that sensitivities are measured on, by device."""
+FEW, MANY = 4, 8  # bits of a group
+TOKENS = {"cpu": 512, "cuda": 4096}  # calibration tokens that sensitivities are measured on, by device
 SLAB = 1 << 23  # elements of logits that are compared at a time
 CELLS = 50_000  # of the knapsack: bytes are counted in units that make no more of them
 CURVE = 24  # sizes that the curve is computed for

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.recipe import QuantizeRecipe
 
-UNQUANTISED = 16
-"""Bits, in ``module_bits``, of modules that are left as they are."""
+UNQUANTISED = 16  # bits, in ``module_bits``, of modules that are left as they are
 
 
 @dataclass(frozen=True)

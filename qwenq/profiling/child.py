@@ -22,10 +22,8 @@ from qwenq.results import Model, Row, Status
 from qwenq.stopping import with_parent
 
 _COMMAND = [sys.executable, "-m", "qwenq.profiling.worker"]
-AHEAD = "--ahead"
-"""Tells the worker to read the libraries before its point."""
-_GRACE = 120.0
-"""Seconds beyond three times its time limit after which a point counts as hung."""
+AHEAD = "--ahead"  # tells the worker to read the libraries before its point
+_GRACE = 120.0  # seconds beyond three times its time limit after which a point counts as hung
 _POLL, _OTHERS_GRACE = 1.0, 15.0
 """Seconds between two looks at the other ranks; and how long the rest may go on after one of them ended:
 they mostly notice it by themselves, and their own error says more."""

@@ -102,8 +102,7 @@ def assist(point: Point, team: Team) -> None:
     team.barrier()
 
 
-PATIENCE = 20.0
-"""Seconds of repetitions of one measurement without a budget; one is always made."""
+PATIENCE = 20.0  # seconds of repetitions of one measurement without a budget; one is always made
 PROTOCOL_PATIENCE = 60.0
 
 
@@ -361,8 +360,7 @@ def _bandwidth(bench: Bench, found: Decoding, cache: int) -> Row:
 # token before it, follow from the last two.
 
 
-LONG = 4096
-"""Tokens from which a prompt is estimated first, where there is a limit."""
+LONG = 4096  # tokens from which a prompt is estimated first, where there is a limit
 _FIRST, _LARGEST_SHARE = 256, 16
 """Tokens of the first piece; the last piece is at most one sixteenth of the prompt."""
 _TRIAL = 0.02

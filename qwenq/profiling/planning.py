@@ -18,14 +18,11 @@ from qwenq.models.shapes import ITEMSIZE, ModelShape
 from qwenq.profiling.spec import Point
 from qwenq.storage import readable_bytes
 
-_LOAD_RATE = 0.4e9
-"""Bytes of weights read, checked and rearranged in a second."""
-_MAKING_RATE = 0.1e9
-"""Parameters rounded on the fly in a second: what one core rounds."""
+_LOAD_RATE = 0.4e9  # bytes of weights read, checked and rearranged in a second
+_MAKING_RATE = 0.1e9  # parameters rounded on the fly in a second: what one core rounds
 _DRAWING_RATE = {"cpu": 0.1e9, "cuda": 5e9}
 """Parameters drawn at random in a second, on the device that runs them; a guess for GPUs."""
-_STORED_BYTES = 2
-"""Of a parameter in the file that a model is rounded from: what nearly all are stored in."""
+_STORED_BYTES = 2  # of a parameter in the file that a model is rounded from: what nearly all are stored in
 _EFFICIENCY = 0.4
 """Share of a copy's bandwidth, and of a large product's rate, that a model reaches; a guess for estimates."""
 _STEP_SECONDS, _SLOW_STEP_SECONDS = 0.004, 0.025
@@ -33,10 +30,8 @@ _STEP_SECONDS, _SLOW_STEP_SECONDS = 0.004, 0.025
 _SPLIT_SECONDS = 15.0
 _STEP_LAYOUT = ("grouped", "best")
 """Attentions that may lay the cache out for decode steps on a CPU, in float32 (``runtime.step_layout``)."""
-_SLOW_STEP = 0.05
-"""Seconds of a decoding step from which few of them are timed at a position."""
-POSITIONS = 9
-"""Of a round of decoding that are timed, at most."""
+_SLOW_STEP = 0.05  # seconds of a decoding step from which few of them are timed at a position
+POSITIONS = 9  # of a round of decoding that are timed, at most
 _OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
 
 

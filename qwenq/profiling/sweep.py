@@ -18,8 +18,7 @@ from qwenq.profiling.spec import Point, Subjects, is_done, refuse_unsplittable, 
 from qwenq.results import RESULTS_FILE, Row, append_row, read_environment, read_rows, write_environment
 from qwenq.storage import locked
 
-Measure = Callable[[Point, float | None], Iterator[Row]]
-"""Turn a point into rows, one for every metric."""
+Measure = Callable[[Point, float | None], Iterator[Row]]  # turn a point into rows, one for every metric
 
 
 @dataclass

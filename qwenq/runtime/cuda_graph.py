@@ -22,10 +22,8 @@ from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.decoder import Decoder
 from qwenq.runtime.spec import logn_scales
 
-SHORTEST = 256
-"""Slots that the first graph reads."""
-PATIENCE = 4
-"""Steps of a cache that run without a graph: making one takes as long as several."""
+SHORTEST = 256  # slots that the first graph reads
+PATIENCE = 4  # steps of a cache that run without a graph: making one takes as long as several
 MOST_ROWS = 16
 _CAPTURABLE = ("off", "sdpa", "split", "v1")
 """Attention backends that take positions or a mask from the device and ask it nothing."""

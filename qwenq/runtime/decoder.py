@@ -37,8 +37,7 @@ from qwenq.runtime.quantised_linear import CpuNative, Int8Head
 from qwenq.runtime.spec import DecoderSpec, Rope, logn_scales, read_spec
 from qwenq.runtime.weights import Rows, Weights
 
-_MEASURED, _STEPS = 256, 5
-"""Slots of a cache whose last steps are measured, and how many."""
+_MEASURED, _STEPS = 256, 5  # slots of a cache whose last steps are measured, and how many
 
 
 class Decoder:

@@ -28,8 +28,7 @@ from qwenq.runtime.transformers_engine import TransformersEngine
 
 END, CACHE, FORGET, HIDDEN, HEAD = range(5)
 """Messages: the last one; a new cache; a cache that is needed no more; a forward pass; the head."""
-_FIRST = 32
-"""Numbers in the first part of a message: a decode step of a few rows needs no second."""
+_FIRST = 32  # numbers in the first part of a message: a decode step of a few rows needs no second
 
 
 def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:

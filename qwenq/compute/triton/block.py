@@ -9,8 +9,7 @@ from torch import Tensor
 
 from qwenq.compute.gpu import power_of_2
 
-_FFN_BLOCK = 1024
-"""Features of the gated activation for one program."""
+_FFN_BLOCK = 1024  # features of the gated activation for one program
 
 
 @triton.jit

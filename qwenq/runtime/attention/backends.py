@@ -14,10 +14,8 @@ from qwenq.runtime.attention.flash import FlashV1, Split, flash_v1_package, flas
 from qwenq.runtime.attention.plain import Attention, GroupedDecode, Off, Sdpa
 from qwenq.runtime.cache import Span
 
-HEADS, HEAD_DIM = 16, 128
-"""Of the measurement: one layer of Qwen-1.8B."""
-PROMPT, CONTEXT = 512, 2048
-"""Tokens of the prompt, and slots that a decode step reads."""
+HEADS, HEAD_DIM = 16, 128  # of the measurement: one layer of Qwen-1.8B
+PROMPT, CONTEXT = 512, 2048  # tokens of the prompt, and slots that a decode step reads
 _REPEATS = 3
 
 
