@@ -96,10 +96,10 @@ def library_name(variant: str, suffix: str = SUFFIX) -> str:
     return f"libqwenq-{variant}{suffix}"
 
 
-def sources_hash(folder: Path = SOURCES) -> str:
+def sources_hash() -> str:
     """Return a hash of all sources; a library holds the hash of those that it was compiled from."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(SOURCES.iterdir()):
         if path.suffix in {".c", ".h", ".def"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -179,16 +179,13 @@ def _share_threads(handle: ctypes.CDLL) -> bool:
     return True
 
 
-def call(name: str, *arguments: Tensor | int | float, threads: int | None = None) -> None:
-    """Run a kernel on torch's threads.
+def call(name: str, *arguments: Tensor | int | float) -> None:
+    """Run a kernel of ``csrc/kernels.def`` on torch's threads.
 
-    Args:
-        name: of the kernel, see ``csrc/kernels.def``.
-        arguments: tensors as their addresses, integers, and floats as the bits of a float32, in the kernel's
-            order. The caller has checked shapes, dtypes, devices and strides: the kernel relies on them.
-        threads: how many; None: as many as torch uses.
+    It gets tensors as their addresses, integers, and floats as the bits of a float32. The caller has checked
+    shapes, dtypes, devices and strides: the kernel relies on them.
     """
-    values = [torch.get_num_threads() if threads is None else threads]
+    values = [torch.get_num_threads()]
     for argument in arguments:
         if isinstance(argument, Tensor):
             values.append(argument.data_ptr())

@@ -468,9 +468,9 @@ def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decodin
             return found
 
 
-def spread(first: int, last: int, count: int = POSITIONS) -> tuple[int, ...]:
+def spread(first: int, last: int) -> tuple[int, ...]:
     """Return positions from first to last, evenly spread; fewer where there are fewer."""
-    count = max(1, min(count, last - first + 1))
+    count = max(1, min(POSITIONS, last - first + 1))
     if count == 1:
         return (first,)
     return tuple(first + round(n * (last - first) / (count - 1)) for n in range(count))

@@ -255,7 +255,7 @@ class KVCache:
 
     def clear(self, rows: Sequence[int]) -> None:
         """Empty these rows, as if nothing had ever been in them; the others stay."""
-        self.check_rows(rows)
+        self._check_rows(rows)
         for row in rows:
             self.lengths[row], self.alphas[row] = 0, 1
         self._forget_states(rows)
@@ -266,7 +266,7 @@ class KVCache:
         A prefix that many sequences share is encoded once and taken many times; the rows of a batch that are
         not finished yet are taken together, so that the rest costs nothing more.
         """
-        self.check_rows(rows)
+        self._check_rows(rows)
         capacity = self.capacity if capacity is None else capacity
         lengths = [self.lengths[row] for row in rows]
         held = max(lengths, default=0)
@@ -285,7 +285,7 @@ class KVCache:
 
         A finished row of a batch makes room for the next prompt: prefill that alone, then put it there.
         """
-        self.check_rows(rows)
+        self._check_rows(rows)
         if len(rows) != source.batch or len(set(rows)) != len(rows):
             raise UsageError(f"{source.batch} rows cannot be put into the rows {list(rows)} of a cache")
         held = max(source.lengths, default=0)
@@ -301,7 +301,7 @@ class KVCache:
         For each row that is left, return which one it was: itself where it can be, else it fills a gap.
         """
         kept = sorted(set(rows))
-        self.check_rows(kept)
+        self._check_rows(kept)
         if not kept:
             raise UsageError("a cache keeps at least one of its rows")
         behind = [row for row in kept if row >= len(kept)]
@@ -327,8 +327,7 @@ class KVCache:
             )
         return self.take([0] * batch, capacity)
 
-    def check_rows(self, rows: Sequence[int]) -> None:
-        """Refuse rows that the cache does not have."""
+    def _check_rows(self, rows: Sequence[int]) -> None:
         if wrong := [row for row in rows if not 0 <= row < self.batch]:
             raise UsageError(f"a cache of {self.batch} rows has no row {wrong[0]}")
 

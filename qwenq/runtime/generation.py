@@ -140,15 +140,8 @@ class Engine(ABC):
         return 1
 
     @torch.inference_mode()
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int] | None = None
-    ) -> Tensor:
-        """Add prompts to rows of a cache; the head is computed at the last token of each alone.
-
-        Args:
-            prompts: ``prompts[i]`` is added to row ``rows[i]``.
-            cache: what came before.
-            rows: these rows of the cache and no others; None: all of them, in order.
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Add a prompt to each row of a cache; the head is computed at the last token of each alone.
 
         Returns:
             Float32 [len(prompts), vocabulary] after each prompt's last token.
@@ -156,14 +149,6 @@ class Engine(ABC):
         Raises:
             UsageError: a prompt is empty, holds an id that is not in the vocabulary, or does not fit.
         """
-        if rows is not None:
-            # A small cache for them: the other rows cost nothing, and what is copied is little.
-            cache.check_rows(rows)
-            added = max(map(len, prompts), default=0)
-            part = cache.take(rows, max((cache.lengths[row] for row in rows), default=0) + added)
-            found = self.prefill(prompts, part)
-            cache.put(rows, part)
-            return found
         self._check(prompts, cache)
         with self._memory(prompts):
             hidden = self._prompt_hidden(prompts, cache)
