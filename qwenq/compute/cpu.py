@@ -49,7 +49,6 @@ class Library:
 
     variant: Variant  # what it was compiled for
     handle: ctypes.CDLL
-    shares_threads: bool  # whether it runs on torch's OpenMP threads, not on a pool of the library
 
 
 def variants_here() -> list[Variant]:
@@ -163,20 +162,20 @@ def _load(variant: Variant, path: Path) -> Library | str:
         return f"the library {path.name} cannot be loaded: {str(error).splitlines()[0]} ({_INSTALL})"
     if made_for != variant.name or (SOURCES.is_dir() and made_from != sources_hash()):
         return f"the library {path.name} was compiled from other sources ({_INSTALL})"
-    return Library(variant, handle, _share_threads(handle))
+    _share_threads(handle)
+    return Library(variant, handle)
 
 
-def _share_threads(handle: ctypes.CDLL) -> bool:
+def _share_threads(handle: ctypes.CDLL) -> None:
     """Pass in torch's OpenMP runtime; leave the library's own pool where torch has another one."""
     torch_library = Path(torch.__path__[0]) / "lib" / f"libtorch_cpu{SUFFIX}"
     try:
         openmp = ctypes.CDLL(str(torch_library))
         entries = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in _OPENMP]
     except (OSError, AttributeError):
-        return False
+        return
     handle.qwenq_set_threads.restype = None
     handle.qwenq_set_threads(*entries)
-    return True
 
 
 def call(name: str, *arguments: Tensor | int | float) -> None:
