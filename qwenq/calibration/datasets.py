@@ -60,14 +60,8 @@ def _open(spec: str, split: str) -> Iterable[Any]:
     parts = _HUB_ID.fullmatch(spec)
     if parts is None:
         raise UsageError("not a dataset id", where=spec, hint="write owner/name or owner/name:config")
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            "reading hub datasets needs the package datasets",
-            where=spec,
-            hint="pip install datasets, or name a local file, or self",
-        ) from None
+    import datasets
+
     try:
         stream: Iterable[Any] = datasets.load_dataset(
             parts["name"], parts["config"], split=split, streaming=True
@@ -155,14 +149,8 @@ def _of_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
 
 def _saved(folder: Path, split: str | None, column: str | None) -> Iterator[Document]:
     """Yield the rows of what the ``datasets`` library's ``save_to_disk`` made."""
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            "a folder of save_to_disk needs the package datasets",
-            where=folder,
-            hint="pip install datasets",
-        ) from None
+    import datasets
+
     try:
         loaded: Any = datasets.load_from_disk(str(folder))
     except MemoryError:

@@ -95,14 +95,8 @@ def _damaged(path: Path, error: Exception) -> CalibrationError:
 
 def _zstandard(path: Path) -> IO[bytes]:
     """Open a .zst file through Arrow, which reads .parquet files too."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise UsageError(
-            "reading a .zst file needs the package pyarrow",
-            where=path,
-            hint=f"pip install pyarrow, or `zstd -d {path.name}`",
-        ) from None
+    import pyarrow
+
     stream: Any = pyarrow.input_stream(str(path), compression="zstd")
     return io.BufferedReader(stream)
 
@@ -331,13 +325,9 @@ def read_table(path: Path, column: str | None = None) -> Iterator[Document]:
 
 def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
     """Yield one record a row; only columns that may be needed are read, a few hundred rows at a time."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError(
-            "reading .parquet needs the package pyarrow", where=path, hint="pip install pyarrow"
-        ) from None
+    import pyarrow
+    from pyarrow import parquet
+
     number = 0
     try:
         file = parquet.ParquetFile(path)
