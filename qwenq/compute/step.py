@@ -1,6 +1,6 @@
 """Run a decode step in one call: every block of a decoder for one new token in each row (``csrc/step.c``).
 
-The reference is `StepOperations` of ``runtime.decode_step``, with a few hundred calls of torch; in a small
+The reference is `StepOperations` of ``runtime.block``, with a few hundred calls of torch; in a small
 model these take longer than the products.
 """
 

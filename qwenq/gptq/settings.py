@@ -148,7 +148,7 @@ def input_widths(linears: Mapping[str, nn.Linear]) -> dict[str, int]:
 
 
 def kept_parameters(decoder: BlockwiseDecoder, settings: Settings) -> Iterator[dict[str, str]]:
-    """Yield what of each block is not quantised, with the reason: ``models.kept`` or the recipe."""
+    """Yield what of each block is not quantised, with the reason: the decoder's or the recipe's."""
     for block, kept in zip(decoder.blocks, decoder.kept(), strict=True):
         asked = (name for name in linears_of(block) if settings.bits_of(name) == UNQUANTISED)
         yield kept | {f"{name}.weight": "as module_bits says" for name in asked}

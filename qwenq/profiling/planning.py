@@ -29,7 +29,7 @@ _STEP_SECONDS, _SLOW_STEP_SECONDS = 0.004, 0.025
 """Seconds of a decoding step besides memory: Python, launches; the second for transformers."""
 _SPLIT_SECONDS = 15.0
 _STEP_LAYOUT = ("grouped", "best")
-"""Attentions that may lay the cache out for decode steps on a CPU, in float32 (``runtime.step_layout``)."""
+"""Attentions that may lay the cache out for decode steps on a CPU, in float32 (``runtime.cache``)."""
 _SLOW_STEP = 0.05  # seconds of a decoding step from which few of them are timed at a position
 POSITIONS = 9  # of a round of decoding that are timed, at most
 _OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
