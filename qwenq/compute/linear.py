@@ -1,4 +1,4 @@
-"""Multiply few rows by weights as they lie in memory: 4 and 8 bits scaled by group, or bfloat16.
+"""Multiply few rows by weights as they lie in memory: 4 and 8 bits scaled by group, or plain numbers.
 
 A decode step reads every weight once, at the memory's speed (``csrc/linear.c``, ``csrc/dense.c``). The
 reference is one product of plain numbers, of what ``unpack`` gives; it is also what is faster for many rows.
@@ -26,11 +26,11 @@ class PackedWeights:
     """A layer's weights in the layout of ``csrc/linear.c``."""
 
     # uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in the high
-    # nibbles. With 16 bits, bfloat16 [outputs, columns].
+    # nibbles. Plain numbers: bfloat16 or float32 [outputs, columns].
     weights: Tensor
-    # [blocks, groups, 32] float16, or float32 where float16 would round them; of 16 bits, empty
+    # [blocks, groups, 32] float16, or float32 where float16 would round them; of plain numbers, empty
     scales: Tensor
-    bits: int  # 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16
+    bits: int  # 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16 or 32, plain numbers
     columns: int
     outputs: int
     group_size: int
@@ -78,11 +78,12 @@ def pack(integers: Tensor, scales: Tensor, bits: int) -> PackedWeights:
 def plain(weight: Tensor) -> PackedWeights | None:
     """Return a matrix that is not quantised for C, as it lies; None: C does not multiply it here."""
     outputs, columns = weight.shape
-    here = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and weight.is_contiguous()
+    here = weight.device.type == "cpu" and weight.dtype in DTYPE_CODES and weight.is_contiguous()
     if not here or columns % GROUP_SIZES[-1] or not columns or cpu.unsupported_reason():
         return None
-    values = weight.data_ptr(), 0, columns, outputs, GROUP_SIZES[-1], 16, 0
-    return PackedWeights(weight, weight[:0], 16, columns, outputs, GROUP_SIZES[-1], torch.tensor(values))
+    bits = 8 * weight.itemsize
+    values = weight.data_ptr(), 0, columns, outputs, GROUP_SIZES[-1], bits, 0
+    return PackedWeights(weight, weight[:0], bits, columns, outputs, GROUP_SIZES[-1], torch.tensor(values))
 
 
 def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) -> Tensor:

@@ -53,7 +53,7 @@ class StepBlock:
     # float32: attention_norm [hidden], mlp_norm [hidden], qkv_bias [(heads + 2 kv_heads) · d] or None,
     # qk_norm [heads + kv_heads, d] or None
     vectors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
-    router: Tensor | None = None  # bfloat16 [experts, hidden]; None: the block is no mixture
+    router: Tensor | None = None  # [experts, hidden], of the result's dtype; None: the block is no mixture
 
 
 def unsupported_reason(shape: StepShape) -> str | None:
@@ -125,8 +125,7 @@ class DecodeStep:
             held.run(
                 cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
                 keys=keys.data_ptr(), values=values.data_ptr(), slots=slots, layer_stride=keys.stride(0),
-                y=y.data_ptr(), y_bfloat16=int(self._dtype is torch.bfloat16),
-                splits=max(lengths) // STRETCH + 1,
+                y=y.data_ptr(), dtype=cpu.DTYPE_CODES[self._dtype], splits=max(lengths) // STRETCH + 1,
             )  # fmt: skip
         return y
 
