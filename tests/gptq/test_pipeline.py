@@ -163,7 +163,7 @@ def test_group_size_minus_one_fits_any_width() -> None:
     assert choose_group_size(-1, {"q": 40})[0] == -1
 
 
-@pytest.mark.parametrize("bad", [-1, 100, 10**9])
+@pytest.mark.parametrize("bad", [-1, 10**9])
 def test_tokens_out_of_the_vocabulary_are_refused(tmp_path: Path, bad: int) -> None:
     decoder = open_decoder(write_family(tmp_path / "m"))
     with pytest.raises(CalibrationError, match=rf"token id {bad} is outside the model's vocabulary"):
