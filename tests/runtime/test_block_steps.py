@@ -34,6 +34,7 @@ def test_steps_and_prompts_alternate_over_one_cache() -> None:
     torch.testing.assert_close(found[0], expected[-1], atol=1e-4, rtol=0)
 
 
+@torch.inference_mode()
 def test_rows_are_replaced_between_steps() -> None:
     model, checkpoint = small_model("qwen2-tied")
     engine = load(checkpoint, device="cpu", dtype="float32")
