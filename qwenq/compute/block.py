@@ -27,12 +27,11 @@ def unsupported_reason(
 
     ``widths`` are last axes, by what they are the width of.
     """
-    reason = cpu.unsupported_input(device, dtype)
-    if reason is None:
+    if device.type == "cpu" and dtype in DTYPE_CODES:
         for name, width in widths.items():
             if not width or width % STEP:
                 return f"the width of {name}, {width}, is no multiple of {STEP}"
-    return reason
+    return cpu.unsupported_input(device, dtype)
 
 
 def fallback_notice(
