@@ -6,16 +6,10 @@ shards. One tensor is in memory at a time; the target gets its name only when it
 
 from __future__ import annotations
 
-import glob
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-import psutil
 
 from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Listener, Notice, counted, silent
@@ -23,7 +17,7 @@ from qwenq.models.autoround import is_autoround
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.compressed_tensors import CompressedTensorsView
-from qwenq.models.folders import require_renameable, take_name
+from qwenq.models.folders import new_folder, require_renameable
 from qwenq.models.gptq_format import (
     DequantisedSource,
     QuantConfig,
@@ -36,7 +30,7 @@ from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.safetensors_files import write_shards
 from qwenq.models.shapes import DENSE, ModelShape
 from qwenq.models.source import TensorInfo, require_tensors
-from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held, read_json
+from qwenq.storage import atomic_write_json, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +108,7 @@ def convert(
         entries, read = _with_head(checkpoint, entries, read)
         changes.append(f"the embedding is stored a second time, as {HEAD}")
     total = sum(info.nbytes for _, info in entries)
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         files = _write_counted(folder, entries, read, max_shard_bytes, listener)
         atomic_write_json(folder / "config.json", config)
         if quant is not None:
@@ -281,30 +275,3 @@ def restored_zeros(
     except QuantisationError as error:
         error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
         raise
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a sibling folder that gets the target's name at the end; remove it on an error."""
-    place = target.absolute()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    with guard_storage(target):
-        _remove_left_behind(place)
-        temporary.mkdir(parents=True)
-        try:
-            with held(temporary):
-                yield temporary
-                take_name(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        fsync_folder(place.parent)
-
-
-def _remove_left_behind(place: Path) -> None:
-    """Remove folders of killed conversions to the same name: their process is gone, their lock free."""
-    for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
-        process = left.suffixes[-2].removeprefix(".")
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            with suppress(UsageError), held(left):  # held: by a process of another machine
-                shutil.rmtree(left, ignore_errors=True)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 from qwenq.errors import CorruptFileError, ModelError, UsageError
-from qwenq.storage import readable_bytes
+from qwenq.storage import fsync_folder, guard_storage, held, readable_bytes
 
 # Turn what the user typed into a path; a name that no disk takes is an error in a line.
 
@@ -158,6 +164,36 @@ def take_name(made: Path, target: Path) -> None:
             where=target,
             hint="move it away, then run the same command again",
         ) from error
+
+
+@contextmanager
+def new_folder(target: Path, needed: int | None = None) -> Iterator[Path]:
+    """Yield a sibling folder that gets the target's name at the end; remove it on an error.
+
+    ``needed`` are the bytes that will be written, if that is known.
+    """
+    place = target.absolute()
+    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    with guard_storage(target, needed):
+        _remove_left_behind(place)
+        temporary.mkdir(parents=True)
+        try:
+            with held(temporary):
+                yield temporary
+                take_name(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_folder(place.parent)
+
+
+def _remove_left_behind(place: Path) -> None:
+    """Remove what killed processes left of this name: their process is gone, their lock free."""
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
+        process = left.suffixes[-2].removeprefix(".")
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            with suppress(UsageError), held(left):  # held: by a process of another machine
+                shutil.rmtree(left, ignore_errors=True)
 
 
 # Name qwenq.json and the folders of an unfinished run, and check for them.

@@ -18,8 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -171,15 +170,6 @@ class LayerStore:
         if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
             return None
         return record
-
-
-@contextmanager
-def work_folder(folder: Path) -> Iterator[Path]:
-    """Hold the work folder ``OUT.partial`` while something other than its layers is written there."""
-    with guard_storage(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with take_lock(folder, _LOCK):
-        yield folder
 
 
 def discard_leftover(folder: Path) -> bool:
