@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -197,6 +197,21 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that gets the name ``path`` at the end, once it is on the disk; remove it on an error."""
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def atomic_write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old or the new content, never a part, even after a power cut.
 
@@ -205,18 +220,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
     """
     with guard_storage(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with new_file(path) as file:
+            file.write(data)
         fsync_folder(path.parent)
 
 
@@ -272,10 +277,3 @@ def cache_folder() -> Path:
         raise UsageError(
             f"no folder for a cache: {error}", where="HOME", hint="set QWENQ_CACHE to a folder of yours"
         ) from error
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    current = os.umask(0o077)
-    os.umask(current)
-    return current

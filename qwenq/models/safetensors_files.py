@@ -7,23 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from qwenq.errors import CorruptFileError, ModelError
 from qwenq.models.source import TensorInfo
-from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, require_space
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
-
+from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, new_file, require_space
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -389,7 +384,10 @@ def write_shards(
         if count == 1:
             names = ["model.safetensors"]
         for name, shard in zip(names, shards, strict=True):
-            _write_file(folder / name, shard, read)
+            with new_file(folder / name) as file:
+                file.write(_header(shard))
+                for tensor, info in shard:
+                    _write_tensor(file, tensor, info, read(tensor))
         if count > 1:
             owners = {e[0]: name for name, shard in zip(names, shards, strict=True) for e in shard}
             index = {"metadata": {"total_size": total}, "weight_map": owners}
@@ -411,22 +409,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_file(path: Path, entries: Sequence[Entry], read: Callable[[str], torch.Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_header(entries))
-            for name, info in entries:
-                _write_tensor(file, name, info, read(name))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _write_tensor(file: BinaryIO, name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
+def _write_tensor(file: IO[bytes], name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
     if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
         raise ModelError(
             f"{name} was announced as {info.dtype} {list(info.shape)} "
