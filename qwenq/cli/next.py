@@ -39,11 +39,10 @@ def with_model(folder: str | Path, base: str | Path | None = None) -> Iterator[W
         folder: as the user can type it.
         base: the model that it was made from, which it is compared with.
     """
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.opening import resolve_model
+    from qwenq.models.opening import open_model
     from qwenq.models.random_weights import is_random
 
-    checkpoint = open_checkpoint(resolve_model(str(folder)).folder)
+    checkpoint = open_model(str(folder))
     sized, fast = _runs(checkpoint)
     engine = () if fast else ("--engine", "transformers")
     of_its_own = checkpoint.foreign is None  # other formats have no speed here: they are dequantised at load

@@ -220,12 +220,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
     return config, notices
 
 
-def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return ``quantization_config`` of a quantised model, else None."""
-    found = config.get("quantization_config")
-    return found if isinstance(found, dict) else None
-
-
 def _load(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     try:

@@ -109,11 +109,16 @@ def _check(entry: Path, homes: list[Path]) -> None:
         raise CorruptFileError(
             f"{entry.name} is neither a file nor a folder", where=entry, hint="remove it from the folder"
         )
-    size = entry.stat().st_size if entry.suffix in _READ_WHOLE and entry.is_file() else 0
-    if size > LARGEST:
+    if entry.suffix in _READ_WHOLE and entry.is_file():
+        refuse_large(entry)
+
+
+def refuse_large(file: Path) -> None:
+    """Refuse a file that is read whole if it has more than ``LARGEST`` bytes."""
+    if (size := file.stat().st_size) > LARGEST:
         raise CorruptFileError(
-            f"{entry.name} has {readable_bytes(size)} to be read whole; no model's file has so many",
-            where=entry,
+            f"{file.name} has {readable_bytes(size)} to be read whole; no model's file has so many",
+            where=file,
             hint="download it again, or do not use this model",
         )
 

@@ -23,7 +23,7 @@ from qwenq import stopping
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.chatml import DEFAULT_MAX_WINDOW, PROCESS, Message
 from qwenq.models.config import check_labels
-from qwenq.models.folders import refuse_foreign_links
+from qwenq.models.folders import refuse_foreign_links, refuse_large
 from qwenq.models.qwen_tokenizer import (
     RANK_COUNT,
     RANKS_FILE,
@@ -128,6 +128,8 @@ def load_tokenizer(path: Path) -> Tokenizer:
     """
     if not path.exists():
         raise ModelError("no such tokenizer", where=path, hint="name a model folder, or a tokenizer file")
+    if path.is_file():
+        refuse_large(path)
     refuse_foreign_links(path)
     if path.suffix == ".tiktoken":
         return QwenTokenizer.from_file(path)

@@ -138,16 +138,14 @@ def _beside(shape: ModelShape, dtype: str, vision: int | None, more: int) -> tup
 
 def _hub_config(model: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
-    known: tuple[type[Exception], ...] = (HFValidationError, LocalEntryNotFoundError, OSError)
-    known += network_errors()
     try:
         return Path(hf_hub_download(model, "config.json"))
-    except known as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (HFValidationError, OSError, *network_errors()) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise HubError(
-            f"config.json of {model} could not be fetched: {reason}",
+            f"config.json of {model} could not be fetched: {lines[0]}",
             where=model,
             hint=f"check the id and the network; the catalogue has {', '.join(catalogue.suggestions(model))}",
         ) from error

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.config import quantization_of
 from qwenq.models.gptq_format import (
     DequantisedSource,
     PackedLinear,
@@ -21,6 +20,7 @@ from qwenq.models.gptq_format import (
     check_g_idx,
     check_module_shapes,
     check_symmetric_zeros,
+    is_quantised,
     quantised_modules,
     read_packed,
 )
@@ -141,7 +141,7 @@ class Weights:
         self._processes = processes
         self.kernel, self.notes = "dense", tuple[str, ...]()
         self.quantised: frozenset[str] = frozenset()
-        if quantization_of(checkpoint.config) is None:
+        if not is_quantised(checkpoint.config):
             if kernel != "auto":
                 raise UnsupportedError(
                     f"the kernel {kernel} multiplies packed integers, and this model is not quantised",
