@@ -200,12 +200,7 @@ _POSITIVE_REALS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_e
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Read and check config.json of a model folder; return it with notices for the user.
-
-    Raises:
-        ModelError: no model folder, or a value that no model can have; names key and value.
-        UnsupportedError: an architecture that is not supported here; lists those that are.
-    """
+    """Read and check config.json of a model folder; return it with notices for the user."""
     config = _load(folder)
     path = folder / "config.json"
     _refuse_private_keys(config, path)

@@ -125,12 +125,7 @@ def _fitting(module: str) -> Iterator[None]:
 
 
 def foreign_format(config: Mapping[str, Any], where: Path) -> ForeignFormat | None:
-    """Return the format of another tool that config.json names; None: plain weights or GPTQ.
-
-    Raises:
-        UnsupportedError: a method or a variant that is not read here; names it.
-        ModelError: settings that make no sense.
-    """
+    """Return the format of another tool that config.json names; None: plain weights or GPTQ."""
     keys = config.get("quantization_config")
     if not isinstance(keys, Mapping):
         return None

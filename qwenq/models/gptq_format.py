@@ -329,13 +329,7 @@ def surplus_biases(
 
 
 def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
-    """Check every quantised module against the config; returns their names.
-
-    Raises:
-        ModelError: no quantised module at all, a tensor of a module is missing, a shape contradicts bits or
-            group size, a ``g_idx`` names a group that does not exist, or the zero points of a symmetric model
-            are stored in the other format than the config says.
-    """
+    """Check the tensors of every quantised module against the config; return the modules' names."""
     modules = quantised_modules(source)
     if not modules:
         raise ModelError(

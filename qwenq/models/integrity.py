@@ -89,11 +89,7 @@ def require_numbers(name: str, tensor: torch.Tensor, where: Path | None = None) 
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> torch.Tensor:
-    """Check that every element is a number that a weight can be; return the tensor itself.
-
-    Raises:
-        CorruptFileError: how many elements are NaN and how many infinite, or the one beyond ``LARGEST``.
-    """
+    """Check that every element is a number that a weight can be; return the tensor itself."""
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
     nan = infinite = 0

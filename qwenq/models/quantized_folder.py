@@ -59,11 +59,6 @@ class LayerStore:
     """The work folder of one run, ``OUT.partial``.
 
     ``run`` holds the facts that decide the result; a store of another run is not resumed.
-
-    Raises:
-        UsageError: the folder holds an unfinished run with other settings, or foreign files, or another
-            process works in it.
-        StorageError: the disk refused.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], *, resume: bool) -> None:

@@ -266,9 +266,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Checked: its length against the file's, that it is JSON, that every dtype is known, that each tensor has
     as many bytes as its shape takes, and that tensors cover the file from end to end without overlap.
-
-    Raises:
-        CorruptFileError: any of these is wrong; the message names the tensor where one is to blame.
     """
     try:
         size = path.stat().st_size

@@ -90,12 +90,7 @@ class ModelShape:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
-        """Read a config.json of a Llama or Qwen model; of a vision-language model, its language model.
-
-        Raises:
-            UnsupportedError: another architecture; names what is missing for it.
-            ModelError: a size is missing, not a positive integer, or contradicts another one.
-        """
+        """Read a config.json of a Llama or Qwen model; of a vision-language model, its language model."""
         where = Path("config.json")
         config = {"model_type": "none", **config}
         check_architecture(config, where)

@@ -69,9 +69,6 @@ def require_tensors(
 
     Only names and headers are read. Biases of zeros that the source hides from its names, but reads, count as
     there.
-
-    Raises:
-        ModelError: names the first tensor that is missing, of another shape, or unknown to the architecture.
     """
     names = set(source.names())
     for name, shape in expected.items():

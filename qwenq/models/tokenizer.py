@@ -120,12 +120,7 @@ TemplateThinking = Literal["never", "switch", "always"]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load the tokenizer of a model folder, or of one ``*.tiktoken`` or ``tokenizer.json`` file.
-
-    Raises:
-        ModelError: nothing there that is a tokenizer, or transformers cannot load it without remote code.
-        CorruptFileError: a damaged ranks file or generation_config.json.
-    """
+    """Load the tokenizer of a model folder, or of one ``*.tiktoken`` or ``tokenizer.json`` file."""
     if not path.exists():
         raise ModelError("no such tokenizer", where=path, hint="name a model folder, or a tokenizer file")
     if path.is_file():

@@ -46,9 +46,6 @@ def allowed_bytes(budget: str | float, sizes: Sizes, shape: ModelShape | None) -
             ``rtx-4090:8192``: what that GPU's memory leaves beside the cache of so many tokens, as in a plan.
         sizes: of the model.
         shape: of the model; None: unknown.
-
-    Raises:
-        UsageError: no such size; below what 4 bits take, or above what 8 bits do; a GPU that is not known.
     """
     text = str(budget)
     if (found := _BYTES.fullmatch(text)) is not None:
