@@ -96,9 +96,12 @@ def convert(
     checkpoint = open_checkpoint(source)
     quant = _settings(checkpoint, zeros)
     _require_whole(checkpoint, quant)
-    config, changes = _target_config(checkpoint, quant, zeros)
+    wanted = None if zeros is None or quant is None else FORMATS[zeros]
+    if quant is not None and wanted == quant.checkpoint_format:
+        wanted = None
+    config, changes = _target_config(checkpoint, quant, wanted)
     if to is None:
-        entries, read = _entries(checkpoint, quant), _reader(checkpoint, quant, zeros)
+        entries, read = _entries(checkpoint, quant), _reader(checkpoint, quant, wanted)
     else:
         view, quant = _compressed_tensors(checkpoint, quant, zeros), None
         entries, read = [(name, view.info(name)) for name in view.names()], view.read
@@ -206,9 +209,9 @@ def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
 
 
 def _target_config(
-    checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
+    checkpoint: Checkpoint, quant: QuantConfig | None, wanted: CheckpointFormat | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return config.json of the target, and the changes in words."""
+    """Return config.json of the target, and the changes in words; ``wanted``: another form of zero points."""
     config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
     changes = []
     if isinstance(checkpoint.source, QwenV1Source):
@@ -219,12 +222,12 @@ def _target_config(
         changes.append("AutoRound's settings → GPTQ's")
     if checkpoint.foreign is not None:
         changes.append(f"{checkpoint.foreign.format.name} → plain weights in float32")
-    if quant is not None and zeros is not None and FORMATS[zeros] != quant.checkpoint_format:
-        settings = {**config["quantization_config"], "checkpoint_format": FORMATS[zeros]}
+    if quant is not None and wanted is not None:
+        settings = {**config["quantization_config"], "checkpoint_format": wanted}
         if "format" in settings:  # the newer name of the same key
-            settings["format"] = FORMATS[zeros]
+            settings["format"] = wanted
         config["quantization_config"] = settings
-        changes.append(f"zero points {quant.checkpoint_format} → {FORMATS[zeros]}")
+        changes.append(f"zero points {quant.checkpoint_format} → {wanted}")
     return config, changes
 
 
@@ -238,15 +241,14 @@ def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> _Entries:
     return [(name, source.info(name)) for name in source.names() if name not in hidden]
 
 
-def _reader(checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None) -> _Read:
+def _reader(checkpoint: Checkpoint, quant: QuantConfig | None, wanted: CheckpointFormat | None) -> _Read:
     """Return a function that reads a tensor as it is to be written, and requires finite numbers."""
-    wanted = None if zeros is None else FORMATS[zeros]
 
     def read(name: str) -> torch.Tensor:
         tensor = check_finite(name, checkpoint.published.read(name), checkpoint.folder)
-        if quant is None or wanted is None or wanted == quant.checkpoint_format:
+        if quant is None or wanted is None or not name.endswith(".qzeros"):
             return tensor
-        return restored_zeros(tensor, quant, wanted, name) if name.endswith(".qzeros") else tensor
+        return restored_zeros(tensor, quant, wanted, name)
 
     return read
 
