@@ -164,7 +164,7 @@ def _view(folder: Path, config: dict[str, Any], source: TensorSource) -> TextVie
     hidden = config.get("hidden_size")
     if not by_inspection(config):
         return TextView(source, hidden, folder)
-    from qwenq.models.tensor_names import model_names
+    from qwenq.models.inspection import model_names
 
     layers = config["num_hidden_layers"] if config.get("num_nextn_predict_layers") else None
     return TextView(source, hidden, folder, layers=layers, rename=model_names(config["model_type"], folder))
