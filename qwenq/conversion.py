@@ -47,14 +47,9 @@ _Entries: TypeAlias = list[tuple[str, TensorInfo]]
 
 @dataclass(frozen=True)
 class Converted:
-    """The folder that ``convert`` wrote.
+    """The folder that ``convert`` wrote, and its weight files.
 
-    Attributes:
-        folder: the new model folder.
-        files: its weight files.
-        tensors: number of tensors.
-        total_bytes: of all tensors.
-        changes: differences from the source, one line each; empty where only the shards differ.
+    ``changes`` are the differences from the source, one line each; empty where only the shards differ.
     """
 
     folder: Path
@@ -80,7 +75,7 @@ def convert(
         source: a model folder: full precision or GPTQ; Qwen v1 or any architecture that is known.
         target: missing or empty.
         zeros: the format of zero points; None: as they are.
-        to: another layout of a GPTQ model; None: its own.
+        to: another layout of a GPTQ model.
         store_head: store the embedding a second time, as ``lm_head.weight`` of a model whose head is tied.
         max_shard_bytes: most bytes of tensors in one file.
         listener: receives progress and notices.

@@ -141,12 +141,7 @@ class Again(Exception):  # noqa: N818  no error yet
 
 
 class RefusedError(QwenqError):
-    """A request that the server refuses, whenever it is sent.
-
-    Attributes:
-        status: of the reply.
-        said: the server's message.
-    """
+    """A request that the server refuses, whenever it is sent, by a status and a message."""
 
     def __init__(self, status: int, said: str, where: str) -> None:
         self.status, self.said = status, said

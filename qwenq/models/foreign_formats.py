@@ -69,10 +69,7 @@ class ForeignFormat:
 class ForeignSource:
     """A checkpoint of another tool that reads like a plain one: ``X.weight`` in place of what stands for it.
 
-    Attributes:
-        stored: the tensors as they lie in the files.
-        format: how the weights were quantised.
-        modules: the names of the quantised modules.
+    ``stored`` has the tensors as they lie in the files.
     """
 
     def __init__(self, stored: TensorSource, found: ForeignFormat, dtype: torch.dtype) -> None:

@@ -90,9 +90,7 @@ def block_rules(
 ) -> dict[str, dict[str, Any]]:
     """Return rules for modules whose bits differ from those of the same name in other blocks.
 
-    Args:
-        block_bits: (full name, bits), whole layers of the engines.
-        settings: as in ``dynamic_rules``.
+    ``block_bits`` are (full name, bits) of whole layers of the engines.
     """
     members: dict[tuple[int, str, str], list[str]] = {}
     for name, bits in block_bits:

@@ -262,10 +262,7 @@ def stage(
     """Write the quantised checkpoint, without its manifest, inside the work folder of ``store``.
 
     Its first ``layers`` layers are finished. Tensors of the base that are not quantised keep their stored
-    dtype, bit for bit.
-
-    Returns:
-        The staging folder, and notices for the user.
+    dtype, bit for bit. Return the staging folder, and notices for the user.
     """
     folder = store.folder / STAGED
     with guard_storage(folder):

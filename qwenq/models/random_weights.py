@@ -58,10 +58,6 @@ class RandomSource:
     """The tensors of a model that exists nowhere: each is made when it is read.
 
     The same seed, name and device type give the same values; on another device they differ.
-
-    Attributes:
-        seed, std, device: as given.
-        decided_by: all that the values follow from, for ``fingerprint``.
     """
 
     def __init__(

@@ -44,8 +44,7 @@ def allowed_bytes(budget: str | float, sizes: Sizes, shape: ModelShape | None) -
     Args:
         budget: ``4.5``: bits that a weight takes, scales and zero points included; ``450MB``: all tensors;
             ``rtx-4090:8192``: what that GPU's memory leaves beside the cache of so many tokens, as in a plan.
-        sizes: of the model.
-        shape: of the model; None: unknown.
+        sizes, shape: of the model; a shape may be unknown.
     """
     text = str(budget)
     if (found := _BYTES.fullmatch(text)) is not None:

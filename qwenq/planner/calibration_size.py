@@ -69,12 +69,10 @@ def calibration_size(
     Defaults are halved, the number of sequences first, until the estimate fits, or they are ``LEAST``.
 
     Args:
-        shape: of the model.
+        shape, longest: of the model, and the tokens that it takes.
         samples, seq_len: as the recipe says; None: open.
-        longest: tokens that the model takes.
         dtype: of the forward pass.
-        on_gpu: whose defaults, and whose memory.
-        limit: bytes of memory; None: unknown, and the defaults stay.
+        on_gpu, limit: whose defaults and whose memory, in bytes; None: unknown, and the defaults stay.
         ranks: processes that share the sequences, on GPUs with this limit each.
     """
 

@@ -38,13 +38,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an engine loads a checkpoint on a number of GPUs.
+    """Whether an engine of a version loads a checkpoint on a number of GPUs: without problems it does.
 
-    Attributes:
-        engine, version: whose rules these are.
-        gpus: the tensor-parallel size.
-        problems: why it does not load; empty: it does.
-        notes: what else a user of it has to know.
+    ``notes`` are what else a user of it has to know.
     """
 
     engine: str
@@ -73,8 +69,7 @@ class GptqFolder:
     """What the rules ask of a checkpoint, from its config and the headers of its files.
 
     Attributes:
-        config: config.json, whole.
-        quant: its quantization_config.
+        config, quant: config.json, whole, and its quantization_config.
         modules: the quantised linears by name.
         plain: names of unquantised matrices that engines build as linear layers.
         names: of all tensors.

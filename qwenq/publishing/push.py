@@ -35,8 +35,6 @@ class Upload:
     """What is, or would be, published.
 
     Attributes:
-        repo: owner/name.
-        private: whether a new repository is private.
         files: name → bytes, of all that goes there.
         url: of the commit; None: nothing was sent.
         notices: what else was done, or has to be known, one line each.
@@ -68,9 +66,8 @@ def push(
 
     Args:
         folder: what `qwenq quantize` made.
-        repo: owner/name on the hub; it is made where it is missing.
+        repo, branch: owner/name on the hub, and a branch there; they are made where they are missing.
         private: make a new repository private.
-        branch: of the repository; it is made where it is missing.
         dry_run: return what would be published, and send nothing.
         base: folder of the base, for the card's licence and languages.
 
