@@ -168,20 +168,13 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Server:
-    """An OpenAI-compatible server.
+    """An OpenAI-compatible server."""
 
-    Attributes:
-        url: up to and with ``/v1``.
-        key: sent as a bearer token; None: none.
-        timeout: seconds without a byte after which an attempt is given up.
-        pause: seconds before the second attempt.
-        state: what all requests share.
-    """
-
-    url: str
-    key: str | None = field(default=None, repr=False)
-    timeout: float = 300.0
-    pause: float = FIRST_PAUSE
+    url: str  # up to and with ``/v1``
+    key: str | None = field(default=None, repr=False)  # sent as a bearer token; None: none
+    timeout: float = 300.0  # seconds without a byte after which an attempt is given up
+    pause: float = FIRST_PAUSE  # seconds before the second attempt
+    # what all requests share
     state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
     def models(self) -> list[str] | None:
@@ -201,11 +194,7 @@ class Server:
         return [name for name in names if isinstance(name, str)]
 
     def ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the reply to one request, retried with backoff where it fails for now.
-
-        Raises:
-            QwenqError: the server refused, or every attempt failed.
-        """
+        """Return the reply to one request, retried with backoff where it fails for now."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 found = self._once(path, body)
@@ -285,9 +274,6 @@ class Server:
             pause = retry_after(error.headers.get("Retry-After"))
             return Again(f"status {error.code} {said[:200]}".strip(), pause, status=error.code)
         return RefusedError(error.code, said, self.url + path)
-
-
-# Find a server and a model there.
 
 
 def checked_address(url: str) -> str:

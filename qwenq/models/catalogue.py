@@ -31,23 +31,15 @@ _FLOAT32 = re.compile(r"(^|/)qwen3\.5-")
 
 @dataclass(frozen=True)
 class Entry:
-    """One public shape.
+    """One public shape."""
 
-    Attributes:
-        names: what it is called here, the preferred name first.
-        hub: hub ids with this shape, in the same order.
-        parameters: of the language model in the publisher's own files, a stored copy of a tied head included.
-        stored_head: the publisher's files hold that copy.
-        config: a config.json in the layout of Llama, Qwen2 (of Qwen v1, too) or a later Qwen.
-        vision_parameters: of the vision tower in the publisher's files.
-    """
-
-    names: tuple[str, ...]
-    hub: tuple[str, ...]
+    names: tuple[str, ...]  # what it is called here, the preferred name first
+    hub: tuple[str, ...]  # hub ids with this shape, in the same order
+    # of the language model in the publisher's own files, a stored copy of a tied head included
     parameters: int
-    stored_head: bool
-    config: dict[str, Any]
-    vision_parameters: int = 0
+    stored_head: bool  # the publisher's files hold that copy
+    config: dict[str, Any]  # a config.json in the layout of Llama, Qwen2 (of Qwen v1, too) or a later Qwen
+    vision_parameters: int = 0  # of the vision tower in the publisher's files
 
     @property
     def shape(self) -> ModelShape:

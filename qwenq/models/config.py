@@ -11,9 +11,6 @@ from typing import Any
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_by_config, recognise, refuse_prefix
 
-# Read the language model's config inside the config.json of a larger model.
-
-
 SAME_DECODER = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}
 """Types whose blocks are another type's: the three rows of positions are equal for text, so mrope is rope."""
 
@@ -51,9 +48,6 @@ def whole_config(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str
     changed = {key: value for key, value in text.items() if before.get(key) != value}
     top = {key: changed.pop(key) for key in _OF_THE_WHOLE if key in changed}
     return {**config, **top, "text_config": {**config["text_config"], **changed}}
-
-
-# Read how config.json rotates heads: two spellings, which have to agree.
 
 
 DEFAULT_THETA = 10_000.0
@@ -113,9 +107,6 @@ def _check_scaling(rope: Mapping[str, Any], *, whole: bool) -> None:
                 f"{_LARGEST}",
                 hint=_COPY_AGAIN,
             )
-
-
-# Read config.json and check it against the architectures that are known here.
 
 
 KNOWN_ARCHITECTURES: dict[str, str] = {

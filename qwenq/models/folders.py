@@ -16,16 +16,9 @@ import psutil
 from qwenq.errors import CorruptFileError, ModelError, UsageError
 from qwenq.storage import fsync_folder, guard_storage, held, readable_bytes
 
-# Turn what the user typed into a path; a name that no disk takes is an error in a line.
-
 
 def local_path(text: str | Path, what: str) -> Path:
-    """Return the path, ``~`` expanded, of what was typed for ``what``; nothing need be there.
-
-    Raises:
-        UsageError: a name that no disk takes, a folder that may not be searched, the home of nobody; a name
-            that is not UTF-8.
-    """
+    """Return the path, ``~`` expanded, of what was typed for ``what``; nothing need be there."""
     require_utf8(text, what)
     try:
         path = Path(text).expanduser()
@@ -123,9 +116,6 @@ def refuse_large(file: Path) -> None:
         )
 
 
-# Publish a folder whole, in one step: rename it to the name that the user gave.
-
-
 _LONGER = "." * 24  # what work folders have in their names besides
 
 
@@ -199,9 +189,6 @@ def _remove_left_behind(place: Path) -> None:
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             with suppress(UsageError), held(left):  # held: by a process of another machine
                 shutil.rmtree(left, ignore_errors=True)
-
-
-# Name qwenq.json and the folders of an unfinished run, and check for them.
 
 
 MANIFEST = "qwenq.json"

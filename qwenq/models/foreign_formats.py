@@ -39,31 +39,20 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class ForeignFormat:
-    """How the weights of a checkpoint were quantised by another tool.
+    """How the weights of a checkpoint were quantised by another tool."""
 
-    Attributes:
-        name: for people, such as "AWQ Int4, groups of 128".
-        precision: for rows and tables, such as ``awq-int4``.
-        bits: of a weight; where there are several widths, that of most modules.
-        group_size: input columns that share a scale; -1: all of them, or blocks of another form.
-        symmetric: whether zero points are in the middle.
-        integers: whether weights are integers, and no floats.
-        activations: whether the engines that it was made for quantise activations, too.
-        suffixes: of the tensors that stand for a weight; the first tells that a module is quantised.
-        shape: (source, module) → [out, in] of its weight, from headers.
-        dequantise: (source, module) → the weight in float32.
-    """
-
-    name: str
-    precision: str
-    bits: int
+    name: str  # for people, such as "AWQ Int4, groups of 128"
+    precision: str  # for rows and tables, such as ``awq-int4``
+    bits: int  # of a weight; where there are several widths, that of most modules
+    # of the tensors that stand for a weight; the first tells that a module is quantised
     suffixes: tuple[str, ...]
+    # (source, module) → [out, in] of its weight, from headers
     shape: Callable[[TensorSource, str], tuple[int, ...]]
-    dequantise: Callable[[TensorSource, str], Tensor]
-    group_size: int = -1
-    symmetric: bool = True
-    integers: bool = True
-    activations: bool = False
+    dequantise: Callable[[TensorSource, str], Tensor]  # (source, module) → the weight in float32
+    group_size: int = -1  # input columns that share a scale; -1: all of them, or blocks of another form
+    symmetric: bool = True  # whether zero points are in the middle
+    integers: bool = True  # whether weights are integers, and no floats
+    activations: bool = False  # whether the engines that it was made for quantise activations, too
 
 
 class ForeignSource:

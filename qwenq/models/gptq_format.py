@@ -38,19 +38,12 @@ _ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 tem
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """One quantised linear as it lies in a file.
+    """One quantised linear as it lies in a file."""
 
-    Attributes:
-        qweight: int32 ``[in * bits / 32, out]``.
-        qzeros: int32 ``[groups, out * bits / 32]``.
-        scales: float16 ``[groups, out]`` (third-party files: any float).
-        g_idx: int32 ``[in]``, the group of each input column.
-    """
-
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    g_idx: Tensor
+    qweight: Tensor  # int32 ``[in * bits / 32, out]``
+    qzeros: Tensor  # int32 ``[groups, out * bits / 32]``
+    scales: Tensor  # float16 ``[groups, out]`` (third-party files: any float)
+    g_idx: Tensor  # int32 ``[in]``, the group of each input column
 
     @property
     def out_features(self) -> int:
@@ -233,9 +226,6 @@ def _check_unpacked(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) 
     top = 2**bits - 1
     if integers.numel() and (int(integers.max()) > top or int(zeros.max()) > top):
         raise ValueError(f"integers and zeros must be at most {top} at {bits} bits")
-
-
-# Check GPTQ checkpoints, read their modules, and show them as plain checkpoints.
 
 
 def quantised_modules(source: TensorSource) -> list[str]:

@@ -30,10 +30,6 @@ def verify_files(folder: Path) -> list[str]:
 
     The manifest is ``qwenq.json`` with ``{"files": {name: {"sha256": hex, "bytes": count}}}``. Other files
     may have been added, a model card for one, but no weights or index: those could be read instead.
-
-    Raises:
-        ModelError: there is no manifest, so nothing can be said.
-        CorruptFileError: a file is missing, cut off or altered, or weights were added; names it.
     """
     path = folder / MANIFEST
     listed = _listed_files(path)
@@ -115,9 +111,6 @@ def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> 
             hint="most likely a flipped bit: compare the checksum with the publisher's, copy the file again",
         )
     return tensor
-
-
-# Compute a short hash that names a model: over its weights, or what they follow from, and its config.
 
 
 _BESIDE_THE_POINT = {

@@ -212,9 +212,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-# Make a checkpoint folder of finished layers; it gets its name in one step, once it is whole.
-
-
 def require_free(target: Path) -> None:
     """Refuse an output folder that holds something or may not be made, before any work is done for it."""
     require_renameable(target, "--out")

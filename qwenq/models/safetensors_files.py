@@ -330,9 +330,6 @@ def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Pat
         raise _damaged(f"{data_bytes - end} bytes too many at the end", path)
 
 
-# Write safetensors as a stream: one tensor in memory, however large the checkpoint.
-
-
 Entry = tuple[str, TensorInfo]
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -364,10 +361,6 @@ def write_shards(
 
     Returns:
         The safetensors files written, in order (the index is not among them).
-
-    Raises:
-        StorageError: the disk is full, read-only or forbids it; says how much was needed and is free.
-        ModelError: a name comes twice, or a tensor is not what its entry announced.
     """
     if twice := [name for name, count in Counter(name for name, _ in entries).items() if count > 1]:
         raise ModelError(f"the tensor {twice[0]} is to be written twice", where=folder)

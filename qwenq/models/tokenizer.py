@@ -109,9 +109,6 @@ def _growth(rule: Any) -> float:
     return times
 
 
-# Load a tokenizer.
-
-
 _SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
 
 

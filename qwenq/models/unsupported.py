@@ -11,9 +11,6 @@ from typing import Any
 from qwenq.errors import ModelError, QwenqError, UnsupportedError
 from qwenq.storage import read_json
 
-# Recognise related models that are not supported: by model type, by name, or by their config.json.
-
-
 _ROUTING, _LINEAR = "the experts' routing", "linear-attention layers"
 _VISION, _AUDIO = "the vision tower", "the audio tower"
 _FLASH_NEXT = "hyper-connections, an embedding of n-grams (about 95 GiB) and an indexed attention"
@@ -99,9 +96,6 @@ def refuse_by_name(name: str) -> None:
 def _listed(parts: Iterable[str]) -> str | None:
     named = list(dict.fromkeys(parts))
     return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named) or None
-
-
-# Recognise folders that are taken for a model: adapters, caches, what a trainer wrote.
 
 
 _MERGE = (

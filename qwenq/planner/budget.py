@@ -20,18 +20,12 @@ _OPTION = "--budget"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's size is made of, in bytes.
+    """What a model's size is made of, in bytes."""
 
-    Attributes:
-        elements: weights whose bits are open.
-        least, most: their tensors with all of them in 4, and in 8 bits.
-        fixed: all other tensors.
-    """
-
-    elements: int
-    least: int
-    most: int
-    fixed: int
+    elements: int  # weights whose bits are open
+    least: int  # their tensors with all of them in 4 bits
+    most: int  # the same with 8 bits
+    fixed: int  # all other tensors
 
     def described(self, nbytes: int) -> str:
         """Return a size of the open weights in all units: ``4.19 bits, 459.3 MB``."""

@@ -17,17 +17,13 @@ USABLE = 0.95
 
 @dataclass(frozen=True)
 class CalibrationSize:
-    """Sequences of calibration, and the memory that quantising with them takes.
-
-    Attributes:
-        limit: bytes of the memory that they have to fit; None: unknown.
-        usual: the defaults that did not fit, and were made smaller; None: none was.
-    """
+    """Sequences of calibration, and the memory that quantising with them takes."""
 
     samples: int
     seq_len: int
     memory: QuantisationMemory
-    limit: int | None = None
+    limit: int | None = None  # bytes of the memory that they have to fit; None: unknown
+    # the defaults that did not fit, and were made smaller; None: none was
     usual: CalibrationSize | None = None
 
     @property

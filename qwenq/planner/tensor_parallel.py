@@ -40,21 +40,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Padding:
-    """The effect of padding the MLP.
+    """The effect of padding the MLP."""
 
-    Attributes:
-        ffn, to: channels before and after.
-        groups_before, groups_after: groups of ``down_proj``.
-        parameters: elements added to the whole model.
-        possible_before, possible_after: the numbers of GPUs that can share the quantised model.
-    """
-
-    ffn: int
-    to: int
-    groups_before: int
+    ffn: int  # channels before
+    to: int  # and after
+    groups_before: int  # of ``down_proj``
     groups_after: int
-    parameters: int
-    possible_before: tuple[int, ...]
+    parameters: int  # elements added to the whole model
+    possible_before: tuple[int, ...]  # the numbers of GPUs that can share the quantised model
     possible_after: tuple[int, ...]
 
 
@@ -133,9 +126,6 @@ def _not_padded(shape: ModelShape) -> str | None:
 def kv_share(shape: ModelShape, gpus: int) -> float:
     """Return the part of the cache that each GPU holds; fewer heads than GPUs are replicated."""
     return 1 / min(gpus, shape.kv_heads)
-
-
-# Widen the MLP of a checkpoint before it is quantised (``--pad-ffn``).
 
 
 def padded(

@@ -32,20 +32,14 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
 
 @dataclass(frozen=True)
 class Upload:
-    """What is, or would be, published.
-
-    Attributes:
-        files: name → bytes, of all that goes there.
-        url: of the commit; None: nothing was sent.
-        notices: what else was done, or has to be known, one line each.
-    """
+    """What is, or would be, published."""
 
     repo: str
     branch: str
     private: bool
-    files: dict[str, int]
-    url: str | None = None
-    notices: tuple[str, ...] = ()
+    files: dict[str, int]  # name → bytes, of all that goes there
+    url: str | None = None  # of the commit; None: nothing was sent
+    notices: tuple[str, ...] = ()  # what else was done, or has to be known, one line each
 
     @property
     def nbytes(self) -> int:
