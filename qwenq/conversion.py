@@ -22,7 +22,9 @@ from qwenq.models.gptq_format import (
     DequantisedSource,
     QuantConfig,
     is_quantised,
+    pack_zeros,
     surplus_biases,
+    unpack_zeros,
     validate_quantised,
 )
 from qwenq.models.integrity import check_finite
@@ -243,7 +245,12 @@ def _reader(checkpoint: Checkpoint, quant: QuantConfig | None, wanted: Checkpoin
         tensor = check_finite(name, checkpoint.published.read(name), checkpoint.folder)
         if quant is None or wanted is None or not name.endswith(".qzeros"):
             return tensor
-        return restored_zeros(tensor, quant, wanted, name)
+        own = quant.of(name.removesuffix(".qzeros"))
+        try:
+            return pack_zeros(unpack_zeros(tensor, own.bits, own.checkpoint_format), own.bits, wanted)
+        except QuantisationError as error:
+            error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
+            raise
 
     return read
 
@@ -258,17 +265,3 @@ def _with_head(checkpoint: Checkpoint, entries: _Entries, read: _Read) -> tuple[
     if not checkpoint.tied or HEAD in names:
         raise UsageError(f"{HEAD} is stored already", where=checkpoint.folder, hint="leave --store-head out")
     return [*entries, (HEAD, names[embedding])], lambda name: read(embedding if name == HEAD else name)
-
-
-def restored_zeros(
-    qzeros: torch.Tensor, quant: QuantConfig, wanted: CheckpointFormat, name: str
-) -> torch.Tensor:
-    """Return packed zero points of the format in ``quant``, stored as ``wanted`` stores them."""
-    from qwenq.models.gptq_format import pack_zeros, unpack_zeros
-
-    try:
-        own = quant.of(name.removesuffix(".qzeros"))
-        return pack_zeros(unpack_zeros(qzeros, own.bits, own.checkpoint_format), own.bits, wanted)
-    except QuantisationError as error:
-        error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
-        raise

@@ -125,12 +125,9 @@ _HINTS = {
 
 
 class Again(Exception):  # noqa: N818  no error yet
-    """A failure that may be retried.
+    """A failure that may be retried: after the server's Retry-After (``pause``), if it sent one.
 
-    Attributes:
-        pause: the server's Retry-After in seconds, if any.
-        absent: no server listens there.
-        status: of the reply; None where there was none.
+    ``absent``: no server listens there.
     """
 
     def __init__(
