@@ -28,7 +28,7 @@ from torch.nn import functional
 from qwenq.events import Listener, counted, silent
 from qwenq.gptq.grid import search_grid
 from qwenq.gptq.settings import Settings, quantised_linears
-from qwenq.models.blocks import BlockwiseDecoder, captured_inputs
+from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.gptq_config import engine_layer, packed_bytes
 from qwenq.stopping import stop_here
 from qwenq.storage import atomic_write_json
@@ -271,16 +271,21 @@ def _run_with_each_rounded(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a block as it is, and once for each group with that group's weights rounded."""
     with decoder.block(index) as block:
+        squares: dict[str, Tensor] = {}
         linears = {name: block.get_submodule(name) for group in groups for name in group.modules}
-        with captured_inputs(block, linears) as inputs:
+        hooks = [each.register_forward_pre_hook(_squares(squares, name)) for name, each in linears.items()]
+        try:
             output = decoder.forward(block, hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
         rounded = []
         for group in groups:
             plain = {name: linears[name].weight for name in group.modules}
             for name in group.modules:
                 full = decoder.checkpoint.read(f"{decoder.names[index]}.{name}.weight")
                 weight = full.to(decoder.device, torch.float32)
-                importance = _importance(inputs[name], weight)
+                importance = squares.get(name, weight.new_ones(weight.shape[1]))
                 nearest = _nearest(weight, importance, settings).to(decoder.dtype)
                 linears[name].weight = nn.Parameter(nearest, requires_grad=False)
             rounded.append(decoder.forward(block, hidden))
@@ -289,12 +294,15 @@ def _run_with_each_rounded(
     return output, rounded
 
 
-def _importance(inputs: Sequence[Tensor], weight: Tensor) -> Tensor:
-    """Return the mean square of each input of a weight [out, in]: the Hessian's diagonal, [in]."""
-    rows = inputs[0].flatten(0, -2) if inputs else weight.new_empty(0)  # [tokens, in]
-    if not len(rows):  # an expert that no token is routed to
-        return weight.new_ones(weight.shape[1])
-    return rows.float().square().mean(0)
+def _squares(found: dict[str, Tensor], name: str) -> Any:
+    """Return a hook that keeps the mean square of each input of a linear: [in], the Hessian's diagonal."""
+
+    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].flatten(0, -2)  # [tokens, in]
+        if len(rows):  # else an expert that no token is routed to
+            found[name] = rows.float().square().mean(0)
+
+    return hook
 
 
 def _nearest(weight: Tensor, importance: Tensor, settings: Settings) -> Tensor:

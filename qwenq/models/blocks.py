@@ -6,7 +6,7 @@ before the first block, each block in turn with its weights read from the checkp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -228,22 +228,6 @@ class BlockwiseDecoder:
             state[name] = tensor.to(self.device, parameter.dtype)  # some routers' are float32 in any model
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)
-
-
-@contextmanager
-def captured_inputs(block: nn.Module, names: Iterable[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the inputs of linears of a block: name → one [batch, tokens, in] for each forward pass."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def keep(name: str) -> Any:
-        return lambda _, args: seen[name].append(args[0])
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in seen]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _Product(nn.Module):
