@@ -207,17 +207,19 @@ def load(
     Raises:
         QwenqError: no such model, device, kernel, …, or not enough memory.
     """
+    from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.machine import resolve_device
-    from qwenq.models.opening import open_model
+    from qwenq.models.opening import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
     from qwenq.runtime import engine as engines
     from qwenq.runtime.chat import thinking_in_chat
 
     resolve_device(device)  # before a download
-    checkpoint = open_model(None if model is None else str(model))
-    tokenizer, thinks = load_tokenizer(checkpoint.folder), False
+    resolved = resolve_model(None if model is None else str(model))
+    tokenizer, thinks = load_tokenizer(resolved.folder), False
     if tokenizer.template is not None or thinking != "auto":
         tokenizer, thinks = thinking_in_chat(tokenizer, thinking)
+    checkpoint = open_checkpoint(resolved.folder)
     runner = engines.load(
         checkpoint,
         device=device,
@@ -229,7 +231,7 @@ def load(
         real_vocab=tokenizer.vocab_size,
     )
     with _shown(progress) as listener:
-        for notice in (*checkpoint.notices, *runner.notes):
+        for notice in (*resolved.notices, *checkpoint.notices, *runner.notes):
             listener(Notice(notice))
     return LoadedModel(runner, tokenizer, thinks)
 

@@ -378,16 +378,19 @@ def _choose_bits(
     from qwenq.gptq.mixed_bits import choose_bits, measure, sample_of
     from qwenq.gptq.pipeline import run_facts
     from qwenq.models.folders import PARTIAL
-    from qwenq.models.quantized_folder import SENSITIVITY
-    from qwenq.storage import locked
+    from qwenq.models.quantized_folder import SENSITIVITY, work_folder
 
     tokens = sample_of(calibration.tokens, job.device)
     facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
-    file = job.out.with_name(job.out.name + PARTIAL) / SENSITIVITY
-    with locked(file.parent), finishing("this layer is measured"):
+    with (
+        work_folder(job.out.with_name(job.out.name + PARTIAL)) as folder,
+        finishing("this layer is measured"),
+    ):
         if not resume:
-            file.unlink(missing_ok=True)
-        divergences = measure(job.decoder, tokens, job.settings, groups, file, facts, job.listener)
+            (folder / SENSITIVITY).unlink(missing_ok=True)
+        divergences = measure(
+            job.decoder, tokens, job.settings, groups, folder / SENSITIVITY, facts, job.listener
+        )
     job.mixed = choose_bits(groups, divergences, allowed, sizes.fixed, tokens.numel())
     job.settings = replace(job.settings, block_bits=job.mixed.block_bits)
     job.quant = _quant_config(job.checkpoint, job.decoder, job.settings)

@@ -74,8 +74,9 @@ def chat(
     Ctrl-C stops an answer; Ctrl-D, /exit, or Ctrl-C twice at the prompt, ends the chat; /clear forgets it,
     /help lists the commands. When the input is not a terminal, every line of it is one question.
     """
+    from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.machine import resolve_device
-    from qwenq.models.opening import open_model
+    from qwenq.models.opening import resolve_model
     from qwenq.models.qwen_tokenizer import without_surrogates
     from qwenq.models.tokenizer import load_tokenizer
     from qwenq.runtime.chat import ANSWER, THOUGHTS, Conversation, Session, require_chat, thinking_in_chat
@@ -90,9 +91,9 @@ def chat(
         )
     Sampling(temperature=temperature or 0.0, top_p=1.0 if top_p is None else top_p)  # before a download
     resolve_device(device)  # before a download
-    checkpoint = open_model(model)
-    notes(checkpoint.notices)
-    tokenizer = load_tokenizer(checkpoint.folder)
+    resolved = resolve_model(model)
+    notes(resolved.notices)
+    tokenizer = load_tokenizer(resolved.folder)
     require_chat(tokenizer)
     tokenizer, thinks = thinking_in_chat(tokenizer, thinking)
     sampling = Sampling(
@@ -100,6 +101,8 @@ def chat(
         top_p=(0.95 if thinks else 0.8) if top_p is None else top_p,
         seed=seed,
     )
+    checkpoint = open_checkpoint(resolved.folder)
+    notes(checkpoint.notices)
     runner = load(
         checkpoint,
         device=device,

@@ -164,7 +164,8 @@ def _print_text(found: Checked, text: str, count: int) -> None:
 
 def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:
     """Print whether engines load a folder; the exit code is 1 where one does not on any number of GPUs."""
-    from qwenq.models.opening import open_model
+    from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.opening import resolve_model
     from qwenq.publishing.engines import ENGINES, engine_verdicts, read_gptq_folder
 
     names = list(ENGINES) if engines == "all" else [name.strip() for name in engines.split(",")]
@@ -174,8 +175,8 @@ def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:
         gpus = []
     if not gpus or min(gpus) < 1:
         raise UsageError(f"{tp!r} is no list of numbers of GPUs", where="--tp", hint="like 1,2,4,8")
-    checkpoint = open_model(model)
-    folder, verdicts = checkpoint.folder, engine_verdicts(read_gptq_folder(checkpoint), names, gpus)
+    folder = resolve_model(model).folder
+    verdicts = engine_verdicts(read_gptq_folder(open_checkpoint(folder)), names, gpus)
     if as_json:
         print_json({"model": str(folder), "verdicts": [asdict(v) | {"loads": v.loads} for v in verdicts]})
     else:

@@ -18,7 +18,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from qwenq.storage import (
     fsync_file,
     fsync_folder,
     guard_storage,
+    locked,
     sha256_file,
     take_lock,
 )
@@ -165,6 +167,13 @@ class LayerStore:
         if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
             return None
         return record
+
+
+@contextmanager
+def work_folder(folder: Path) -> Iterator[Path]:
+    """Hold the work folder ``OUT.partial`` while something other than its layers is written there."""
+    with locked(folder, _LOCK):
+        yield folder
 
 
 def discard_leftover(folder: Path) -> bool:
