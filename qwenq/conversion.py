@@ -18,10 +18,9 @@ from qwenq.models.aux_files import write_aux_files
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.compressed_tensors import CompressedTensorsView
 from qwenq.models.folders import new_folder, require_renameable
+from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.gptq_format import (
     DequantisedSource,
-    QuantConfig,
-    is_quantised,
     pack_zeros,
     surplus_biases,
     unpack_zeros,
@@ -37,7 +36,7 @@ from qwenq.storage import atomic_write_json, read_json
 if TYPE_CHECKING:
     import torch
 
-    from qwenq.models.gptq_format import CheckpointFormat
+    from qwenq.models.gptq_config import CheckpointFormat
 
 ZeroPoints = Literal["v1", "v2"]
 Layout = Literal["compressed-tensors"]
