@@ -109,7 +109,7 @@ def _is_foreign(base: str | Path) -> bool:
 
 
 def _loads_in_vllm(checkpoint: Checkpoint) -> bool:
-    from qwenq.models.gptq_format import is_quantised
+    from qwenq.models.gptq_config import is_quantised
     from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
     if not is_quantised(checkpoint.config) or checkpoint.foreign is not None:

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
+from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.gptq_format import (
     DequantisedSource,
     PackedLinear,
-    QuantConfig,
     check_g_idx,
     check_module_shapes,
     check_symmetric_zeros,
-    is_quantised,
     quantised_modules,
     read_packed,
 )
