@@ -80,13 +80,6 @@ def convert(
         store_head: store the embedding a second time, as ``lm_head.weight`` of a model whose head is tied.
         max_shard_bytes: most bytes of tensors in one file.
         listener: receives progress and notices.
-
-    Raises:
-        UsageError: the target is the source or holds something; settings of GPTQ for another model; a head
-            that is stored already.
-        ModelError: the source is damaged, or contradicts its config.json; names the tensor.
-        QuantisationError, UnsupportedError: it has no form in format v1 or in ``to``.
-        StorageError: the disk refused.
     """
     _refuse_target(source, target)
     checkpoint = open_checkpoint(source)

@@ -101,10 +101,6 @@ def take_lock(folder: Path, name: str = "lock") -> IO[str]:
     """Take an advisory lock on a folder; the kernel releases it when the process ends, however it ends.
 
     The file ``name`` in it is locked, and stays; closing what is returned releases the lock.
-
-    Raises:
-        UsageError: another process holds it.
-        StorageError: the disk refused.
     """
     import fcntl
 
@@ -213,11 +209,7 @@ def new_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the new content, never a part, even after a power cut.
-
-    Raises:
-        StorageError: the disk is full, read-only, or forbids it; nothing is left behind.
-    """
+    """Write a file so that readers see the old or the new content, never a part, even after a power cut."""
     with guard_storage(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as file:
@@ -239,11 +231,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; empty when there is no such file.
-
-    Raises:
-        CorruptFileError: it holds something else.
-    """
+    """Read a JSON object from a file; empty when there is no such file."""
     if not path.is_file():
         return {}
     try:

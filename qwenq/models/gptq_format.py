@@ -118,12 +118,7 @@ def pack(
 def unpack(
     packed: PackedLinear, bits: int, checkpoint_format: CheckpointFormat = "gptq"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Invert ``pack``; columns stay in file order, whatever ``g_idx`` is.
-
-    Returns:
-        integers uint8 ``[out, in]``, scales ``[out, groups]`` in their stored dtype, zeros uint8
-        ``[out, groups]``.
-    """
+    """Invert ``pack``: integers, scales in their stored dtype, zeros; columns stay in file order."""
     integers = _from_int32(packed.qweight.t(), bits)  # [out, in]
     return integers, packed.scales.t(), unpack_zeros(packed.qzeros, bits, checkpoint_format)
 

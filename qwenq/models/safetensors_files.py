@@ -357,10 +357,8 @@ def write_shards(
     """Write tensors to ``model.safetensors``, or to numbered shards and their index, and flush them.
 
     ``read`` is called once a tensor, in the order of ``entries``, and what it returned, on any device, is
-    forgotten before the next call. Each file appears under its name only when it is whole.
-
-    Returns:
-        The safetensors files written, in order (the index is not among them).
+    forgotten before the next call. Each file appears under its name only when it is whole. Return the
+    safetensors files in order.
     """
     if twice := [name for name, count in Counter(name for name, _ in entries).items() if count > 1]:
         raise ModelError(f"the tensor {twice[0]} is to be written twice", where=folder)

@@ -99,11 +99,7 @@ class Routed:
 
 
 class Expert(nn.Module):
-    """A gated MLP.
-
-    Attributes:
-        routed: what the linear that is about to run was routed; for the hooks of ``gptq.sequential``.
-    """
+    """A gated MLP; ``routed`` is what the linear that is about to run was routed, for ``gptq.sequential``."""
 
     def __init__(
         self, hidden: int, width: int, activation: Callable[[Tensor], Tensor], dtype: torch.dtype

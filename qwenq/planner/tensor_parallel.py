@@ -135,11 +135,7 @@ def padded(
 
     As in a plan the group size comes first: ``auto`` takes the one for the model without padding, and the
     width then makes its groups shareable. Otherwise a wider MLP could lead to larger groups, of which there
-    are fewer. The listener receives what was chosen, and why.
-
-    Returns:
-        The checkpoint, ``base`` itself where nothing is padded; and the input widths by module for an
-        automatic group size, None where those of the checkpoint are to be used.
+    are fewer. Without widths, those of the checkpoint are to be used. The listener receives what was chosen.
     """
     if wanted.pad_ffn == "none":
         return base, None

@@ -64,13 +64,6 @@ def push(
         private: make a new repository private.
         dry_run: return what would be published, and send nothing.
         base: folder of the base, for the card's licence and languages.
-
-    Raises:
-        UsageError: no owner/name; or the repository holds files of something else.
-        ModelError: the folder was not written by qwenq, a file is not as it was written, or the card shows an
-            image that is not in the folder.
-        VerificationError: the folder was never compared with its base, or is broken.
-        HubError: no network, no token, or a token that may not write; says what would have been uploaded.
     """
     if not _REPO.fullmatch(repo):
         raise UsageError(f"{repo!r} is no OWNER/NAME", where="push", hint="like my-name/Qwen3-0.6B-GPTQ-Int4")
