@@ -33,6 +33,7 @@ from qwenq.models.source import TensorInfo, TensorSource
 
 __all__ = ["CheckpointFormat", "QuantConfig", "is_quantised"]  # of gptq_config: importable from here, too
 
+_OTHER: dict[CheckpointFormat, CheckpointFormat] = {"gptq": "gptq_v2", "gptq_v2": "gptq"}
 _ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 temporary
 
 
@@ -395,31 +396,31 @@ def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
     own = quant if module is None else quant.of(module)
     if module is None or not own.sym or f"{module}.qzeros" not in set(source.names()):
         return quant.checkpoint_format
-    qzeros = source.read(f"{module}.qzeros")
-    other: CheckpointFormat = "gptq_v2" if quant.checkpoint_format == "gptq" else "gptq"
+    qzeros, other = source.read(f"{module}.qzeros"), _OTHER[quant.checkpoint_format]
     if str(qzeros.dtype) != "torch.int32" or qzeros.ndim != 2 or not qzeros.numel():
         return quant.checkpoint_format
-    fits = bool((unpack_zeros(qzeros, own.bits, other) == 2 ** (own.bits - 1)).all())
-    return other if fits else quant.checkpoint_format
+    return other if _all_in_the_middle(qzeros, own.bits, other) else quant.checkpoint_format
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
     """Check that every zero point of a symmetric model is the middle; one off means the other format."""
     quant = quant.of(module)
-    zeros = unpack_zeros(qzeros, quant.bits, quant.checkpoint_format)
-    middle = 2 ** (quant.bits - 1)
-    if bool((zeros == middle).all()):
+    form, other = quant.checkpoint_format, _OTHER[quant.checkpoint_format]
+    if _all_in_the_middle(qzeros, quant.bits, form):
         return
-    other = "gptq_v2" if quant.checkpoint_format == "gptq" else "gptq"
-    off_by_one = middle + 1 if other == "gptq_v2" else middle - 1
-    if bool((zeros == off_by_one).all()):
+    if _all_in_the_middle(qzeros, quant.bits, other):
         raise ModelError(
-            f"the config says {quant.checkpoint_format}, but the zero points are stored as {other} does",
+            f"the config says {form}, but the zero points are stored as {other} does",
             where=f"{module}.qzeros",
             hint=f'set "checkpoint_format": "{other}" in config.json and quantize_config.json',
         )
+    zeros = unpack_zeros(qzeros, quant.bits, form)
     raise ModelError(
         f"the config says sym, but zero points run from {int(zeros.min())} to {int(zeros.max())}",
         where=f"{module}.qzeros",
         hint='an asymmetric model needs "sym": false; otherwise the file is damaged',
     )
+
+
+def _all_in_the_middle(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat) -> bool:
+    return bool((unpack_zeros(qzeros, bits, checkpoint_format) == 2 ** (bits - 1)).all())
