@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import IO, Any
 
 from qwenq.errors import CorruptFileError, StorageError, UsageError
@@ -196,7 +196,7 @@ def fsync_file(path: Path) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[IO[bytes]]:
     """Open a file that gets the name ``path`` at the end, once it is on the disk; remove it on an error."""
-    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}.tmp")
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
