@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 
 import psutil
 
@@ -168,7 +169,8 @@ def new_folder(target: Path, needed: int | None = None) -> Iterator[Path]:
     ``needed`` are the bytes that will be written, if that is known.
     """
     place = target.absolute()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
+    # Processes of several machines or containers may have one number.
+    temporary = place.with_name(f".{place.name}.{token_hex(4)}.{os.getpid()}.tmp")
     with guard_storage(target, needed):
         _remove_left_behind(place)
         temporary.mkdir(parents=True)
