@@ -164,6 +164,7 @@ _COUNTS: dict[str, _Bound] = {
     "vocab_size": (1, 1 << 26),
     "max_position_embeddings": (1, _LIMIT),
     "seq_length": (1, _LIMIT),
+    "max_window_layers": (0, _LIMIT),
     "num_experts": (1, 1 << 16),
     "num_local_experts": (1, 1 << 16),  # what transformers 5 calls them
     "n_routed_experts": (1, 1 << 16),  # and what DeepSeek and GLM do
@@ -419,9 +420,6 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
         raise _absurd("qwen_v1.real_vocab", real, "a positive whole number", path)
     if config.get("use_sliding_window") and config.get("sliding_window") == 0:
         raise _absurd("sliding_window", 0, "1 or more where use_sliding_window is set", path)
-    windows = config.get("max_window_layers")
-    if windows is not None and not _is_count(windows, (0, _LIMIT)):
-        raise _absurd("max_window_layers", windows, "a whole number", path)
 
 
 def _is_count(value: Any, bound: _Bound) -> bool:

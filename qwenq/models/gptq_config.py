@@ -11,12 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 from qwenq.errors import ModelError, UnsupportedError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """Tensors of a quantised linear."""
