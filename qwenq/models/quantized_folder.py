@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -132,8 +131,8 @@ class LayerStore:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return all packed tensors of a finished layer."""
-        with safe_open(self._file(index), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+        source = SafetensorsSource([self._file(index)])
+        return {name: source.read(name) for name in source.names()}
 
     def discard(self) -> None:
         """Remove the work folder, once its result stands elsewhere."""
