@@ -28,9 +28,10 @@ from torch import Tensor
 
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.autoround import METHODS, is_awq_packed, require_weights_only
+from qwenq.models.gptq_format import from_int32
 from qwenq.models.source import TensorInfo, TensorSource
 
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """Nibble of a word that holds column 0, 1, … of its eight."""
 _OTHER_MODEL = "config.json and the weights are not of one model: copy the folder again"
 _ONE_BYTE = {"int-quantized", "float-quantized", "naive-quantized"}
@@ -153,13 +154,9 @@ def unpack_int32(words: Tensor, bits: int, count: int) -> Tensor:
     The lowest bits come first; an integer may lie across two words.
     """
     if 32 % bits == 0:
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-        whole = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # [rows, words, 32 / bits]
-        return whole.to(torch.uint8).reshape(len(words), -1)[:, :count]
-    shifts = torch.arange(32, dtype=torch.int32)
-    stream = (words.unsqueeze(-1) >> shifts) & 1  # [rows, words, 32]
-    stream = stream.reshape(len(words), -1)[:, : count * bits].reshape(len(words), count, bits)
-    return (stream << torch.arange(bits, dtype=torch.int32)).sum(-1, dtype=torch.int32).to(torch.uint8)
+        return from_int32(words, bits)[:, :count]
+    stream = from_int32(words, 1)[:, : count * bits].reshape(len(words), count, bits)
+    return (stream << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
 def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
@@ -198,8 +195,7 @@ def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
 
 def _awq_nibbles(words: Tensor) -> Tensor:
     """Return uint8 [rows, 8 · words] in the order of the columns."""
-    shifts = torch.tensor([4 * nibble for nibble in _AWQ_ORDER], dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(1)
+    return from_int32(words, 4).view(len(words), -1, 8)[..., _AWQ_ORDER].flatten(1)
 
 
 def _compressed_tensors(keys: Mapping[str, Any], where: Path) -> ForeignFormat:

@@ -120,7 +120,7 @@ def unpack(
     packed: PackedLinear, bits: int, checkpoint_format: CheckpointFormat = "gptq"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Invert ``pack``: integers, scales in their stored dtype, zeros; columns stay in file order."""
-    integers = _from_int32(packed.qweight.t(), bits)  # [out, in]
+    integers = from_int32(packed.qweight.t(), bits)  # [out, in]
     return integers, packed.scales.t(), unpack_zeros(packed.qzeros, bits, checkpoint_format)
 
 
@@ -141,7 +141,7 @@ def dequantise(
     columns = packed.g_idx.long()
     for start in range(0, packed.out_features, _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
-        values = _from_int32(packed.qweight[:, block].t(), bits).to(torch.float32)
+        values = from_int32(packed.qweight[:, block].t(), bits).to(torch.float32)
         if runs:
             grouped = values.view(len(values), packed.groups, -1)  # [rows, groups, group_size]
             grouped.sub_(zeros[block].unsqueeze(-1)).mul_(scales[block].unsqueeze(-1))
@@ -165,7 +165,7 @@ def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "
 
 def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "gptq") -> Tensor:
     """Unpack int32 ``[groups, out * bits / 32]`` to zero points uint8 ``[out, groups]``."""
-    zeros = _from_int32(qzeros, bits).t()
+    zeros = from_int32(qzeros, bits).t()
     if checkpoint_format == "gptq":
         zeros = (zeros + 1) & (2**bits - 1)  # at 8 bits uint8 wraps by itself
     return zeros.contiguous()
@@ -194,8 +194,8 @@ def _to_int32(values: Tensor, bits: int) -> Tensor:
     return values.view(torch.int32).view(rows, -1)
 
 
-def _from_int32(words: Tensor, bits: int) -> Tensor:
-    """Unpack int32 ``[rows, n * bits / 32]`` to uint8 ``[rows, n]``: ``_to_int32`` backwards."""
+def from_int32(words: Tensor, bits: int) -> Tensor:
+    """Unpack int32 ``[rows, n * bits / 32]`` to uint8 ``[rows, n]``, 1, 2, 4 or 8 bits each, lowest first."""
     values, width = words.flatten().view(torch.uint8), 4
     while width >= bits:
         mask = (2**width - 1) * 0x0101
