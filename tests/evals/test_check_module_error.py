@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qwenq.evals.check import module_error, round_to_nearest
 from qwenq.gptq.grid import search_grid
-from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import QuantConfig
 
 
 @given(
