@@ -121,7 +121,7 @@ class SafetensorsSource(FileSource):
         with _readable(file, name), file.open("rb") as opened:
             found = os.fstat(opened.fileno())
             opened.seek(self._starts[file, name] + index * data.numel())
-            whole = opened.readinto(data.numpy()) == data.numel()
+            whole = opened.readinto(data.numpy().data) == data.numel()
             if not whole or self._states[file] != (found.st_ino, found.st_size):
                 raise ValueError("the file has changed since it was opened")
         return data.view(info.dtype).reshape(shape)

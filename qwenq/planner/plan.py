@@ -125,9 +125,10 @@ def _hub_config(model: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
+    known: tuple[type[Exception], ...] = (HFValidationError, OSError, *network_errors())
     try:
         return Path(hf_hub_download(model, "config.json"))
-    except (HFValidationError, OSError, *network_errors()) as error:
+    except known as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise HubError(
             f"config.json of {model} could not be fetched: {lines[0]}",
