@@ -19,7 +19,8 @@ from qwenq.errors import CalibrationError, StorageError, UsageError, Verificatio
 from qwenq.gptq.pipeline import quantise_layers
 from qwenq.models import quantized_folder
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource
 from qwenq.models.integrity import verify_files
 from qwenq.models.quantized_folder import LayerStore
 from qwenq.quantization import quantize

@@ -20,8 +20,8 @@ from qwenq.events import Listener, Notice, Update, counted, silent
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.foreign_formats import ForeignFormat
-from qwenq.models.gptq_config import QuantConfig
-from qwenq.models.gptq_format import DequantisedSource, is_quantised, quantised_modules
+from qwenq.models.gptq_config import QuantConfig, is_quantised
+from qwenq.models.gptq_format import DequantisedSource, quantised_modules
 from qwenq.models.pad_ffn import widened
 from qwenq.models.random_weights import refuse_random
 from qwenq.statistics import (

@@ -32,8 +32,7 @@ def fill_cards(
     """Write what a report shows into the cards of the quantised folders that its rows describe; return those.
 
     Args:
-        runs: run folders of the report.
-        page: of the report, with its plots beside it.
+        runs, page: of the report, with its plots beside the page.
         folders: whose cards are filled; None: those that the rows' commands name, as far as they are there
             and their cards can be written.
         listener: receives a notice for each folder of a command whose card is left as it is.

@@ -36,15 +36,10 @@ _END = "<!-- /qwenq:{} -->"
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of the model-index.
+    """A figure of the model-index."""
 
-    Attributes:
-        dataset: its kind, its name for people, and what else decides the figure.
-        metric: its kind, and its name for people.
-    """
-
-    dataset: tuple[str, str, str]
-    metric: tuple[str, str]
+    dataset: tuple[str, str, str]  # its kind, its name for people, and what else decides the figure
+    metric: tuple[str, str]  # its kind, and its name for people
     value: float
 
 
@@ -63,10 +58,6 @@ def write_model_card(folder: Path, base: Path | None = None, measured: Measured 
         folder: a quantised model with its qwenq.json.
         base: the folder of the base, whose card names licence and languages; None: not at hand.
         measured: from a report; None: a section that is there stays, and so do scores.
-
-    Raises:
-        ModelError: qwenq.json is missing or no manifest; README.md is not UTF-8, has one half of a mark only,
-            or a front matter that is no YAML.
     """
     text = model_card(folder.name, _manifest(folder), open_checkpoint(folder), base, measured)
     atomic_write_bytes(folder / CARD, text.encode("utf-8"))

@@ -12,7 +12,8 @@ from torch import Tensor
 from qwenq.compute import dense
 from qwenq.compute.linear import PackedWeights, plain
 from qwenq.errors import UnsupportedError
-from qwenq.models.gptq_format import CheckpointFormat, PackedLinear, has_trivial_g_idx, unpack
+from qwenq.models.gptq_config import CheckpointFormat
+from qwenq.models.gptq_format import PackedLinear, has_trivial_g_idx, unpack
 
 # Define what a linear layer is to the engines, and what one over packed integers has to tell of itself.
 #

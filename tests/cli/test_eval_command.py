@@ -78,7 +78,7 @@ def test_a_second_run_is_answered_from_records(evaluate: Shell, base: Path, data
 def quantise(folder: Path, base: Path, noise: float) -> Path:
     from evals.test_check import write_quantised
 
-    from qwenq.models.gptq_format import QuantConfig
+    from qwenq.models.gptq_config import QuantConfig
 
     write_quantised(folder, base, QuantConfig(bits=8, group_size=16), noise=noise)
     for name in ("tokenizer.json", "tokenizer_config.json"):

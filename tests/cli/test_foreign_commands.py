@@ -274,7 +274,8 @@ def test_quantize_says_where_the_folder_loads(
 
 def test_a_converted_folder_is_the_same_model(models: Path, shell: Callable[..., Ran]) -> None:
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+    from qwenq.models.gptq_config import QuantConfig
+    from qwenq.models.gptq_format import DequantisedSource
 
     ran = shell("convert", models / "Tiny-GPTQ-Int4", "ct", "--to", "compressed-tensors")
     assert ran.code == 0, ran.err

@@ -26,7 +26,8 @@ from qwenq.evals.check import (
 from qwenq.events import Advance, Event
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, pack
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource, pack
 
 SIZES = {
     "hidden_size": 32,

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from hub_server import hub_client
 from pipeline import run
 from tiny_families import write_family
 from upload_hub import UploadHub, serve_uploads
@@ -48,17 +46,8 @@ def push(hub: UploadHub, folder: Path, *, home: Path, **settings: Any) -> dict[s
         "except QwenqError as e:\n    print(json.dumps({'error': str(e), 'kind': type(e).__name__}))\n"
     )
     asked = {"folder": str(folder), "repo": REPO, **settings}
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_test"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(asked)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    printed, _ = hub_client(code, [json.dumps(asked)], hub.url, home, HF_TOKEN="hf_test")
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found
 
 
