@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 
 from qwenq.models.tokenizer import load_tokenizer
 from qwenq.runtime.engine import FastEngine, load
-from qwenq.runtime.linear import float32_logits
 from qwenq.runtime.quantised_linear import Int8Head
 
 SAMPLES, SEQ_LEN = 24, 512
@@ -34,7 +33,7 @@ def main(folder: Path, text: Path) -> dict[str, float]:
     for row in ids:
         hidden = engine.decoder.forward(row[None], [SEQ_LEN], engine.new_cache(1, SEQ_LEN))[0, :-1]
         for name, head in heads.items():
-            logits = float32_logits(head, hidden)  # [tokens, vocabulary]
+            logits = head(hidden).float()  # [tokens, vocabulary]
             totals[name] += cross_entropy(logits, row[1:], reduction="sum").item()
     count = SAMPLES * (SEQ_LEN - 1)
     return {**{name: math.exp(total / count) for name, total in totals.items()}, "tokens": count}

@@ -313,8 +313,7 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
 def _calibration(job: Job) -> CalibrationSet:
     from qwenq.calibration.load import calibration_for
 
-    fitting = _fitting(job)
-    return calibration_for(job.recipe, job.base, job.decoder.vocabulary, job.device, job.listener, fitting)
+    return calibration_for(job.recipe, job.base, job.device, job.listener, _fitting(job))
 
 
 def _fitting(job: Job) -> tuple[int, int] | None:

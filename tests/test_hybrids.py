@@ -81,7 +81,7 @@ def test_rows_are_replaced_dropped_and_emptied_with_their_states(engine: Engine)
     close(step[0], logits(engine, [*PROMPTS[2], 4])[-1])
     close(step[1], logits(engine, [60, 61, 62, 9])[-1])
     cache.clear([0])
-    close(engine.prefill([[33, 34]], cache, rows=[0])[0], logits(engine, [33, 34])[-1])
+    close(engine.prefill([[33, 34]], cache.take([0]))[0], logits(engine, [33, 34])[-1])
 
 
 def test_states_are_rewound_to_nothing_or_not_at_all(engine: Engine) -> None:

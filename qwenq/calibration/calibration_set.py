@@ -18,9 +18,6 @@ from qwenq.errors import CalibrationError, CorruptFileError, UsageError
 from qwenq.models.folders import local_path
 from qwenq.storage import atomic_write_bytes, atomic_write_json
 
-# Hold, save and load calibration sets.
-
-
 _METADATA_KEY = "qwenq_calibration"
 _TENSORS = {"tokens", "held_out"}
 
@@ -127,11 +124,7 @@ def manifest_path(path: Path) -> Path:
 
 
 def require_writable(out: Path) -> None:
-    """Refuse a name that could not be saved to, before any work.
-
-    Raises:
-        UsageError: a folder, or another suffix than .safetensors.
-    """
+    """Refuse a name that could not be saved to, before any work."""
     if local_path(out, "--out").is_dir():
         raise UsageError("--out is a folder", where=out, hint=f"name a file: {out / 'calib.safetensors'}")
     if out.suffix != ".safetensors":
@@ -139,11 +132,7 @@ def require_writable(out: Path) -> None:
 
 
 def save_or_keep(made: CalibrationSet, out: Path, *, force: bool) -> CalibrationSet:
-    """Save a set, or keep a file of these very tokens, from whatever source; return what the file holds.
-
-    Raises:
-        UsageError: the file holds something else, and ``force`` is off.
-    """
+    """Save a set, or keep a file of these very tokens, from whatever source; return what the file holds."""
     if force or not out.exists():
         made.save(out)
         return made
@@ -191,9 +180,6 @@ def _parse(manifest: str, path: Path) -> CalibrationManifest:
         ) from error
 
 
-# Read a calibration set that `qwenq calibrate` saved.
-
-
 def load_saved(
     path: Path, vocabulary: int, asked: tuple[int | None, int | None, int | None] = (None, None, None)
 ) -> CalibrationSet:
@@ -203,11 +189,6 @@ def load_saved(
         path: the .safetensors file.
         vocabulary: ids have to be below it.
         asked: samples, tokens of each, and held-out sequences that the user named; None: not named.
-
-    Raises:
-        UsageError: no such file, or it has other sizes.
-        CalibrationError: an id that the model does not have, or a file that is not a calibration set.
-        CorruptFileError: a damaged file.
     """
     path = local_path(path, "the calibration set")
     if not path.is_file():
@@ -228,15 +209,8 @@ def load_saved(
     return loaded
 
 
-# Draw random tokens for models with random weights, for which a text would mean nothing.
-
-
 def random_tokens(vocabulary: int, wanted: Sizes, seed: int) -> CalibrationSet:
-    """Return uniformly drawn ids, [samples, seq_len] and [held_out, seq_len].
-
-    Raises:
-        UsageError: a seed that the generator does not take.
-    """
+    """Return uniformly drawn ids, [samples, seq_len] and [held_out, seq_len]."""
     if seed >= 1 << 63:
         raise UsageError(f"the seed {seed} is too large", where="--seed", hint="give one below 2⁶³")
     generator = torch.Generator().manual_seed(seed)

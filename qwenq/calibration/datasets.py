@@ -13,9 +13,6 @@ from qwenq.calibration.documents import Document, from_record
 from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, bare_suffix, read_file
 from qwenq.errors import CalibrationError, HubError, QwenqError, UsageError
 
-# Read hub datasets as streams of documents, through the ``datasets`` library.
-
-
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?::(?P<config>[\w.-]+))?")
 _OTHERWISE = "download the file, repair it and give its path; or name another dataset"
 _WITHOUT_HUB = "without a network: name self, or download the file elsewhere and give its path"
@@ -63,14 +60,8 @@ def _open(spec: str, split: str) -> Iterable[Any]:
     parts = _HUB_ID.fullmatch(spec)
     if parts is None:
         raise UsageError("not a dataset id", where=spec, hint="write owner/name or owner/name:config")
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            "reading hub datasets needs the package datasets",
-            where=spec,
-            hint="pip install datasets, or name a local file, or self",
-        ) from None
+    import datasets
+
     try:
         stream: Iterable[Any] = datasets.load_dataset(
             parts["name"], parts["config"], split=split, streaming=True
@@ -98,9 +89,6 @@ def unreadable(error: Exception, where: Path | str, hint: str) -> BaseException:
     return CalibrationError(f"the dataset cannot be read: {reason}", where=where, hint=hint)
 
 
-# Read folders as streams of documents: saved or downloaded data sets, and folders of text files.
-
-
 _KINDS: tuple[set[str], ...] = ({".parquet"}, JSONS, set(TABLES), TEXTS - {""})
 """Suffixes that belong together, best first: a repository's README is no data beside its tables."""
 _ABOUT = re.compile(
@@ -117,10 +105,6 @@ def read_folder(folder: Path, split: str | None = None, column: str | None = Non
         folder: made by ``save_to_disk``, a copy of a data set's repository, or any folder of text files.
         split: of a folder whose files or parts are named after splits; None: train.
         column: as in ``read_file``.
-
-    Raises:
-        UsageError: nothing in it is read here, or there is no such split.
-        CalibrationError: a file is damaged.
     """
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _saved(folder, split, column)
@@ -165,14 +149,8 @@ def _of_split(files: list[Path], folder: Path, split: str | None) -> list[Path]:
 
 def _saved(folder: Path, split: str | None, column: str | None) -> Iterator[Document]:
     """Yield the rows of what the ``datasets`` library's ``save_to_disk`` made."""
-    try:
-        import datasets
-    except ImportError:
-        raise UsageError(
-            "a folder of save_to_disk needs the package datasets",
-            where=folder,
-            hint="pip install datasets",
-        ) from None
+    import datasets
+
     try:
         loaded: Any = datasets.load_from_disk(str(folder))
     except MemoryError:

@@ -34,17 +34,12 @@ _ROLES = {
 
 @dataclass(frozen=True)
 class Document:
-    """A text or a conversation, and its place in the source.
+    """A text or a conversation, and its place in the source."""
 
-    Attributes:
-        content: the text, or messages ``{"role": …, "content": …}`` with all further keys of theirs.
-        where: file and line or row, for messages to the user.
-        tools: descriptions of the tools that the conversation may call.
-    """
-
+    # the text, or messages ``{"role": …, "content": …}`` with all further keys of theirs
     content: str | list[dict[str, Any]]
-    where: str
-    tools: tuple[Any, ...] = ()
+    where: str  # file and line or row, for messages to the user
+    tools: tuple[Any, ...] = ()  # descriptions of the tools that the conversation may call
 
     @property
     def characters(self) -> int:
@@ -70,9 +65,6 @@ def from_record(record: Any, where: str, column: str | None) -> Document:
         record: a string, or an object with ``column``, or else with one of KNOWN_KEYS.
         where: its place, for messages.
         column: the key to read; None takes the first known one that holds something.
-
-    Raises:
-        CalibrationError: no such key, or a value that is neither a text nor a conversation.
     """
     if isinstance(record, str) and column is None:
         return Document(_clean(record), where)
@@ -176,8 +168,8 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         if named == _CALL and isinstance(content, str):
             more = {**more, "tool_calls": _calls(content, where)}
             content = None
-        if "tool_calls" in more:
-            more["tool_calls"] = _with_parsed_arguments(more["tool_calls"])
+        if isinstance(calls := more.get("tool_calls"), list):
+            more["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
         joined = "" if content is None and (more or "content" in turn) else _joined_parts(content, where)
         if isinstance(named, str) and isinstance(joined, str):
             return {"role": _role(named, where), "content": _clean(joined), **more}
@@ -205,18 +197,12 @@ def _calls(text: str, where: str) -> list[Any]:
     return [{"type": "function", "function": _cleaned(call)} for call in calls]
 
 
-def _with_parsed_arguments(calls: Any) -> Any:
-    """Return tool calls whose arguments are objects: APIs send them as JSON text, templates write JSON."""
-    if not isinstance(calls, list):
-        return calls
-    return [_with_parsed_call(call) for call in calls]
-
-
-def _with_parsed_call(call: Any) -> Any:
+def _with_parsed_arguments(call: Any) -> Any:
+    """Return a tool call whose arguments are an object: APIs send them as JSON text, templates write JSON."""
     if not isinstance(call, Mapping):
         return call
     if isinstance(function := call.get("function"), Mapping):
-        return {**call, "function": _with_parsed_call(function)}
+        return {**call, "function": _with_parsed_arguments(function)}
     if isinstance(arguments := call.get("arguments"), str):
         try:
             parsed = json.loads(arguments)

@@ -25,9 +25,6 @@ from qwenq.calibration.documents import (
 )
 from qwenq.errors import CalibrationError, UsageError
 
-# Open files by their bytes: compression, encodings, binary data.
-
-
 LONGEST_LINE = 100_000_000
 """Bytes of a line, which is held in memory: a sparse file or a device could have one without end."""
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
@@ -72,12 +69,7 @@ def is_compressed(path: Path) -> bool:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for reading, decompressed if it is compressed.
-
-    Raises:
-        UsageError: a compression whose library is not installed.
-        CalibrationError: the compressed file is damaged, or its first bytes are not those of a text.
-    """
+    """Open a file for reading, decompressed if it is compressed."""
     with path.open("rb") as stored:
         start = stored.read(16)
     for magic, what, hint in _FOREIGN:
@@ -103,24 +95,14 @@ def _damaged(path: Path, error: Exception) -> CalibrationError:
 
 def _zstandard(path: Path) -> IO[bytes]:
     """Open a .zst file through Arrow, which reads .parquet files too."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise UsageError(
-            "reading a .zst file needs the package pyarrow",
-            where=path,
-            hint=f"pip install pyarrow, or `zstd -d {path.name}`",
-        ) from None
+    import pyarrow
+
     stream: Any = pyarrow.input_stream(str(path), compression="zstd")
     return io.BufferedReader(stream)
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines with their ends; a byte-order mark is dropped, other encodings are refused.
-
-    Raises:
-        CalibrationError: a line that is too long, or bytes that are not UTF-8 text; names the line.
-    """
+    """Yield numbered lines with their ends; a byte-order mark is dropped, other encodings are refused."""
     with open_bytes(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
             where = f"{path}, line {number}"
@@ -135,16 +117,7 @@ def lines_of(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def refuse_other_encoding(raw: bytes, where: str, name: str, *, first: bool) -> None:
-    """Refuse bytes that are not UTF-8, or hold zero bytes, which no text has.
-
-    Args:
-        raw: the bytes.
-        where, name: of the file, for the message and the command that converts it.
-        first: whether they are the file's beginning.
-
-    Raises:
-        CalibrationError: names the encoding that it probably is.
-    """
+    """Refuse bytes that are not UTF-8, or hold zero bytes, which no text has; name what they probably are."""
     encoding = _marked(raw) if first else None
     if encoding is None and b"\0" in raw:
         encoding = _of_zeros(raw)
@@ -176,9 +149,6 @@ def _of_zeros(raw: bytes) -> str | None:
 
 def _convert(encoding: str, name: str) -> str:
     return f"convert it, e.g. `iconv -f {encoding} -t UTF-8 {name}`"
-
-
-# Read local files as streams of documents, lazily.
 
 
 Reader = Callable[[Path, str | None], Iterator[Document]]
@@ -289,12 +259,6 @@ def read_json_lines(path: Path, column: str | None = None) -> Iterator[Document]
 
 def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
     """Yield a list of records, as run_gptq.py takes it. It has to be parsed whole, so its size is bounded."""
-    if path.stat().st_size > _LARGEST_JSON:
-        raise UsageError(
-            f"a .json file of over {_LARGEST_JSON // 1_000_000} MB would have to be read whole",
-            where=path,
-            hint="write it as .jsonl, one record a line, which is read as far as needed",
-        )
     try:
         content = json.loads(_joined(path) or "null")
     except (ValueError, RecursionError) as error:
@@ -310,15 +274,18 @@ def read_json(path: Path, column: str | None = None) -> Iterator[Document]:
 
 def _joined(path: Path) -> str:
     """Return the whole text, whose size after decompression is bounded too."""
+    too_large = UsageError(
+        f"over {_LARGEST_JSON // 1_000_000} MB of JSON would have to be read whole",
+        where=path,
+        hint="write it as .jsonl, one record a line, which is read as far as needed",
+    )
+    if path.stat().st_size > _LARGEST_JSON:
+        raise too_large
     lines, size = [], 0
     for _, line in lines_of(path):
         size += len(line)
         if size > _LARGEST_JSON:
-            raise UsageError(
-                f"over {_LARGEST_JSON // 1_000_000} MB of JSON would have to be read whole",
-                where=path,
-                hint="write it as .jsonl, one record a line, which is read as far as needed",
-            )
+            raise too_large
         lines.append(line)
     return "".join(lines)
 
@@ -358,13 +325,9 @@ def read_table(path: Path, column: str | None = None) -> Iterator[Document]:
 
 def read_parquet(path: Path, column: str | None = None) -> Iterator[Document]:
     """Yield one record a row; only columns that may be needed are read, a few hundred rows at a time."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise UsageError(
-            "reading .parquet needs the package pyarrow", where=path, hint="pip install pyarrow"
-        ) from None
+    import pyarrow
+    from pyarrow import parquet
+
     number = 0
     try:
         file = parquet.ParquetFile(path)

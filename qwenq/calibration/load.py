@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -46,13 +47,10 @@ from qwenq.storage import cache_folder, readable_bytes
 if TYPE_CHECKING:
     from qwenq.recipe import Recipe
 
-# Choose sizes that suit the device, where a recipe leaves them open.
-
 
 def calibration_for(
     recipe: Recipe,
     checkpoint: Checkpoint,
-    vocabulary: int,
     device: torch.device,
     listener: Listener,
     fitting: tuple[int, int] | None = None,
@@ -62,16 +60,12 @@ def calibration_for(
     Args:
         recipe: says which, and how large.
         checkpoint: whose tokenizer it is for, and who writes it where the source is "self".
-        vocabulary: rows of the model's embedding.
         device: where the model writes; a GPU is given more text.
         listener: receives what was chosen, and the progress in tokens.
         fitting: sequences and tokens of each, for sizes that the recipe leaves open, where memory is too
             small for the device's usual ones.
-
-    Raises:
-        CalibrationError: no sound set comes of it, or it has no held-out sequences.
     """
-    made = _loaded_or_made(recipe, checkpoint, vocabulary, device, listener, fitting)
+    made = _loaded_or_made(recipe, checkpoint, device, listener, fitting)
     facts = made.manifest
     for notice in facts.notices:
         listener(Notice(f"calibration: {notice}"))
@@ -110,7 +104,6 @@ def _why_so_many(recipe: Recipe, device: torch.device, fitting: tuple[int, int] 
 def _loaded_or_made(
     recipe: Recipe,
     checkpoint: Checkpoint,
-    vocabulary: int,
     device: torch.device,
     listener: Listener,
     fitting: tuple[int, int] | None,
@@ -126,21 +119,20 @@ def _loaded_or_made(
         None if saved and wanted.seq_len == "auto" else seq_len,
         None if saved else wanted.held_out,
     )
-    if is_random(checkpoint.config) and (saved or wanted.source == "self"):
-        sizes = Sizes(samples=samples, held_out=wanted.held_out, seq_len=seq_len)
-        return _without_text(recipe, checkpoint, vocabulary, asked, sizes)
-    if is_random(checkpoint.config) and not _has_tokenizer(checkpoint):
-        raise UsageError(
-            "a model with random weights has no tokenizer to read a text",
-            where=wanted.source,
-            hint="leave --calibration out: the tokens are random, too",
-        )
+    # Of random weights text means nothing; there may be a tokenizer in the folder that they were written to.
+    folder = checkpoint.companions
+    textless = is_random(checkpoint.config) and (
+        saved or wanted.source == "self" or folder is None or not has_tokenizer(folder)
+    )
     label = f"{'writing' if wanted.source == 'self' else 'reading'} text to calibrate and check"
-    with counted(listener, label, "tokens") as progress:
+    shown: AbstractContextManager[Progress | None] = (
+        nullcontext() if textless else counted(listener, label, "tokens")
+    )
+    with shown as progress:
         return load_calibration(
             wanted.source,
             checkpoint=checkpoint,
-            tokenizer=calibration_tokenizer(checkpoint.folder, wanted.thinking),
+            tokenizer=None if textless else calibration_tokenizer(checkpoint.folder, wanted.thinking),
             samples=asked[0],
             seq_len=asked[1],
             held_out=asked[2],
@@ -156,31 +148,6 @@ def calibration_tokenizer(folder: Path, thinking: str) -> Tokenizer:
     """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``."""
     tokenizer = load_tokenizer(folder)
     return tokenizer if thinking == "auto" else tokenizer.with_thinking(thinking == "on")
-
-
-def _has_tokenizer(checkpoint: Checkpoint) -> bool:
-    """Return whether a model with random weights has a tokenizer in the folder it was written to."""
-    return checkpoint.companions is not None and has_tokenizer(checkpoint.companions)
-
-
-def _without_text(
-    recipe: Recipe,
-    checkpoint: Checkpoint,
-    vocabulary: int,
-    asked: tuple[int | None, int | None, int | None],
-    sizes: Sizes,
-) -> CalibrationSet:
-    """Return tokens for a model with random weights: a saved set, of whatever text, or random ones."""
-    source = recipe.calibration.source
-    if source == "self":
-        require_sizes(sizes, checkpoint)
-        return random_tokens(vocabulary, sizes, recipe.quantize.seed)
-    loaded = load_saved(Path(source), vocabulary, asked)
-    require_plain(checkpoint.config, loaded.manifest.seq_len, option=LENGTH, where=source)
-    return loaded
-
-
-# Make or load the calibration set that the user names.
 
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_HELD_OUT = 32, 512, 8
@@ -201,7 +168,7 @@ def load_calibration(
     spec: str,
     *,
     checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     samples: int | None = None,
     seq_len: int | None = None,
     held_out: int | None = None,
@@ -217,7 +184,7 @@ def load_calibration(
         spec: ``self`` (the model writes its own text), a file (.txt, .jsonl, .json, .parquet), a saved set
             (.safetensors), or a hub dataset ``owner/name[:config]``. An existing file wins over a hub id.
         checkpoint: the unquantised model; its vocabulary bounds the tokens.
-        tokenizer: that model's tokenizer.
+        tokenizer: that model's tokenizer; None: its weights are random, and ``self`` is random tokens.
         samples, seq_len, held_out: None: 32, 512 (less where the model takes less), 8. A saved set has its
             own; a different number is an error.
         seed: which documents, or which text.
@@ -242,7 +209,15 @@ def load_calibration(
     if spec == "self":
         if split is not None or column is not None:
             raise UsageError("the model's own text has no split or column", hint="leave both out")
+        if tokenizer is None:
+            return random_tokens(int(checkpoint.config["vocab_size"]), wanted, seed)
         return _self_written(checkpoint, tokenizer, wanted, seed, device, progress)
+    if tokenizer is None:
+        raise UsageError(
+            "a model with random weights has no tokenizer to read a text",
+            where=spec,
+            hint="leave --calibration out: the tokens are random, too",
+        )
     documents = _open(spec, split, column)
     return _from_documents(spec, documents, checkpoint, tokenizer, wanted, seed, progress)
 
@@ -393,12 +368,12 @@ def _from_cache(path: Path) -> CalibrationSet | None:
 def _load_saved_for(
     path: Path,
     checkpoint: Checkpoint,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     asked: tuple[int | None, int | None, int | None],
 ) -> CalibrationSet:
     loaded = load_saved(path, int(checkpoint.config["vocab_size"]), asked)
     require_plain(checkpoint.config, loaded.manifest.seq_len, option=LENGTH, where=path)
-    if loaded.manifest.tokenizer != tokenizer.fingerprint:
+    if tokenizer is not None and loaded.manifest.tokenizer != tokenizer.fingerprint:
         raise CalibrationError(
             "this calibration set was made with another tokenizer",
             where=path,
@@ -408,11 +383,7 @@ def _load_saved_for(
 
 
 def require_sizes(wanted: Sizes, checkpoint: Checkpoint) -> None:
-    """Refuse what no set can have, what memory does not hold, and sequences too long for the model's blocks.
-
-    Raises:
-        UsageError: names the option.
-    """
+    """Refuse what no set can have, what memory does not hold, and sequences too long for the model."""
     limits = (
         ("samples", wanted.samples, 1),
         ("seq-len", wanted.seq_len, 2),
@@ -440,7 +411,9 @@ def random_set(
     seed: int,
     split: str | None,
     column: str | None,
-    **sizes: int | None,
+    samples: int | None,
+    seq_len: int | None,
+    held_out: int | None,
 ) -> CalibrationSet:
     """Draw tokens for a model with random weights, which has no tokenizer to read or write text."""
     for option, given in (("--source", source != "self"), ("--split", split), ("--column", column)):
@@ -453,4 +426,12 @@ def random_set(
     checkpoint = open_model(model, "random", seed)
     for notice in checkpoint.notices:
         listener(Notice(notice))
-    return random_tokens(int(checkpoint.config["vocab_size"]), wanted_sizes(checkpoint, **sizes), seed)
+    return load_calibration(
+        "self",
+        checkpoint=checkpoint,
+        tokenizer=None,
+        samples=samples,
+        seq_len=seq_len,
+        held_out=held_out,
+        seed=seed,
+    )

@@ -27,19 +27,12 @@ from qwenq.models.tokenizer import Tokenizer
 from qwenq.models.transformers_model import as_cache, assemble_unfused, build_whole_model, transformers_config
 from qwenq.storage import readable_bytes
 
-# Load the whole model, which only writing text needs.
-
-
 _SLACK = 1.2  # activations, logits, the allocator
 GIVE_A_FILE = "give a text instead: --calibration FILE (`qwenq calibrate`: --source, `qwenq check`: --text)"
 
 
 def require_base_model(checkpoint: Checkpoint) -> None:
-    """Refuse a quantised checkpoint: calibration text is written by the model as it was.
-
-    Raises:
-        UsageError: config.json has a quantization_config.
-    """
+    """Refuse a quantised checkpoint: calibration text is written by the model as it was."""
     if "quantization_config" in checkpoint.config:
         raise UsageError(
             "this model is already quantised; calibration text is written by the unquantised one",
@@ -49,11 +42,7 @@ def require_base_model(checkpoint: Checkpoint) -> None:
 
 
 def require_memory(checkpoint: Checkpoint, dtype: torch.dtype, extra: int) -> None:
-    """Refuse when the weights in ``dtype`` and ``extra`` bytes do not fit into the free memory.
-
-    Raises:
-        UsageError: names how much is needed and free.
-    """
+    """Refuse when the weights in ``dtype`` and ``extra`` bytes do not fit into the free memory."""
     weights = sum(checkpoint.info(name).numel for name in checkpoint.names()) * dtype.itemsize
     needed, free = int((weights + extra) * _SLACK), free_memory()
     if needed > free:
@@ -87,20 +76,13 @@ def store_transposed(model: Any) -> None:
 
 
 def require_finite(values: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """Refuse to sample from logits that are not finite.
-
-    Raises:
-        CalibrationError: NaN or Inf.
-    """
+    """Refuse to sample from logits that are not finite."""
     if not bool(torch.isfinite(values).all()):
         raise CalibrationError(
             "the model's logits are not finite, so it cannot write text",
             where=checkpoint.folder,
             hint=f"check its weights; or {GIVE_A_FILE}",
         )
-
-
-# Sample text from the model, row by row.
 
 
 HELD_OUT_ROWS = 1 << 32
@@ -111,25 +93,15 @@ _CACHE_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Where texts begin and end.
+    """Where texts begin and end."""
 
-    Attributes:
-        start: the id that begins a text: BOS, or the document separator where there is none.
-        ends: ids after which a row begins a new text.
-        size: ids below this are real; a padded embedding has more rows.
-    """
-
-    start: int
-    ends: frozenset[int]
-    size: int
+    start: int  # the id that begins a text: BOS, or the document separator where there is none
+    ends: frozenset[int]  # ids after which a row begins a new text
+    size: int  # ids below this are real; a padded embedding has more rows
 
 
 def vocabulary_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> Vocabulary:
-    """Return the ids that sampling needs.
-
-    Raises:
-        CalibrationError: the tokenizer names neither BOS nor an end, or the model has no row for it.
-    """
+    """Return the ids that sampling needs; refuse a tokenizer that does not fit the model."""
     separator = separator_of(tokenizer)
     start = tokenizer.bos_id if tokenizer.bos_id is not None else separator
     if start is None:
@@ -168,12 +140,9 @@ def write_self_text(
     device: str = "cpu",
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Return text that the model writes, one sequence for each number in ``rows``.
+    """Return text that the model writes, int64 [len(rows), seq_len] on the CPU: a sequence for each row.
 
     A row begins with BOS. Where it ends (an end id), it goes on with a new text, so that it is always full.
-
-    Returns:
-        int64 [len(rows), seq_len], on the CPU.
     """
     vocabulary = vocabulary_of(checkpoint, tokenizer)
     dtype = product_dtype(device)

@@ -15,11 +15,7 @@ from qwenq.calibration.documents import Document
 from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.tokenizer import Tokenizer
 
-# Shuffle, render, tokenise, join and cut documents into sequences.
-
-
-Progress = Callable[[int, int], None]
-"""Called with (tokens done, tokens in all)."""
+Progress = Callable[[int, int], None]  # called with (tokens done, tokens in all)
 
 
 @dataclass(frozen=True)
@@ -38,19 +34,13 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Packed:
-    """Sequences cut from documents.
+    """Sequences cut from documents."""
 
-    Attributes:
-        tokens: int64 [samples, seq_len].
-        held_out: int64 [held_out, seq_len].
-        held_out_from: whether the held-out sequences come from other documents.
-        documents: how many documents were tokenised for them.
-    """
-
-    tokens: torch.Tensor
-    held_out: torch.Tensor
+    tokens: torch.Tensor  # int64 [samples, seq_len]
+    held_out: torch.Tensor  # int64 [held_out, seq_len]
+    # whether the held-out sequences come from other documents
     held_out_from: Literal["other documents", "the same documents", "none"]
-    documents: int
+    documents: int  # how many documents were tokenised for them
 
 
 @dataclass(frozen=True)
@@ -64,15 +54,9 @@ class Pool:
 def ids_of(document: Document, tokenizer: Tokenizer, *, special: bool = True) -> list[int]:
     """Return the ids of a text, or of a conversation through the model's chat template.
 
-    Args:
-        document: the text or conversation.
-        tokenizer: of the model.
-        special: whether special tokens spelt out in a text are read as tokens: a text may be a conversation
-            that was rendered already.
-
-    Raises:
-        CalibrationError: a conversation, and a tokenizer without a template, or one that refuses it or knows
-            no tools and would render a tool's answer as a turn of an unknown role.
+    Special tokens spelt out in a text are read as tokens where ``special``: it may be a conversation that was
+    rendered already. A tool's answer is refused where the template knows no tools: it would be rendered as a
+    turn of an unknown role.
     """
     if isinstance(document.content, str):
         return tokenizer.encode(document.content, special=special)
@@ -194,11 +178,7 @@ def _require(have: int, wanted: Sizes, where: str) -> None:
 
 
 def check_vocabulary(tokens: torch.Tensor, vocab_size: int, where: str) -> None:
-    """Refuse ids that the model's embedding has no row for.
-
-    Raises:
-        CalibrationError: names the id and the size.
-    """
+    """Refuse ids that the model's embedding has no row for."""
     if tokens.numel() == 0:
         return
     low, high = int(tokens.min()), int(tokens.max())
@@ -209,9 +189,6 @@ def check_vocabulary(tokens: torch.Tensor, vocab_size: int, where: str) -> None:
         where=where,
         hint="tokenizer and model do not belong together: use the tokenizer of this very model",
     )
-
-
-# Report what tokens do not show: keys that a chat template does not read, special tokens in plain text.
 
 
 _PLAIN = {"role", "content"}

@@ -15,8 +15,7 @@ from qwenq.compute import block, cpu
 _WIDTH_STEP = 48
 """Packed keys and scores have room for a multiple of so many: a multiple of every variant's tile of keys."""
 
-_QUERIES = 8
-"""Rows of a tile, at most, of all variants."""
+_QUERIES = 8  # rows of a tile, at most, of all variants
 
 
 def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -29,14 +28,10 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
 
     Args:
         q: [batch, heads, tokens, d].
-        k: [batch, kv_heads, slots, d]; kv_heads divides heads.
-        v: likewise.
+        k, v: [batch, kv_heads, slots, d]; kv_heads divides heads.
         scale: of the scores, above zero.
         starts: int64 [batch], the slot of each row's first query; query t sees slots 0 … start + t, of those
             that there are. None: a query for every slot.
-
-    Raises:
-        ValueError: the shapes, dtypes or devices do not fit, or ``starts`` names a slot that does not exist.
     """
     _check(q, k, v, scale)
     _check_starts(starts, q, k)
@@ -53,7 +48,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, starts: Tens
     sizes = 4 * per_thread, width, batch, heads, kv_heads, tokens, slots, d
     strides = (stride for x in (q, k, v) for stride in x.stride()[:3])
     tensors = q, k, v, starts, out, keys, values, scratch
-    cpu.call("causal_attention", block.DTYPE_CODES[q.dtype], *tensors, *sizes, float(scale), *strides)
+    cpu.call("causal_attention", cpu.DTYPE_CODES[q.dtype], *tensors, *sizes, float(scale), *strides)
     return out
 
 

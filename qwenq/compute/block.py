@@ -15,12 +15,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from qwenq.compute import cpu
+from qwenq.compute.cpu import DTYPE_CODES
 
-STEP = 16
-"""The C kernels take widths that are a multiple of this."""
-
-DTYPE_CODES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
-"""The dtypes of activations that C kernels take, and their number in C (``csrc/vector.h``)."""
+STEP = 16  # the C kernels take widths that are a multiple of this
 
 
 def unsupported_reason(
@@ -28,19 +25,14 @@ def unsupported_reason(
 ) -> str | None:
     """Return why the C kernels do not run, in words that follow "because"; None: they do.
 
-    Args:
-        device: of the activations.
-        dtype: of the activations.
-        widths: last axes, by what they are the width of.
+    ``widths`` are last axes, by what they are the width of.
     """
-    if device.type != "cpu":
-        return f"the C kernels are for CPUs, not for {device.type}"
-    if dtype not in DTYPE_CODES:
-        return f"the C kernels are for bfloat16 and float32, not for {str(dtype).removeprefix('torch.')}"
-    for name, width in widths.items():
-        if not width or width % STEP:
-            return f"the width of {name}, {width}, is no multiple of {STEP}"
-    return cpu.unsupported_reason()
+    reason = cpu.unsupported_input(device, dtype)
+    if reason is None:
+        for name, width in widths.items():
+            if not width or width % STEP:
+                return f"the width of {name}, {width}, is no multiple of {STEP}"
+    return reason
 
 
 def fallback_notice(
@@ -64,9 +56,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight: [d], or [heads, d] for x of […, heads, d]; in the dtype of x, or in float32: then nothing but
             the result is rounded.
         eps: is added to the mean.
-
-    Raises:
-        ValueError: the shapes, dtypes or devices differ.
     """
     _require_alike(wider="weight", x=x, weight=weight)
     d = x.shape[-1]
@@ -86,15 +75,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
-    """Return ``silu(gate) · up``.
+    """Return ``silu(gate) · up``, [..., d] each, of any strides: they may be halves of a product's result.
 
-    Args:
-        gate: […, d], of any strides: it may be one half of a product's result.
-        up: likewise.
-        out: takes the result, contiguous; it may be ``gate``. None: a new tensor.
-
-    Raises:
-        ValueError: the shapes, dtypes or devices differ, or ``out`` is not contiguous.
+    ``out`` takes the result, contiguous; it may be ``gate``.
     """
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     _require_alike(gate=gate, up=up, out=out)
@@ -119,9 +102,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x: [batch, tokens, heads, d].
         cos: [batch or 1, tokens, 1, d], in the dtype of x or in float32.
         sin: likewise; its first half is negated: the sign of the rotation lies in the table.
-
-    Raises:
-        ValueError: the shapes, dtypes or devices do not fit.
     """
     _check_rotation(x, cos, sin)
     batch, tokens, heads, d = x.shape

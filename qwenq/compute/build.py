@@ -32,21 +32,13 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Variant:
-    """A set of instructions that the library is compiled for.
+    """A set of instructions that the library is compiled for."""
 
-    Attributes:
-        name: of the library's file, of ``QWENQ_CPU`` and of tables.
-        machine: as ``platform.machine()`` names it on Linux.
-        features: that a CPU needs, as ``torch.cpu.get_capabilities()`` names them.
-        gcc: flags for GCC and Clang.
-        zig: the CPU for ``zig cc -mcpu``.
-    """
-
-    name: str
-    machine: str
-    features: tuple[str, ...]
-    gcc: tuple[str, ...]
-    zig: str
+    name: str  # of the library's file, of ``QWENQ_CPU`` and of tables
+    machine: str  # as ``platform.machine()`` names it on Linux
+    features: tuple[str, ...]  # that a CPU needs, as ``torch.cpu.get_capabilities()`` names them
+    gcc: tuple[str, ...]  # flags for GCC and Clang
+    zig: str  # the CPU for ``zig cc -mcpu``
 
 
 _AVX2 = ("avx2", "fma3", "f16c", "bmi2")
@@ -75,19 +67,12 @@ SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 @dataclass(frozen=True)
 class Platform:
-    """What a wheel can be built for on any machine, by Zig.
+    """What a wheel can be built for on any machine, by Zig."""
 
-    Attributes:
-        tag: of the wheel's file name: the system, its oldest version, the machine.
-        machine: as `Variant.machine`.
-        zig: the target for `zig cc`.
-        suffix: of libraries.
-    """
-
-    tag: str
-    machine: str
-    zig: str
-    suffix: str
+    tag: str  # of the wheel's file name: the system, its oldest version, the machine
+    machine: str  # as `Variant.machine`
+    zig: str  # the target for `zig cc`
+    suffix: str  # of libraries
 
 
 PLATFORMS = (
@@ -111,10 +96,10 @@ def library_name(variant: str, suffix: str = SUFFIX) -> str:
     return f"libqwenq-{variant}{suffix}"
 
 
-def sources_hash(folder: Path = SOURCES) -> str:
+def sources_hash() -> str:
     """Return a hash of all sources; a library holds the hash of those that it was compiled from."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(SOURCES.iterdir()):
         if path.suffix in {".c", ".h", ".def"}:
             digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
@@ -156,9 +141,6 @@ def compile_variant(
         zig_target: another platform, as Zig names it (``aarch64-linux-gnu.2.17``); None: this one.
         extra: more flags, such as ``-fsanitize=address``.
         program: a C file with a ``main``; makes a program of it and the kernels, in place of a library.
-
-    Raises:
-        BuildError: there is no compiler, or it refuses.
     """
     command, zig = find_zig() if zig_target is not None else find_compiler()
     flags = [f"-mcpu={variant.zig}"] if zig else list(variant.gcc)
@@ -184,16 +166,7 @@ def compile_variant(
 
 
 def build(folder: Path = LIBRARIES, target: Platform | None = None, extra: Sequence[str] = ()) -> list[Path]:
-    """Compile every variant of a platform; skip those that are current.
-
-    Args:
-        folder: where libraries are written.
-        target: another platform, compiled for by Zig; None: this machine.
-        extra: more flags.
-
-    Raises:
-        BuildError: there is no compiler, or it refuses.
-    """
+    """Compile every variant of this machine, or of one that Zig compiles for; skip those that are current."""
     machine = target.machine if target else machine_name(platform.machine())
     paths = []
     for variant in VARIANTS:
@@ -206,11 +179,7 @@ def build(folder: Path = LIBRARIES, target: Platform | None = None, extra: Seque
 
 
 def platform_of(tag: str) -> Platform:
-    """Return a platform by its tag.
-
-    Raises:
-        BuildError: no wheel is built for it.
-    """
+    """Return a platform by its tag."""
     for known in PLATFORMS:
         if known.tag == tag:
             return known

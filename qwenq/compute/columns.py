@@ -17,58 +17,36 @@ from qwenq.compute import cpu, gpu
 LARGEST = torch.finfo(torch.float16).max
 SMALLEST = torch.finfo(torch.float16).smallest_normal
 STRIP = 64  # rows that C takes at a time: its workspace, see csrc/gptq.c
-LEAST_ROWS = 16
-"""Rows that C takes at least: a register of any variant."""
+LEAST_ROWS = 16  # rows that C takes at least: a register of any variant
 WIDEST_GROUP = 256
 """Columns of a group whose scale C fits; a wider one is a matrix product that the library is faster at."""
 
 
 class Block(NamedTuple):
-    """Columns that are rounded one after the other, and memory for the result.
+    """Columns that are rounded one after the other, and memory for the result."""
 
-    Attributes:
-        columns: [block, rows] float, a column of W in each row, contiguous; changed in place.
-        U: [block, block] of the same dtype, upper triangular: the block's part of ``inverse_factor``.
-        scales, zeros: [groups, rows] of the same dtype, contiguous.
-        groups: the group of each column.
-        levels: the largest integer.
-        integers: [block, rows] uint8, contiguous: filled.
-        errors: [block, rows] of the same dtype, contiguous: filled with (w_i − q_i) / U_ii.
-    """
-
-    columns: Tensor
-    U: Tensor
-    scales: Tensor
-    zeros: Tensor
-    groups: list[int]
-    levels: int
-    integers: Tensor
-    errors: Tensor
+    columns: Tensor  # [block, rows] float, a column of W in each row, contiguous; changed in place
+    U: Tensor  # [block, block] of the same dtype, upper triangular: the block's part of ``inverse_factor``
+    scales: Tensor  # [groups, rows] of the same dtype, contiguous
+    zeros: Tensor  # [groups, rows] of the same dtype, contiguous
+    groups: list[int]  # the group of each column
+    levels: int  # the largest integer
+    integers: Tensor  # [block, rows] uint8, contiguous: filled
+    errors: Tensor  # [block, rows] of the same dtype, contiguous: filled with (w_i − q_i) / U_ii
 
 
 class Fitted(NamedTuple):
-    """A group after its scale was fitted.
+    """A group after its scale was fitted."""
 
-    Attributes:
-        scale: [rows].
-        values: [group_size, rows], the dequantised integers.
-        less: [group_size, rows], the values before, less these.
-        change: [rows], of ``output_error``, by the scale alone.
-    """
-
-    scale: Tensor
-    values: Tensor
-    less: Tensor
-    change: Tensor
+    scale: Tensor  # [rows]
+    values: Tensor  # [group_size, rows], the dequantised integers
+    less: Tensor  # [group_size, rows], the values before, less these
+    change: Tensor  # [rows], of ``output_error``, by the scale alone
 
 
 def unsupported_reason(x: Tensor) -> str | None:
     """Return why C does not take a tensor, in words that follow "because"; None: it does."""
-    if x.device.type != "cpu":
-        return f"that is for CPUs, not for {x.device.type}"
-    if x.dtype != torch.float32:
-        return f"that is for float32, not for {str(x.dtype).removeprefix('torch.')}"
-    return cpu.unsupported_reason()
+    return cpu.unsupported_input(x.device, x.dtype, [torch.float32])
 
 
 def _suits_c(block: Block) -> bool:
@@ -244,11 +222,7 @@ def _workspace(block: Block) -> Tensor:
 
 
 def _check(block: Block, **others: Tensor) -> None:
-    """Check shapes, dtypes and strides: C reads memory by these numbers.
-
-    Raises:
-        ValueError: one differs from what ``Block`` says.
-    """
+    """Check shapes, dtypes and strides against what ``Block`` says: C reads memory by these numbers."""
     count, rows = block.columns.shape
     dtypes = {"integers": torch.uint8}
     shapes = {"U": (count, count), "scales": block.scales.shape, "zeros": block.scales.shape}

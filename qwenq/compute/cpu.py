@@ -11,10 +11,11 @@ import ctypes
 import os
 import platform
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -35,6 +36,8 @@ VARIABLE = "QWENQ_CPU"
 FOLDER_VARIABLE = "QWENQ_KERNELS"
 """Another folder of libraries, such as one that is compiled with a sanitizer."""
 
+DTYPE_CODES = MappingProxyType({torch.float32: 0, torch.bfloat16: 1})
+"""The dtypes of activations that C kernels take, and their number in C (``csrc/vector.h``)."""
 _OPENMP = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 _BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # x86 (Cooper Lake, Zen 4), Arm (Neoverse V1)
 _INSTALL = "run python -m qwenq.compute.build, with gcc, clang or the package ziglang"
@@ -42,16 +45,10 @@ _INSTALL = "run python -m qwenq.compute.build, with gcc, clang or the package zi
 
 @dataclass(frozen=True)
 class Library:
-    """The library of a variant, loaded.
+    """The library of a variant, loaded."""
 
-    Attributes:
-        variant: what it was compiled for.
-        shares_threads: whether it runs on torch's OpenMP threads, not on a pool of the library.
-    """
-
-    variant: Variant
+    variant: Variant  # what it was compiled for
     handle: ctypes.CDLL
-    shares_threads: bool
 
 
 def variants_here() -> list[Variant]:
@@ -71,6 +68,20 @@ def unsupported_reason() -> str | None:
     """Return why C kernels do not run here, in words that follow "because"; None: they do."""
     found = library()
     return found if isinstance(found, str) else None
+
+
+def unsupported_input(
+    device: torch.device, dtype: torch.dtype, dtypes: Collection[torch.dtype] = tuple(DTYPE_CODES)
+) -> str | None:
+    """Return why C kernels do not take tensors, in words that follow "because"; None: they do."""
+    if device.type != "cpu":
+        return f"the C kernels are for CPUs, not for {device.type}"
+    if dtype not in dtypes:
+        taken, given = (
+            " and ".join(str(each).removeprefix("torch.") for each in some) for some in (dtypes, [dtype])
+        )
+        return f"the C kernels are for {taken}, not for {given}"
+    return unsupported_reason()
 
 
 def multiplies_bfloat16() -> bool:
@@ -112,11 +123,7 @@ def _features() -> dict[str, object]:
 
 
 def library() -> Library | str:
-    """Return the library that runs, or why there is none.
-
-    Raises:
-        UsageError: ``QWENQ_CPU`` names no variant, or one that this CPU lacks.
-    """
+    """Return the library that runs, or why there is none."""
     return _library(os.environ.get(VARIABLE, ""), os.environ.get(FOLDER_VARIABLE, ""))
 
 
@@ -155,32 +162,29 @@ def _load(variant: Variant, path: Path) -> Library | str:
         return f"the library {path.name} cannot be loaded: {str(error).splitlines()[0]} ({_INSTALL})"
     if made_for != variant.name or (SOURCES.is_dir() and made_from != sources_hash()):
         return f"the library {path.name} was compiled from other sources ({_INSTALL})"
-    return Library(variant, handle, _share_threads(handle))
+    _share_threads(handle)
+    return Library(variant, handle)
 
 
-def _share_threads(handle: ctypes.CDLL) -> bool:
+def _share_threads(handle: ctypes.CDLL) -> None:
     """Pass in torch's OpenMP runtime; leave the library's own pool where torch has another one."""
     torch_library = Path(torch.__path__[0]) / "lib" / f"libtorch_cpu{SUFFIX}"
     try:
         openmp = ctypes.CDLL(str(torch_library))
         entries = [ctypes.cast(getattr(openmp, name), ctypes.c_void_p) for name in _OPENMP]
     except (OSError, AttributeError):
-        return False
+        return
     handle.qwenq_set_threads.restype = None
     handle.qwenq_set_threads(*entries)
-    return True
 
 
-def call(name: str, *arguments: Tensor | int | float, threads: int | None = None) -> None:
-    """Run a kernel on torch's threads.
+def call(name: str, *arguments: Tensor | int | float) -> None:
+    """Run a kernel of ``csrc/kernels.def`` on torch's threads.
 
-    Args:
-        name: of the kernel, see ``csrc/kernels.def``.
-        arguments: tensors as their addresses, integers, and floats as the bits of a float32, in the kernel's
-            order. The caller has checked shapes, dtypes, devices and strides: the kernel relies on them.
-        threads: how many; None: as many as torch uses.
+    It gets tensors as their addresses, integers, and floats as the bits of a float32. The caller has checked
+    shapes, dtypes, devices and strides: the kernel relies on them.
     """
-    values = [torch.get_num_threads() if threads is None else threads]
+    values = [torch.get_num_threads()]
     for argument in arguments:
         if isinstance(argument, Tensor):
             values.append(argument.data_ptr())

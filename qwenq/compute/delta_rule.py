@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-CHUNK = 32
-"""Tokens of a prompt that are computed together; of 16, 32, 64 and 128 the fastest on a CPU."""
+CHUNK = 32  # tokens of a prompt that are computed together; of 16, 32, 64 and 128 the fastest on a CPU
 
 
 def convolve(x: Tensor, state: Tensor, weight: Tensor, counts: Tensor | None = None) -> Tensor:

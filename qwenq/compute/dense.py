@@ -22,18 +22,12 @@ _OUTPUTS_AT_ONCE = 4096  # bounds the float32 copy
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias``, […, out].
+    """Return ``x @ weight.T + bias``, […, out], of […, in] and [out, in] of any strides.
 
-    Args:
-        x: […, in].
-        weight: [out, in], of any strides.
-        bias: [out] or None.
-
-    Raises:
-        ValueError: the shapes, dtypes or devices do not fit. On a CPU, x may be float32 over bfloat16.
+    On a CPU, x may be float32 over bfloat16.
     """
     _check(x, weight, bias)
-    if x.device.type != "cpu" or weight.dtype not in linear.DTYPES:
+    if x.device.type != "cpu" or weight.dtype not in cpu.DTYPE_CODES:
         return functional.linear(x, weight, bias)
     rows, alike = x.shape[:-1].numel(), x.dtype is weight.dtype
     in_float32 = weight.dtype is torch.float32 or cpu.float32_is_faster()

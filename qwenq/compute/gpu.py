@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 
-# Find out whether Triton's kernels can be built and run here: Triton, a GPU, and a C compiler.
-
-
 _INSTALL = "pip install triton (it comes with a CUDA build of torch on Linux)"
 
 

@@ -12,39 +12,29 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import cpu
+from qwenq.compute.cpu import DTYPE_CODES
 
-OUTPUTS = 32
-"""Outputs of a block of weights; a layer has whole blocks."""
-GROUP_SIZES = (128, 64, 32)
-"""Columns that may share a scale, the longest first."""
+OUTPUTS = 32  # outputs of a block of weights; a layer has whole blocks
+GROUP_SIZES = (128, 64, 32)  # columns that may share a scale, the longest first
 LINEAR_FIELDS = ("weights", "scales", "columns", "outputs", "group_size", "bits", "scales_float16")
 """What C reads of a layer, int64 each."""
-DTYPES = {torch.float32: 0, torch.bfloat16: 1}
-"""As C numbers them."""
 _LINE = 64  # bytes: a step of weights begins at a cache line
 
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """A layer's weights in the layout of ``csrc/linear.c``.
+    """A layer's weights in the layout of ``csrc/linear.c``."""
 
-    Attributes:
-        weights: uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in
-            the high nibbles. Plain numbers: bfloat16 or float32 [outputs, columns].
-        scales: [blocks, groups, 32] float16, or float32 where float16 would round them; of plain numbers,
-            empty.
-        bits: 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16 or 32, plain numbers.
-        columns, outputs, group_size: of the weight.
-        fields: ``LINEAR_FIELDS``, kept alive for C.
-    """
-
+    # uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in the high
+    # nibbles. Plain numbers: bfloat16 or float32 [outputs, columns].
     weights: Tensor
+    # [blocks, groups, 32] float16, or float32 where float16 would round them; of plain numbers, empty
     scales: Tensor
-    bits: int
+    bits: int  # 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16 or 32, plain numbers
     columns: int
     outputs: int
     group_size: int
-    fields: Tensor = field(repr=False)
+    fields: Tensor = field(repr=False)  # ``LINEAR_FIELDS``, kept alive for C
 
 
 def unsupported_reason(bits: int, columns: int, outputs: int, group_size: int) -> str | None:
@@ -67,9 +57,6 @@ def pack(integers: Tensor, scales: Tensor, bits: int) -> PackedWeights:
         integers: uint8 [outputs, columns], around 2^(bits - 1).
         scales: float32 [outputs, groups].
         bits: 4 or 8.
-
-    Raises:
-        ValueError: sizes that ``unsupported_reason`` refuses.
     """
     outputs, columns = integers.shape
     group_size = columns // scales.shape[1]
@@ -91,7 +78,7 @@ def pack(integers: Tensor, scales: Tensor, bits: int) -> PackedWeights:
 def plain(weight: Tensor) -> PackedWeights | None:
     """Return a matrix that is not quantised for C, as it lies; None: C does not multiply it here."""
     outputs, columns = weight.shape
-    here = weight.device.type == "cpu" and weight.dtype in DTYPES and weight.is_contiguous()
+    here = weight.device.type == "cpu" and weight.dtype in DTYPE_CODES and weight.is_contiguous()
     if not here or columns % GROUP_SIZES[-1] or not columns or cpu.unsupported_reason():
         return None
     bits = 8 * weight.itemsize
@@ -104,11 +91,8 @@ def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) 
 
     For integers, activations are rounded to 16 bits by group, and sums over a group are exact; for bfloat16,
     activations may be rounded to it. Totals are float32.
-
-    Raises:
-        ValueError: another shape, dtype or device than C reads.
     """
-    if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != layer.columns:
+    if x.dtype not in DTYPE_CODES or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != layer.columns:
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} on {x.device}, not float32 or bfloat16 "
             f"[rows, {layer.columns}] on the CPU"
@@ -116,20 +100,16 @@ def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) 
     x, rows = x.contiguous(), len(x)
     y = torch.empty(rows, layer.outputs, dtype=dtype or x.dtype)
     workspace = torch.empty(activation_bytes(rows, layer.columns), dtype=torch.uint8)
-    cpu.call("linear", layer.fields, x, y, workspace, rows, DTYPES[x.dtype], DTYPES[y.dtype])
+    cpu.call("linear", layer.fields, x, y, workspace, rows, DTYPE_CODES[x.dtype], DTYPE_CODES[y.dtype])
     return y
 
 
 def unpack(layer: PackedWeights, dtype: torch.dtype) -> Tensor:
-    """Return the weight as plain numbers, float32 or bfloat16 [columns, outputs].
-
-    Raises:
-        ValueError: another dtype.
-    """
-    if dtype not in DTYPES:
+    """Return the weight as plain numbers, float32 or bfloat16 [columns, outputs]."""
+    if dtype not in DTYPE_CODES:
         raise ValueError(f"weights are unpacked to float32 or bfloat16, not to {dtype}")
     weight = torch.empty(layer.columns, layer.outputs, dtype=dtype)
-    cpu.call("quantised_unpack", layer.fields, weight, DTYPES[dtype])
+    cpu.call("quantised_unpack", layer.fields, weight, DTYPE_CODES[dtype])
     return weight
 
 

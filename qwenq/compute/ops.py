@@ -11,99 +11,70 @@ from dataclasses import dataclass
 
 import torch
 
-from qwenq.compute import block, columns, cpu, gpu, products
+from qwenq.compute import columns, cpu, gpu
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation, and what runs it.
+    """An operation, and what runs it."""
 
-    Attributes:
-        name: in the field's words.
-        runs: the implementation: ``C (avx2)``, ``Triton`` or ``torch``.
-        reason: why nothing faster runs, in words that follow "because"; None: this is the fastest there is.
-    """
-
-    name: str
-    runs: str
+    name: str  # in the field's words
+    runs: str  # the implementation: ``C (avx2)``, ``Triton`` or ``torch``
+    # why nothing faster runs, in words that follow "because"; None: this is the fastest there is
     reason: str | None
 
 
 def operations(device: torch.device, dtype: torch.dtype) -> list[Operation]:
     """Return every operation with what runs it for activations of a dtype on a device."""
-    return [_operation(name, reason(dtype, device), dtype, device, kinds) for name, kinds, reason in _TABLE]
+    return [_operation(name, kinds, reason, device, dtype) for name, kinds, reason in _TABLE]
 
 
 def fallback_notice(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return a notice of operations of quantising that run in torch for want of a kernel, or None."""
-    found = [
-        _operation(name, reason(dtype, device), dtype, device, kinds)
-        for name, kinds, reason in _TABLE
-        if name in QUANTISING
-    ]
-    slow = [operation for operation in found if operation.runs == "torch" and operation.reason]
+    slow = [each for each in operations(device, dtype) if each.name in QUANTISING and each.reason]
     if not slow:
         return None
-    names = ", ".join(operation.name for operation in slow)
+    names = ", ".join(each.name for each in slow)
     return f"{names} run in torch, which takes longer, because {slow[0].reason}"
 
 
 QUANTISING = ("rounding and coordinate descent", "scale search", "Hessians")
 
-_Reason = Callable[[torch.dtype, torch.device], str | None]
+_Reason = Callable[[torch.device, torch.dtype], str | None]
 
 
-def _by_kernel(dtype: torch.dtype, device: torch.device) -> str | None:
+def _weights(device: torch.device, dtype: torch.dtype) -> str | None:
     del dtype  # weights and Hessians are float32 whatever activations are
     return columns.fallback_reason(device)
 
 
-def _by_c(dtype: torch.dtype, device: torch.device) -> str | None:
-    del dtype
-    return None if device.type != "cpu" else cpu.unsupported_reason()
-
-
-def _hessians(dtype: torch.dtype, device: torch.device) -> str | None:
-    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return None  # torch's products are what there is
-    return products.unsupported_reason(dtype, device)
-
-
-def _block(dtype: torch.dtype, device: torch.device) -> str | None:
-    if dtype not in block.DTYPE_CODES:
-        return None  # torch is what there is
-    return block.unsupported_reason(device, dtype)
-
-
-def _linear(dtype: torch.dtype, device: torch.device) -> str | None:
+def _linear(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda":
         return gpu.unsupported_reason(device)
-    if device.type == "cpu" and dtype is not torch.bfloat16:
-        return (
-            f"integers are multiplied with bfloat16 activations, not with {str(dtype).removeprefix('torch.')}"
-        )
+    if dtype is not torch.bfloat16:
+        given = str(dtype).removeprefix("torch.")
+        return f"integers are multiplied with bfloat16 activations, not with {given}"
     return cpu.unsupported_reason()
 
 
+_activations = cpu.unsupported_input
 _TABLE: tuple[tuple[str, tuple[str, ...], _Reason], ...] = (
-    ("rounding and coordinate descent", ("cpu", "cuda"), _by_kernel),
-    ("scale search", ("cpu",), _by_c),
-    ("Hessians", ("cpu",), _hessians),
-    ("norms, rotary positions, gated activations", ("cpu",), _block),
-    ("attention over prompts", ("cpu",), _block),
+    ("rounding and coordinate descent", ("cpu", "cuda"), _weights),
+    ("scale search", ("cpu",), _weights),
+    ("Hessians", ("cpu",), _activations),
+    ("norms, rotary positions, gated activations", ("cpu",), _activations),
+    ("attention over prompts", ("cpu",), _activations),
     ("quantised linear", ("cpu", "cuda"), _linear),
     ("decode step", ("cpu",), _linear),
 )
 """Name, kinds of device that have a kernel, and why it does not run."""
-_BY_DTYPE = ("Hessians", "norms, rotary positions, gated activations", "attention over prompts")
-"""Operations whose kernels take some dtypes of activations."""
 
 
 def _operation(
-    name: str, reason: str | None, dtype: torch.dtype, device: torch.device, kinds: tuple[str, ...]
+    name: str, kinds: tuple[str, ...], reason: _Reason, device: torch.device, dtype: torch.dtype
 ) -> Operation:
-    if device.type not in kinds or (reason is None and dtype not in block.DTYPE_CODES and name in _BY_DTYPE):
-        return Operation(name, "torch", None)
-    if reason is not None:
-        return Operation(name, "torch", reason)
+    if device.type not in kinds or (reason is _activations and dtype not in cpu.DTYPE_CODES):
+        return Operation(name, "torch", None)  # torch is what there is
+    if why := reason(device, dtype):
+        return Operation(name, "torch", why)
     return Operation(name, f"C ({cpu.variant_name()})" if device.type == "cpu" else "Triton", None)

@@ -5,36 +5,21 @@ The last bits depend on the order of the batches: several processes sum in anoth
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
 from qwenq.compute import cpu
 
 PANEL = 192  # columns of a product: wide enough for GEMM's speed, narrow enough to skip the upper triangle
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-class Products(Protocol):
-    """A mean over the batches so far."""
+def products(
+    rows: int, columns: int, like: Tensor, *, symmetric: bool = False
+) -> CProducts | Float32Products:
+    """Return a mean over no batches yet, of products of ``rows`` by ``columns``, the widths of X and Y.
 
-    def add(self, X: Tensor, Y: Tensor) -> None:
-        """Add a batch: [..., rows] and [..., columns], as many tokens in both."""
-        ...
-
-    def mean(self) -> Tensor:
-        """Return 2/n · Σ Xᵀ Y, [rows, columns] float32, which further batches change in place."""
-        ...
-
-
-def products(rows: int, columns: int, like: Tensor, *, symmetric: bool = False) -> Products:
-    """Return a mean over no batches yet.
-
-    Args:
-        rows, columns: widths of X and Y.
-        like: activations: their dtype and device decide how products are computed.
-        symmetric: X is Y; what is above the diagonal need not be right.
+    ``like`` are activations, whose dtype and device decide how products are computed. ``symmetric``: X is Y,
+    and what is above the diagonal need not be right.
     """
     if are_compiled(like):
         return CProducts(rows, columns, like.dtype, symmetric=symmetric)
@@ -48,45 +33,36 @@ def are_compiled(like: Tensor) -> bool:
 
 def unsupported_reason(dtype: torch.dtype, device: torch.device) -> str | None:
     """Return why products are not computed in C, in words that follow "because"; None: they are."""
-    if device.type != "cpu":
-        return f"that is for CPUs, not for {device.type}"
-    if dtype not in _DTYPES:
-        return f"that is for bfloat16 and float32, not for {str(dtype).removeprefix('torch.')}"
-    return cpu.unsupported_reason()
+    return cpu.unsupported_input(device, dtype)
 
 
 class CProducts:
-    """The mean, computed in C: see ``csrc/hessian.c``.
-
-    Args:
-        rows, columns: widths of X and Y.
-        dtype: theirs, float32 or bfloat16.
-        symmetric: X is Y; the lower triangle is enough.
-    """
+    """The mean over the batches so far, computed in C: see ``csrc/hessian.c``; arguments as ``products``."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, *, symmetric: bool = False) -> None:
         self._shape, self._dtype, self._symmetric = (rows, columns), dtype, symmetric
+        self._code = cpu.DTYPE_CODES[dtype]
         self._panel = cpu.library_constant("qwenq_panel")
-        self._per_word = cpu.library_constant("qwenq_tokens_per_word", _DTYPES[dtype])
+        self._per_word = cpu.library_constant("qwenq_tokens_per_word", self._code)
         self._panels = tuple(-(-width // self._panel) for width in self._shape)
         self._mean = torch.zeros(self._panels[0] * self._panel, self._panels[1] * self._panel)
         self._packed = [torch.empty(0, dtype=torch.int32)] * 2
         self._tokens = 0
 
     def add(self, X: Tensor, Y: Tensor) -> None:
-        """Add a batch, see ``Products``."""
+        """Add a batch: [..., rows] and [..., columns], as many tokens in both."""
         tokens = self._count(X, Y)
         total = self._tokens + tokens
         right = self._pack(1, Y)
         left = right if self._symmetric else self._pack(0, X)
         cpu.call(
             "hessian_add", left, right, self._mean, -(-tokens // self._per_word), *self._panels,
-            int(self._symmetric), self._tokens / total, 2.0 / total, _DTYPES[self._dtype],
+            int(self._symmetric), self._tokens / total, 2.0 / total, self._code,
         )  # fmt: skip
         self._tokens = total
 
     def mean(self) -> Tensor:
-        """Return the mean, see ``Products``."""
+        """Return 2/n · Σ Xᵀ Y, [rows, columns] float32, which further batches change in place."""
         rows, columns = self._shape
         return self._mean[:rows, :columns]
 
@@ -110,9 +86,7 @@ class CProducts:
         needed = -(-len(x) // self._per_word) * self._panels[side] * self._panel
         if self._packed[side].numel() < needed:
             self._packed[side] = torch.empty(needed, dtype=torch.int32)
-        cpu.call(
-            "hessian_pack", x, self._packed[side], len(x), columns, self._panels[side], _DTYPES[self._dtype]
-        )
+        cpu.call("hessian_pack", x, self._packed[side], len(x), columns, self._panels[side], self._code)
         return self._packed[side]
 
 
@@ -129,7 +103,7 @@ class Float32Products:
         self._symmetric, self._tokens = symmetric, 0
 
     def add(self, X: Tensor, Y: Tensor) -> None:
-        """Add a batch, see ``Products``."""
+        """Add a batch, see ``CProducts``."""
         y = self._float32(1, Y)
         total = self._tokens + y.shape[0]
         keep, weight = self._tokens / total, 2.0 / total
@@ -143,7 +117,7 @@ class Float32Products:
         self._tokens = total
 
     def mean(self) -> Tensor:
-        """Return the mean, see ``Products``."""
+        """Return the mean, see ``CProducts``."""
         return self._mean
 
     def _float32(self, side: int, X: Tensor) -> Tensor:

@@ -21,23 +21,15 @@ MSE_POWER = 2.4  # IST-DASLab/gptq, quant.py
 
 
 class Groups(NamedTuple):
-    """Groups of weights whose scales are searched.
+    """Groups of weights whose scales are searched."""
 
-    Attributes:
-        weights: [rows · groups, group_size] float32, row by row.
-        importance: [groups · group_size] float32.
-        scales, zeros: [rows · groups] float32, contiguous: those of min/max; changed in place.
-        bits: 2…8.
-        sym: whether the zero points stay.
-        weighted: whether squared errors are weighted by importance; else unweighted errors^2.4 are summed.
-    """
-
-    weights: Tensor
-    importance: Tensor
-    scales: Tensor
-    zeros: Tensor
-    bits: int
-    sym: bool
+    weights: Tensor  # [rows · groups, group_size] float32, row by row
+    importance: Tensor  # [groups · group_size] float32
+    scales: Tensor  # [rows · groups] float32, contiguous: those of min/max; changed in place
+    zeros: Tensor  # likewise
+    bits: int  # 2…8
+    sym: bool  # whether the zero points stay
+    # whether squared errors are weighted by importance; else unweighted errors^2.4 are summed
     weighted: bool = True
 
 
@@ -60,11 +52,7 @@ def search_scales(groups: Groups) -> None:
 
 
 def search_by_c(groups: Groups) -> None:
-    """Search as ``search_scales`` does, weighted.
-
-    Raises:
-        ValueError: other shapes, dtypes or strides than ``Groups`` says.
-    """
+    """Search as ``search_scales`` does, weighted."""
     weights, importance, scales, zeros, bits, sym, _ = groups
     count, size = weights.shape
     shapes = ((count, size), importance.shape[:1], (count,), (count,))

@@ -17,53 +17,37 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import cpu
-from qwenq.compute.linear import DTYPES, PackedWeights, activation_bytes
+from qwenq.compute.linear import PackedWeights, activation_bytes
 
-STRETCH = 256
-"""Slots of a cache that attention takes together, as in C."""
-MULTIPLE = 32
-"""Of every width: halves of a head fill registers."""
-MOST_HEAD_DIM = 256
-"""Of a head's keys and values, and of a linear-attention head's."""
+STRETCH = 256  # slots of a cache that attention takes together, as in C
+MULTIPLE = 32  # of every width: halves of a head fill registers
+MOST_HEAD_DIM = 256  # of keys and values, and of linear attention's
 _HEADS_AT_ONCE = 4
 _EXPERTS_AT_ONCE = 16  # registers of any variant are filled
 
 
 @dataclass(frozen=True)
 class StepShape:
-    """Sizes of a decoder.
-
-    Attributes:
-        ffn: the width of the dense MLPs; 0: there is none.
-        head_dim: of a head.
-        eps: of the norms.
-        experts: of a mixture; 0: there is none.
-        active: how many of them a row takes.
-        expert_width: of one.
-        normalised: whether their shares are made to add up to one.
-        shared_width: of the expert that all rows take; 0: there is none.
-        gated: whether what attention mixes is gated by as many outputs of qkv behind the values.
-        key_heads, value_heads, key_dim, value_dim, kernel: of linear attention; 0: no block has it.
-    """
+    """Sizes of a decoder."""
 
     layers: int
     hidden: int
-    ffn: int
+    ffn: int  # the width of the dense MLPs; 0: there is none
     heads: int
     kv_heads: int
     head_dim: int
-    eps: float
-    experts: int = 0
-    active: int = 0
-    expert_width: int = 0
-    normalised: bool = False
-    shared_width: int = 0
-    gated: bool = False
-    key_heads: int = 0
+    eps: float  # of the norms
+    experts: int = 0  # of a mixture; 0: there is none
+    active: int = 0  # how many of them a row takes
+    expert_width: int = 0  # of one
+    normalised: bool = False  # whether their shares are made to add up to one
+    shared_width: int = 0  # of the expert that all rows take; 0: there is none
+    gated: bool = False  # whether what attention mixes is gated by as many outputs of qkv behind the values
+    key_heads: int = 0  # of linear attention; 0: no block has it
     value_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
-    kernel: int = 0
+    kernel: int = 0  # width of its convolution
 
     @property
     def mixed(self) -> int:
@@ -88,45 +72,30 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What a linear-attention block has besides its linear layers, all float32.
+    """What a linear-attention block has besides qkv, z and out; tensors are float32."""
 
-    Attributes:
-        rates: hidden → strength and decay of each value head; as packed weights.
-        convolution: [kernel, channels].
-        speed, bias: [value_heads], of the decay.
-        norm: [value_dim].
-    """
-
-    rates: PackedWeights
-    convolution: Tensor
-    speed: Tensor
-    bias: Tensor
-    norm: Tensor
+    rates: PackedWeights  # hidden → strength and decay of each value head
+    convolution: Tensor  # [kernel, channels]
+    speed: Tensor  # [value_heads], of the decay
+    bias: Tensor  # [value_heads], of the decay
+    norm: Tensor  # [value_dim]
 
 
 @dataclass(frozen=True)
 class StepBlock:
-    """The weights of a block; vectors are float32.
+    """The weights of a block; vectors are float32."""
 
-    Attributes:
-        linears: qkv, out; of linear attention, queries, keys, values and z in the place of qkv.
-        mlps: gate_up, down; of a mixture, those of each expert, with the same sizes and group sizes.
-        norms: attention_norm [hidden], mlp_norm [hidden].
-        qkv_bias: [(heads + 2 kv_heads) · d] or None.
-        qk_norm: [heads + kv_heads, d] or None.
-        router: [experts, hidden], of the result's dtype; None: the block is no mixture.
-        shared: gate_up, down of the expert that all rows take, and its gate [hidden].
-        recurrence: None: the block attends to all earlier tokens.
-    """
-
+    # qkv, out; of linear attention, the first gives queries, keys, values and z
     linears: tuple[PackedWeights, PackedWeights]
+    # gate_up, down; of a mixture, those of each expert, with the same sizes and group sizes
     mlps: tuple[tuple[PackedWeights, PackedWeights], ...]
-    norms: tuple[Tensor, Tensor]
-    qkv_bias: Tensor | None = None
-    qk_norm: Tensor | None = None
-    router: Tensor | None = None
+    norms: tuple[Tensor, Tensor]  # attention_norm [hidden], mlp_norm [hidden]
+    qkv_bias: Tensor | None = None  # [(heads + 2 kv_heads) · d]
+    qk_norm: Tensor | None = None  # [heads + kv_heads, d]
+    router: Tensor | None = None  # [experts, hidden], of the result's dtype; None: the block is no mixture
+    # gate_up, down of the expert that all rows take, and its gate [hidden]
     shared: tuple[PackedWeights, PackedWeights, Tensor] | None = None
-    recurrence: Recurrence | None = None
+    recurrence: Recurrence | None = None  # None: the block attends to all earlier tokens
 
 
 def unsupported_reason(shape: StepShape) -> str | None:
@@ -143,13 +112,9 @@ def unsupported_reason(shape: StepShape) -> str | None:
 
 
 class DecodeStep:
-    """A decoder's blocks, run by C. What a step writes to is kept for the next; one step runs at a time.
+    """A decoder's blocks and final norm, run by C; ``dtype``, float32 or bfloat16, is that of the result.
 
-    Args:
-        shape: sizes.
-        blocks: the weights of each block.
-        norm: float32 [hidden], the final norm.
-        dtype: float32 or bfloat16, of the result.
+    What a step writes to is kept for the next; one step runs at a time.
     """
 
     def __init__(
@@ -202,37 +167,25 @@ class DecodeStep:
         Raises:
             ValueError: tensors of other shapes, dtypes or strides.
         """
-        with self._alone:
-            return self._run(x, cos, sin, keys, values, lengths, states)
-
-    def _run(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        keys: Tensor,
-        values: Tensor,
-        lengths: Sequence[int],
-        states: Sequence[tuple[Tensor, Tensor]],
-    ) -> Tensor:
         rows, slots = len(x), keys.shape[-1]
         self._check(x, cos, sin, keys, values, lengths)
         self._check_states(rows, states)
-        held = self._workspace
-        if held is None or not held.fits(rows, slots):
-            held = self._workspace = _Workspace(
-                self._shape, rows, slots, self._linears, self._vectors, self._norm
-            )
-        held.x.copy_(x)
-        held.positions[:] = torch.tensor(lengths)
-        for number, pair in zip(self._recurrent, states, strict=True):
-            held.states[number] = torch.tensor([state.data_ptr() for state in pair])
         y = torch.empty(rows, self._shape.hidden, dtype=self._dtype)
-        held.run(
-            cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
-            keys=keys.data_ptr(), values=values.data_ptr(), slots=slots, layer_stride=keys.stride(0),
-            y=y.data_ptr(), dtype=DTYPES[self._dtype], splits=max(lengths) // STRETCH + 1,
-        )  # fmt: skip
+        with self._alone:
+            held = self._workspace
+            if held is None or not held.fits(rows, slots):
+                held = self._workspace = _Workspace(
+                    self._shape, rows, slots, self._linears, self._vectors, self._norm
+                )
+            held.x.copy_(x)
+            held.positions[:] = torch.tensor(lengths)
+            for number, pair in zip(self._recurrent, states, strict=True):
+                held.states[number] = torch.tensor([state.data_ptr() for state in pair])
+            held.run(
+                cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
+                keys=keys.data_ptr(), values=values.data_ptr(), slots=slots, layer_stride=keys.stride(0),
+                y=y.data_ptr(), dtype=cpu.DTYPE_CODES[self._dtype], splits=max(lengths) // STRETCH + 1,
+            )  # fmt: skip
         return y
 
     def _check(

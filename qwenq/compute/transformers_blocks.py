@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from qwenq.compute import attention, block
 from qwenq.compute.block import STEP
 
-TORCH, OURS = "sdpa", "qwenq_causal"
-"""The names under which transformers knows attention."""
+TORCH, OURS = "sdpa", "qwenq_causal"  # the names under which transformers knows attention
 
 _KNOWN = {
     f"transformers.models.{family.lower()}.modeling_{family.lower()}.{family}DecoderLayer"
@@ -56,16 +55,10 @@ def attend(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention, [batch, tokens, heads, d]; under a mask, as of a window, in torch.
+    """Compute attention, [batch, tokens, heads, d], as transformers calls it; under a mask, in torch.
 
-    Args:
-        module: torch's attention reads its ``num_key_value_groups`` and ``is_causal``.
-        query: [batch, heads, tokens, d].
-        key: of fewer heads, which query heads share evenly.
-        value: likewise.
-        attention_mask: None: each token sees those up to its own.
-        scaling: of the scores; None: by the width of a head.
-        rest: further arguments of transformers, for torch's attention.
+    Keys and values have fewer heads, which query heads share evenly. torch's attention reads the module's
+    ``num_key_value_groups`` and ``is_causal``. A mask is that of a window.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -27,15 +27,10 @@ from qwenq.gptq.solver import DampedHessian, panels
 
 @dataclass(frozen=True)
 class Deviation:
-    """How the inputs of some linears deviate from those of the original model.
+    """How the inputs of some linears deviate from those of the original model."""
 
-    Attributes:
-        products: C, [in, in] float32, not symmetric; or W C, [rows, in].
-        times_weight: whether it is W C.
-    """
-
-    products: Tensor
-    times_weight: bool
+    products: Tensor  # C, [in, in] float32, not symmetric; or W C, [rows, in]
+    times_weight: bool  # whether it is W C
 
     def target_shifts(self, W: Tensor, parts: Sequence[slice], hessian: DampedHessian) -> Iterator[Tensor]:
         """Yield W C H⁻¹ for these runs of the rows of W, [rows of the run, in] each.

@@ -49,23 +49,15 @@ def descend(
 
 @dataclass(frozen=True)
 class _State:
-    """The iterate; columns lie in rows, as in ``solver``.
+    """The iterate; columns lie in rows, as in ``solver``."""
 
-    Attributes:
-        H: [in, in].
-        Q, G: [in, rows] the values, and the gradients H (Q − W)ᵀ.
-        integers: [in, rows] uint8.
-        scales, zeros: [groups, rows].
-        errors: [rows], as ``output_error`` has it.
-    """
-
-    H: Tensor
-    Q: Tensor
-    G: Tensor
-    integers: Tensor
-    scales: Tensor
-    zeros: Tensor
-    errors: Tensor
+    H: Tensor  # [in, in]
+    Q: Tensor  # [in, rows], the values
+    G: Tensor  # [in, rows], the gradients H (Q − W)ᵀ
+    integers: Tensor  # [in, rows] uint8
+    scales: Tensor  # [groups, rows]
+    zeros: Tensor  # [groups, rows]
+    errors: Tensor  # [rows], as ``output_error`` has it
 
     @classmethod
     def of(cls, W: Tensor, integers: Tensor, grid: Grid, H: Tensor) -> _State:

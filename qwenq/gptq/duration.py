@@ -15,8 +15,7 @@ from qwenq.gptq.settings import Settings
 from qwenq.models.block_shapes import ROW_PARALLEL, Block
 from qwenq.models.shapes import ModelShape
 
-OF_PEAK = 0.7
-"""Share of a large product's rate that forward passes and Hessians reach."""
+OF_PEAK = 0.7  # share of a large product's rate that forward passes and Hessians reach
 SOLVER, DESCENT = 15.0, 10.0
 """Operations of float32, in time, that factor, rounding and statistics take, and coordinate descent."""
 _SIDE, _SECONDS = 1024, 0.1
@@ -36,10 +35,8 @@ def product_rate(device: torch.device, dtype: torch.dtype) -> float:
 def operations(block: Block, tokens: int, settings: Settings) -> tuple[float, float]:
     """Return the operations of a block in the dtype of its forward pass, and those in float32.
 
-    Args:
-        block: its linears count, which take almost all of the time.
-        tokens: of the calibration.
-        settings: with asymmetric calibration the original block runs as well.
+    Its linears count, which take almost all of the time. With asymmetric calibration the original block runs
+    as well.
     """
     groups: dict[tuple[str, bool], tuple[int, int, int, int]] = {}
     for linear in block.linears:
@@ -61,14 +58,9 @@ def operations(block: Block, tokens: int, settings: Settings) -> tuple[float, fl
 def seconds_of_layers(
     shape: ModelShape, tokens: int, settings: Settings, rates: tuple[float, float], done: int = 0
 ) -> float:
-    """Return the seconds that the layers take which are not done yet.
+    """Return the seconds that the layers take which an earlier run has not done.
 
-    Args:
-        shape: of the model.
-        tokens: of the calibration.
-        settings: GPTQ's.
-        rates: of a product in the dtype of the forward pass, and in float32.
-        done: layers that an earlier run finished.
+    ``rates`` are those of a product in the dtype of the forward pass, and in float32.
     """
     fast, plain = rates
     seconds = 0.0

@@ -31,18 +31,12 @@ SAMPLE = (
 
 @dataclass(frozen=True)
 class ExpertInput:
-    """The input of a group of an expert's linears.
+    """The input of a group of an expert's linears."""
 
-    Attributes:
-        inputs: this rank's activations by batch, [rows, in] each; some may have no row.
-        routed: which tokens they are, by batch.
-        references, reference_routed: the same of the original model; empty without asymmetric calibration.
-    """
-
-    inputs: Sequence[Tensor]
-    routed: Sequence[Routed]
-    references: Sequence[Tensor]
-    reference_routed: Sequence[Routed]
+    inputs: Sequence[Tensor]  # this rank's activations by batch, [rows, in] each; some may have no row
+    routed: Sequence[Routed]  # which tokens they are, by batch
+    references: Sequence[Tensor]  # the same of the original model; empty without asymmetric calibration
+    reference_routed: Sequence[Routed]  # likewise
 
 
 def measure_expert(

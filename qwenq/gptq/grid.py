@@ -15,8 +15,6 @@ from torch import Tensor
 from qwenq.compute.columns import storable
 from qwenq.compute.scales import Groups, search_scales
 
-# Define the grid that a weight is rounded to: value = scale · (integer − zero), per row and group.
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -24,18 +22,12 @@ class Grid:
 
     A symmetric grid has its zero point in the middle (8 of 0…15). Its scale may be negative: the side with
     2^(bits−1) steps then lies on the positive half, which fits a group whose largest weight is positive.
-
-    Attributes:
-        bits: 2…8; files hold 4 or 8.
-        group_size: input columns per scale.
-        scales: [rows, groups] float32, each exactly representable in float16, never zero.
-        zeros: [rows, groups] float32 holding integers in 0 … 2^bits − 1.
     """
 
-    bits: int
-    group_size: int
-    scales: Tensor
-    zeros: Tensor
+    bits: int  # 2…8; files hold 4 or 8
+    group_size: int  # input columns per scale
+    scales: Tensor  # [rows, groups] float32, each exactly representable in float16, never zero
+    zeros: Tensor  # [rows, groups] float32 holding integers in 0 … 2^bits − 1
 
     @property
     def levels(self) -> int:
@@ -57,18 +49,10 @@ class Grid:
 
 
 class Rounded(NamedTuple):
-    """Integers of a weight matrix, and what they cost.
+    """Integers of a weight matrix, and what they cost."""
 
-    Attributes:
-        integers: [rows, in] uint8, natural column order.
-        errors: [rows], each row's ``solver.output_error``.
-    """
-
-    integers: Tensor
-    errors: Tensor
-
-
-# Choose the grid of a weight before rounding.
+    integers: Tensor  # [rows, in] uint8, natural column order
+    errors: Tensor  # [rows], each row's ``solver.output_error``
 
 
 ScaleSearch = Literal["hessian", "mse", "none"]

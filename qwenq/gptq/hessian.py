@@ -17,8 +17,6 @@ from torch import Tensor
 from qwenq.compute.products import are_compiled, mirror, products
 from qwenq.distributed import ALONE, Team
 
-# Accumulate the Hessian of a linear layer's quantisation error.
-
 
 def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
     """Return H, [width, width] float32, symmetric; computed in float32 whatever dtype the activations have.
@@ -26,9 +24,6 @@ def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
     Args:
         inputs: this rank's activations by batch, [..., width] each; every rank has a batch.
         team: the ranks that share the batches; each gets the same H, whatever their number.
-
-    Raises:
-        ValueError: there are no tokens.
     """
     if not team.launched:
         return running_hessian(inputs)
@@ -44,15 +39,8 @@ def hessian(inputs: Sequence[Tensor], team: Team = ALONE) -> Tensor:
     return found
 
 
-# For a process that works alone: running means over the batches, in float32.
-
-
 def running_hessian(inputs: Sequence[Tensor]) -> Tensor:
-    """Return 2/n · Σ x xᵀ, [width, width] float32, symmetric.
-
-    Args:
-        inputs: [..., width] each, any float dtype; at least one token.
-    """
+    """Return 2/n · Σ x xᵀ, [width, width] float32, symmetric, of inputs [..., width] of any float dtype."""
     if not sum(x.numel() for x in inputs):
         raise ValueError("a Hessian of no tokens")
     width = inputs[0].shape[-1]
@@ -119,8 +107,7 @@ PANEL = 512  # rows of a product at a time: wide enough for full GEMM speed, and
 CHUNK = 1 << 18  # elements that are rounded and added at a time: they stay in the cache
 DIGITS = 51  # float64 counts to 2^53; one bit for rounding in float32, one to be sure
 
-Columns = Callable[[int, slice], Tensor]
-"""(batch, columns) → [tokens, these columns], float32 or bfloat16."""
+Columns = Callable[[int, slice], Tensor]  # (batch, columns) → [tokens, these columns], float32 or bfloat16
 
 
 def mean_products(
@@ -166,9 +153,7 @@ def mean_products(
         for part in _parts(total):
             sizes = units[part].double()[:, None] * columns[wide].double()
             result[panel, wide][part] = total[part].div_(sizes).mul_(2 / n).float()
-        if same:
-            _mirror(result, panel)
-    return result
+    return mirror(result) if same else result
 
 
 def exact_deviation(
@@ -216,10 +201,3 @@ def _parts(matrix: Tensor) -> list[slice]:
     rows, width = matrix.shape
     step = max(1, CHUNK // width)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def _mirror(result: Tensor, panel: slice) -> None:
-    """Copy rows ``panel`` of a symmetric matrix, known up to their diagonal, to its columns."""
-    square = result[panel, panel]
-    square.copy_(square.tril() + square.tril(-1).T)
-    result[: panel.start, panel] = result[panel, : panel.start].T

@@ -17,29 +17,20 @@ from qwenq.gptq.grid import Grid, search_grid
 from qwenq.gptq.settings import Settings
 from qwenq.gptq.solver import DampedHessian, damp_hessian, order_by_diagonal, output_error, solve
 
-# Quantise the linears that share an input.
-
-
 MEASURED_ROWS = 256  # evenly spread output rows on which the solver's own figure is checked
 SLACK = 1e-6  # of the output's energy: float32 cannot tell two errors apart that are nearer than this
 
 
 @dataclass(frozen=True)
 class ModuleStats:
-    """What quantising one linear cost, as shares of its output's energy over the calibration tokens.
+    """What quantising one linear cost, as shares of its output's energy over the calibration tokens."""
 
-    Attributes:
-        error: ‖(W′ − Q) X‖² / ‖W′ X‖², W′ the shifted target (``shift_targets``), X including the damping.
-        rtn_error: the same for round-to-nearest on a min/max grid.
-        damp: the share of the mean diagonal that was added to the Hessian.
-        dead: input columns that were always zero.
-        tokens: of an expert: how many were routed to it; None: not an expert, it sees all of them.
-    """
-
+    # ‖(W′ − Q) X‖² / ‖W′ X‖², W′ the shifted target (``shift_targets``), X including the damping
     error: float
-    rtn_error: float
-    damp: float
-    dead: int
+    rtn_error: float  # the same for round-to-nearest on a min/max grid
+    damp: float  # the share of the mean diagonal that was added to the Hessian
+    dead: int  # input columns that were always zero
+    # of an expert: how many were routed to it; None: not an expert, it sees all of them
     tokens: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,7 +60,7 @@ def quantise_group(
         weights: name → [out, in] float32; all with the same ``in``.
         H: [in, in] float32, their common Hessian; changed in place (damping).
         deviation: of their inputs from the original model's; None: there is none.
-        settings: see ``Settings``.
+        settings: GPTQ's.
         team: its ranks solve a share of the rows each, and all get the result.
 
     Raises:
@@ -130,21 +121,15 @@ TILE_ROWS_ELSEWHERE = 16384  # on a GPU the column loop costs what its launches 
 
 @dataclass(frozen=True)
 class SolvedRows:
-    """Rows on their grid, and what they cost.
+    """Rows on their grid, and what they cost."""
 
-    Attributes:
-        integers: [rows, in] uint8.
-        scales, zeros: [rows, groups] float32.
-        figures: [rows, 4] float32: a row's output error as the solver summed it up; that of round-to-nearest
-            on a min/max grid; and, on measured rows, as computed from the integers; the row's output energy.
-        facts: [2] float64: the damping that was used, and the number of dead columns.
-    """
-
-    integers: Tensor
-    scales: Tensor
-    zeros: Tensor
+    integers: Tensor  # [rows, in] uint8
+    scales: Tensor  # [rows, groups] float32
+    zeros: Tensor  # [rows, groups] float32
+    # [rows, 4] float32: a row's output error as the solver summed it up; that of round-to-nearest on a
+    # min/max grid; and, on measured rows, as computed from the integers; the row's output energy
     figures: Tensor
-    facts: Tensor
+    facts: Tensor  # [2] float64: the damping that was used, and the number of dead columns
 
     @classmethod
     def empty(cls, W: Tensor, group_size: int) -> SolvedRows:
@@ -184,11 +169,8 @@ def solve_rows(
     Args:
         W: [rows, in] float32; this rank's rows of it are changed in place.
         measured: [rows] bool, see ``SolvedRows.figures``.
-        H: [in, in] float32, see ``quantise_group``; changed in place.
-        deviation: of the inputs.
-        settings: see ``Settings``.
+        H, deviation, settings, team: see ``quantise_group``.
         group_size: a divisor of ``in``.
-        team: the ranks.
     """
     parts = tiles(W.shape[0], W.device)
     owners = [team.world - 1 - index % team.world for index in range(len(parts))]

@@ -27,16 +27,15 @@ from torch.nn import functional
 
 from qwenq.events import Listener, counted, silent
 from qwenq.gptq.grid import search_grid
+from qwenq.gptq.sequential import Hook, hooked
 from qwenq.gptq.settings import Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.gptq_config import engine_layer, packed_bytes
 from qwenq.stopping import stop_here
 from qwenq.storage import atomic_write_json
 
-FEW, MANY = 4, 8
-"""Bits of a group."""
-TOKENS = {"cpu": 512, "cuda": 4096}
-"""Calibration tokens that sensitivities are measured on, by device."""
+FEW, MANY = 4, 8  # bits of a group
+TOKENS = {"cpu": 512, "cuda": 4096}  # calibration tokens that sensitivities are measured on, by device
 SLAB = 1 << 23  # elements of logits that are compared at a time
 CELLS = 50_000  # of the knapsack: bytes are counted in units that make no more of them
 CURVE = 24  # sizes that the curve is computed for
@@ -44,42 +43,26 @@ CURVE = 24  # sizes that the curve is computed for
 
 @dataclass(frozen=True)
 class Group:
-    """Linears of a block that have the same bits.
+    """Linears of a block that have the same bits."""
 
-    Attributes:
-        layer: the block.
-        name: of the engines' layer, within the block.
-        modules: within the block.
-        elements: weights of all modules.
-        few_bytes, many_bytes: of their tensors, in 4 and in 8 bits.
-    """
-
-    layer: int
-    name: str
-    modules: tuple[str, ...]
-    elements: int
-    few_bytes: int
-    many_bytes: int
+    layer: int  # the block
+    name: str  # of the engines' layer, within the block
+    modules: tuple[str, ...]  # within the block
+    elements: int  # weights of all modules
+    few_bytes: int  # of their tensors in 4 bits
+    many_bytes: int  # of their tensors in 8 bits
 
 
 @dataclass(frozen=True)
 class MixedBits:
-    """A choice of bits.
+    """A choice of bits."""
 
-    Attributes:
-        groups: in the model's order.
-        divergences: of each group in 4 bits alone, in nats a token.
-        chosen: whether a group has 8 bits.
-        tokens: that the divergences were measured on.
-        fixed: bytes of all other tensors of the model.
-        curve: (bytes of the whole model, least sum of the divergences that remain).
-    """
-
-    groups: tuple[Group, ...]
-    divergences: tuple[float, ...]
-    chosen: tuple[bool, ...]
-    tokens: int
-    fixed: int
+    groups: tuple[Group, ...]  # in the model's order
+    divergences: tuple[float, ...]  # of each group in 4 bits alone, in nats a token
+    chosen: tuple[bool, ...]  # whether a group has 8 bits
+    tokens: int  # that the divergences were measured on
+    fixed: int  # bytes of all other tensors of the model
+    # (bytes of the whole model, least sum of the divergences that remain)
     curve: tuple[tuple[int, float], ...]
 
     @property
@@ -156,8 +139,7 @@ def choose_bits(
     """Return the groups in 8 bits that leave the least divergence within a number of bytes.
 
     Args:
-        groups: from ``groups_of``.
-        divergences: from ``measure``.
+        groups, divergences: from ``groups_of`` and ``measure``.
         allowed: bytes that all groups together may take; at least those of 4 bits.
         fixed: bytes of all other tensors.
         tokens: that were measured on.
@@ -214,17 +196,16 @@ def measure(
 ) -> list[float]:
     """Return the KL divergence from the base of each group in 4 bits, everything else as it is.
 
+    What is measured is kept block by block: a stop (SIGTERM) loses one, and a file with the same facts, those
+    that decide the result, is gone on with.
+
     Args:
         decoder: of the base.
         tokens: int64 [sequences, tokens], from ``sample_of``.
         settings: group size, symmetry and scale search.
         groups: from ``groups_of``.
-        file: where what is measured is kept, block by block; one with the same facts is gone on with.
-        facts: that decide the result.
+        file, facts: what is kept, and of what.
         listener: receives the progress.
-
-    Raises:
-        Terminated: SIGTERM came; the blocks that were measured are in the file.
     """
     known, layers = _read(file, facts), range(len(decoder.names))
     if not {_key(group) for group in groups} <= known.keys():
@@ -273,12 +254,8 @@ def _run_with_each_rounded(
     with decoder.block(index) as block:
         squares: dict[str, Tensor] = {}
         linears = {name: block.get_submodule(name) for group in groups for name in group.modules}
-        hooks = [each.register_forward_pre_hook(_squares(squares, name)) for name, each in linears.items()]
-        try:
+        with hooked(block, lambda name: _squares(squares, name) if name in linears else None):
             output = decoder.forward(block, hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
         rounded = []
         for group in groups:
             plain = {name: linears[name].weight for name in group.modules}
@@ -294,10 +271,10 @@ def _run_with_each_rounded(
     return output, rounded
 
 
-def _squares(found: dict[str, Tensor], name: str) -> Any:
+def _squares(found: dict[str, Tensor], name: str) -> Hook:
     """Return a hook that keeps the mean square of each input of a linear: [in], the Hessian's diagonal."""
 
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
         rows = args[0].flatten(0, -2)  # [tokens, in]
         if len(rows):  # else an expert that no token is routed to
             found[name] = rows.float().square().mean(0)

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from qwenq.calibration.sequences import check_vocabulary
 from qwenq.compute.columns import fallback_reason
 from qwenq.compute.products import unsupported_reason
 from qwenq.distributed import ALONE, Team
-from qwenq.errors import CalibrationError, ModelError, QuantisationError, UnsupportedError, UsageError
+from qwenq.errors import ModelError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.asymmetric import measure_deviation
 from qwenq.gptq.experts import ExpertInput, measure_expert
 from qwenq.gptq.hessian import hessian
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.recipe import Recipe
 
-# Quantise a model block by block: load, measure, solve, pack, write, forget.
-
-
 ALGORITHM = 12  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; few enough that a batch's activations stay small
 LAYER_IS_STORED = "this layer is on the disk"
@@ -46,20 +44,13 @@ LAYER_IS_STORED = "this layer is on the disk"
 
 @dataclass(frozen=True)
 class LayerDone:
-    """Progress: a layer that has been quantised, or taken over from an earlier run.
-
-    Attributes:
-        index, total: which layer, of how many.
-        seconds: spent on it.
-        modules: statistics by module name within the block.
-        resumed: it was already on disk.
-    """
+    """Progress: a layer that has been quantised, or taken over from an earlier run."""
 
     index: int
-    total: int
-    seconds: float
-    modules: dict[str, ModuleStats]
-    resumed: bool
+    total: int  # layers
+    seconds: float  # spent on it
+    modules: dict[str, ModuleStats]  # statistics by module name within the block
+    resumed: bool  # it was already on disk
 
     @property
     def error(self) -> float:
@@ -78,20 +69,6 @@ class LayerDone:
             if stats.damp > asked:
                 raised.setdefault(stats.damp, []).append(name)
         return raised
-
-
-def check_tokens(tokens: Tensor, vocabulary: int) -> None:
-    """Refuse token ids that the model has no embedding for.
-
-    Raises:
-        CalibrationError: an id below zero or not below ``vocabulary``.
-    """
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or high >= vocabulary:
-        raise CalibrationError(
-            f"token {low if low < 0 else high} in the calibration set; the model knows 0 … {vocabulary - 1}",
-            hint="make the calibration set again with this model's own tokenizer",
-        )
 
 
 def run_facts(
@@ -164,15 +141,12 @@ def quantise_layers(
 
     Raises:
         QuantisationError: names the module.
-        UsageError: more processes than batches.
         Terminated: any of the processes received SIGTERM, see ``stopping.finishing``; all stop after the same
             layer, which is stored.
     """
-    check_tokens(tokens, decoder.vocabulary)
-    total, finished = (
-        len(decoder.names),
-        team.broadcast_object(store.finished() if store is not None else None),
-    )
+    check_vocabulary(tokens, decoder.vocabulary, "the calibration set")
+    total = len(decoder.names)
+    finished = team.broadcast_object(store.finished() if store is not None else None)
     with torch.inference_mode():
         streams = _begin(decoder, tokens, settings, team) if finished < total else None
         for index in range(total):
@@ -205,17 +179,12 @@ def _stop_together(team: Team) -> None:
 
 @dataclass
 class _Streams:
-    """Hidden states between two blocks, one tensor per batch.
+    """Hidden states between two blocks, one tensor per batch."""
 
-    Attributes:
-        quantised: as the quantised blocks so far produce them.
-        original: as the original blocks do; empty without asymmetric calibration.
-        groups: linears of a block that read the same tensor, found on the first block of a kind: by the names
-            of its linears and their bits.
-    """
-
-    quantised: list[Tensor]
-    original: list[Tensor]
+    quantised: list[Tensor]  # as the quantised blocks so far produce them
+    original: list[Tensor]  # as the original blocks do; empty without asymmetric calibration
+    # linears of a block that read the same tensor, found on the first block of a kind: by the names of its
+    # linears and their bits
     groups: dict[tuple[tuple[str, int], ...], list[list[str]]] = field(default_factory=dict)
 
 
@@ -270,12 +239,7 @@ class _Layer:
             )
 
     def load(self, tensors: dict[str, Tensor], streams: _Streams) -> None:
-        """Advance the streams with the weights that an earlier run found for this block.
-
-        Args:
-            tensors: packed; of rank 0, which sends the weights to the others.
-            streams: of this rank.
-        """
+        """Advance the streams with the packed weights of an earlier run, which rank 0 has and sends."""
         streams.original = [self._forward(hidden) for hidden in streams.original]
         for name, linear in self._linears.items():
             weight = torch.empty_like(linear.weight.data)
@@ -351,11 +315,7 @@ def module_errors(store: LayerStore, layers: int) -> Iterator[tuple[str, dict[st
 
 
 def expert_coverage(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return how many calibration tokens each expert was given, for the manifest; {} without experts.
-
-    Args:
-        modules: from ``module_errors``.
-    """
+    """Return how many calibration tokens each expert was given, for the manifest; {} without experts."""
     tokens: dict[str, list[int]] = {}
     for name, stats in modules.items():
         if "tokens" in stats and name.endswith(".gate_proj"):
@@ -371,14 +331,7 @@ def expert_coverage(modules: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def send_job(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings) -> None:
-    """Send the other ranks what they need for ``quantise_layers``, which has to follow.
-
-    Args:
-        team: the ranks, of which this is rank 0.
-        decoder: the model.
-        tokens: int64 [samples, seq_len].
-        settings: GPTQ's.
-    """
+    """Send the other ranks what they need for ``quantise_layers``, which has to follow."""
     team.broadcast_object(
         {
             "model": decoder.checkpoint.fingerprint,
@@ -397,15 +350,8 @@ def send_job(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Se
 def run_rank(recipe: Recipe, team: Team, device: str = "auto") -> None:
     """Take part in the quantisation of rank 0; return once all layers are done.
 
-    Args:
-        recipe: the same as rank 0's: it names the model.
-        team: the ranks, of which this is not rank 0.
-        device: as ``--device``.
-
-    Raises:
-        ModelError: the model is another one here than on rank 0, or attention or the solver would run by
-            other code, which rounds in another way.
-        QwenqError: as ``quantise_layers``, or another process has stopped.
+    The recipe is the same as rank 0's, and has to name the same model here; attention and the solver have to
+    run by the same code, as another rounds in another way.
     """
     job = team.broadcast_object()
     checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
@@ -435,10 +381,7 @@ def _require_same(
 ) -> None:
     """Refuse code that rounds in another way than rank 0's: integers would depend on the rank.
 
-    Args:
-        what: is computed.
-        on_rank_0, here: the implementation, and why nothing faster runs.
-        decoder: the one here.
+    Both are the implementation of ``what``, and why nothing faster runs.
     """
     (theirs, their_reason), (ours, our_reason) = on_rank_0, here
     if ours == theirs:

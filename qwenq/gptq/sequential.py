@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from qwenq.errors import UnsupportedError
 from qwenq.models.transformers_model import Routed, linears_of
 
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 Forward = Callable[[Tensor], Tensor]
 Routing = list["Routed | None"]
 """Of an expert's linears: which tokens the input is made of, per batch and then per reference batch."""
@@ -42,7 +43,7 @@ def shared_inputs(
     """
     seen: list[tuple[Tensor, object, list[str]]] = []
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def note(name: str) -> Hook:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             if seen and seen[-1][0] is args[0] and seen[-1][1] == kind(name):
                 seen[-1][2].append(name)
@@ -51,7 +52,7 @@ def shared_inputs(
 
         return hook
 
-    with _hooks(block, note):
+    with hooked(block, note):
         forward(sample)
     return [names for *_, names in seen]
 
@@ -81,7 +82,7 @@ def run_sequential(
     main = getcurrent()
     first = {names[0] for names in groups}
 
-    def pause(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None] | None:
+    def pause(name: str) -> Hook | None:
         if name not in first:
             return None
 
@@ -92,7 +93,7 @@ def run_sequential(
 
         return hook
 
-    with _hooks(block, pause):
+    with hooked(block, pause):
         runs = [greenlet(forward) for _ in (*batches, *reference)]
         states = [run.switch(batch) for run, batch in zip(runs, (*batches, *reference), strict=True)]
         count = len(batches)
@@ -109,9 +110,8 @@ def run_sequential(
 
 
 @contextmanager
-def _hooks(
-    block: nn.Module, make: Callable[[str], Callable[[nn.Module, tuple[Any, ...]], None] | None]
-) -> Iterator[None]:
+def hooked(block: nn.Module, make: Callable[[str], Hook | None]) -> Iterator[None]:
+    """Call what ``make`` returns for a linear's name whenever that linear is about to run."""
     handles = [
         linear.register_forward_pre_hook(hook)
         for name, linear in linears_of(block).items()

@@ -21,31 +21,24 @@ if TYPE_CHECKING:
     from qwenq.models.blocks import BlockwiseDecoder
     from qwenq.recipe import QuantizeRecipe
 
-UNQUANTISED = 16
-"""Bits, in ``module_bits``, of modules that are left as they are."""
+UNQUANTISED = 16  # bits, in ``module_bits``, of modules that are left as they are
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the algorithm, from the recipe's ``[quantize]``.
+    """Settings of the algorithm, from the recipe's ``[quantize]``."""
 
-    Attributes:
-        bits: of all modules that no pattern of ``module_bits`` matches.
-        group_size: -1: one group a row.
-        asymmetric_calibration: 0 … 1, the strength of ``shift_targets``.
-        module_bits: (pattern, bits) of modules that differ from the rest; 16: they are not quantised.
-        block_bits: (full name, bits) of modules that differ from those of the same name in other blocks.
-    """
-
-    bits: int
-    group_size: int
+    bits: int  # of all modules that no pattern of ``module_bits`` matches
+    group_size: int  # -1: one group a row
     sym: bool
     act_order: bool
     scale_search: ScaleSearch
     damp: float
-    asymmetric_calibration: float
+    asymmetric_calibration: float  # 0 … 1, the strength of ``shift_targets``
     coordinate_descent: bool
+    # (pattern, bits) of modules that differ from the rest; 16: they are not quantised
     module_bits: tuple[tuple[str, int], ...] = ()
+    # (full name, bits) of modules that differ from those of the same name in other blocks
     block_bits: tuple[tuple[str, int], ...] = ()
 
     @classmethod
@@ -113,11 +106,8 @@ def choose_group_size(wanted: int | str, widths: dict[str, int]) -> tuple[int, s
     """Return the group size, and a line that gives the reason.
 
     Args:
-        wanted: "auto", -1, or a number.
+        wanted: "auto", -1, or a number that divides every width.
         widths: input width of every linear that is quantised.
-
-    Raises:
-        UsageError: a size that does not divide every width.
     """
     if wanted == "auto":
         if not (fitting := fitting_group_sizes(widths.values())):
@@ -158,18 +148,14 @@ def input_widths(linears: Mapping[str, nn.Linear]) -> dict[str, int]:
 
 
 def kept_parameters(decoder: BlockwiseDecoder, settings: Settings) -> Iterator[dict[str, str]]:
-    """Yield what of each block is not quantised, with the reason: ``models.kept`` or the recipe."""
+    """Yield what of each block is not quantised, with the reason: the decoder's or the recipe's."""
     for block, kept in zip(decoder.blocks, decoder.kept(), strict=True):
         asked = (name for name in linears_of(block) if settings.bits_of(name) == UNQUANTISED)
         yield kept | {f"{name}.weight": "as module_bits says" for name in asked}
 
 
 def check_packable(decoder: BlockwiseDecoder, settings: Settings) -> None:
-    """Refuse, before any work, a linear that no GPTQ file can hold: eight integers make a word of 32 bits.
-
-    Raises:
-        UnsupportedError: a side of a weight is not a multiple of the integers in a word.
-    """
+    """Refuse, before any work, a linear that no GPTQ file can hold: 32 / bits integers make a word."""
     for name, linear in every_linear(decoder, settings).items():
         bits = settings.bits_of(name)
         per_word = 32 // bits
@@ -187,16 +173,10 @@ def check_packable(decoder: BlockwiseDecoder, settings: Settings) -> None:
 def module_bits(
     decoder: BlockwiseDecoder, wanted: Mapping[str, int] | str, common: int
 ) -> tuple[tuple[str, int], ...]:
-    """Return the patterns of modules whose bits differ, as ``Settings`` takes them.
+    """Return the patterns of modules whose bits differ from the ``common`` ones, as ``Settings`` takes them.
 
-    Args:
-        decoder: of the model.
-        wanted: pattern → bits; "auto": ``AUTOMATIC_BITS``, as far as the model has such modules and they are
-            more than the others'.
-        common: the bits of all other modules.
-
-    Raises:
-        UsageError: an invalid pattern, or one that is found in the name of no linear layer.
+    Of ``wanted``, pattern → bits, each has to be found in a name; "auto" is ``AUTOMATIC_BITS``, as far as the
+    model has such modules and they are more than the others'.
     """
     names = {name for block in decoder.kinds.values() for name in linears_of(block)}
     rules = AUTOMATIC_BITS if isinstance(wanted, str) else wanted

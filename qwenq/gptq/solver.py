@@ -201,21 +201,13 @@ def output_error(W: Tensor, Q: Tensor, H: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class DampedHessian:
-    """A Hessian that factorises.
+    """A Hessian that factorises."""
 
-    Attributes:
-        H: [in, in], damped, natural order.
-        U: [in, in], ``inverse_factor`` of H in ``order``.
-        order: [in] int64, the order in which columns are rounded.
-        damp: the share of the mean diagonal that was added.
-        dead: number of columns whose input was always zero.
-    """
-
-    H: Tensor
-    U: Tensor
-    order: Tensor
-    damp: float
-    dead: int
+    H: Tensor  # [in, in], damped, natural order
+    U: Tensor  # [in, in], ``inverse_factor`` of H in ``order``
+    order: Tensor  # [in] int64, the order in which columns are rounded
+    damp: float  # the share of the mean diagonal that was added
+    dead: int  # number of columns whose input was always zero
 
 
 def damp_hessian(H: Tensor, damp: float, order: Tensor) -> DampedHessian:
@@ -228,10 +220,6 @@ def damp_hessian(H: Tensor, damp: float, order: Tensor) -> DampedHessian:
         H: [in, in] float32; changed in place.
         damp: GPTQ's ``damp_percent`` as a share.
         order: [in] int64, a permutation of the columns.
-
-    Raises:
-        QuantisationError: H holds NaN or Inf, as the activations did, or no damping makes it positive
-            definite.
     """
     diagonal = H.diagonal()
     if not bool(torch.isfinite(diagonal).all()):

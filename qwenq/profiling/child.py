@@ -22,10 +22,8 @@ from qwenq.results import Model, Row, Status
 from qwenq.stopping import with_parent
 
 _COMMAND = [sys.executable, "-m", "qwenq.profiling.worker"]
-AHEAD = "--ahead"
-"""Tells the worker to read the libraries before its point."""
-_GRACE = 120.0
-"""Seconds beyond three times its time limit after which a point counts as hung."""
+AHEAD = "--ahead"  # tells the worker to read the libraries before its point
+_GRACE = 120.0  # seconds beyond three times its time limit after which a point counts as hung
 _POLL, _OTHERS_GRACE = 1.0, 15.0
 """Seconds between two looks at the other ranks; and how long the rest may go on after one of them ended:
 they mostly notice it by themselves, and their own error says more."""
@@ -43,9 +41,6 @@ def probe(device: str) -> dict[str, Any]:
     """Return what the plan needs to know of the device, found by a process whose memory is given back.
 
     It reads the same libraries as every process after it, so its start is timed, too.
-
-    Raises:
-        QwenqError: the process failed.
     """
     began = time.monotonic()
     for content in _ask({"probe": device}, None, _start(1)):
@@ -156,11 +151,7 @@ class _Child:
 
 
 def _ask(request: dict[str, Any], limit: float | None, children: list[_Child]) -> Iterator[dict[str, Any]]:
-    """Yield the JSON lines of rank 0; all processes are killed when the reader stops, for one by Ctrl-C.
-
-    Raises:
-        _ChildError: a process failed; names the reason.
-    """
+    """Yield the JSON lines of rank 0; all processes are killed when the reader stops, for one by Ctrl-C."""
     try:
         with _watched(children, limit) as killed:
             for child in children:

@@ -41,8 +41,6 @@ from qwenq.statistics import MOST, Summary, enough, repeat, summarise
 if TYPE_CHECKING:
     from qwenq.runtime.engine import Engine
 
-# Load the engine that a point names, in one process or in several.
-
 
 def checkpoint_of(point: Point) -> Checkpoint:
     """Return the point's model, before it is rounded."""
@@ -61,11 +59,7 @@ def checkpoint_of(point: Point) -> Checkpoint:
 
 
 def engine_for(point: Point, checkpoint: Checkpoint, team: Team) -> Engine:
-    """Return the point's engine; on rank 0 of several processes the one that leads the others.
-
-    Raises:
-        QwenqError: it cannot run this model here, or another process could not load its part.
-    """
+    """Return the point's engine; on rank 0 of several processes the one that leads the others."""
     attention, note = _attention(point)
     if point.tp > 1:
         from qwenq.runtime.tensor_parallel import LeadingEngine
@@ -98,21 +92,8 @@ def _attention(point: Point) -> tuple[str, tuple[str, ...]]:
     return name, (why,) if why else ()
 
 
-def release(engine: Engine, team: Team) -> None:
-    """Let the other processes end; all leave together."""
-    from qwenq.runtime.tensor_parallel import LeadingEngine
-
-    assert isinstance(engine, LeadingEngine)  # noqa: S101 - engine_for made it
-    engine.close()
-    team.barrier()
-
-
 def assist(point: Point, team: Team) -> None:
-    """Hold this rank's slice of the model, and compute with rank 0 until it is done.
-
-    Raises:
-        QwenqError: it cannot be loaded, or another process has stopped.
-    """
+    """Hold this rank's slice of the model, and compute with rank 0 until it is done."""
     from qwenq.runtime.tensor_parallel import SplitEngine, follow
 
     engine = SplitEngine(checkpoint_of(point), team, point.device, point.subject.dtype, _attention(point)[0])
@@ -121,15 +102,7 @@ def assist(point: Point, team: Team) -> None:
     team.barrier()
 
 
-# Measure one point in this process: protocol, prefill, decode, memory, energy, share of a copy's bandwidth.
-#
-# The protocol is that of ``profile.py`` of QwenLM/Qwen (2023-08-28): the wall clock around one ``generate``
-# call with a prompt of one repeated token and a fixed number of new tokens, which alone are counted. The
-# other figures follow llama-bench: one thing at a time, repeated, with its warm-up outside the clock.
-
-
-PATIENCE = 20.0
-"""Seconds of repetitions of one measurement without a budget; one is always made."""
+PATIENCE = 20.0  # seconds of repetitions of one measurement without a budget; one is always made
 PROTOCOL_PATIENCE = 60.0
 
 
@@ -149,22 +122,16 @@ class Allowance:
 
 @dataclass
 class Bench:
-    """A loaded model on its point.
-
-    Attributes:
-        before: bytes that the process held before it loaded the model.
-        settings: of every row.
-        cache_bytes: of the newest cache, whole, in the form in which the engine keeps it.
-    """
+    """A loaded model on its point."""
 
     point: Point
     engine: Engine
     checkpoint: Checkpoint
     meter: Meter
     allowance: Allowance
-    before: int
-    settings: dict[str, Any]
-    cache_bytes: int = 0
+    before: int  # bytes that the process held before it loaded the model
+    settings: dict[str, Any]  # of every row
+    cache_bytes: int = 0  # of the newest cache, whole, in the form in which the engine keeps it
 
     @property
     def prompt(self) -> list[int]:
@@ -196,16 +163,21 @@ def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> I
     Args:
         seconds: time limit, loading included; None: until the intervals are narrow.
         team: processes that hold the model together; this is rank 0, the others run ``assist``.
-
-    Raises:
-        QwenqError: the model cannot be loaded or run like that.
     """
     bench = _load(point, Allowance(seconds), team)
     details = {"before_bytes": bench.before, **bench.meter.also()}
     yield bench.row("memory.load", bench.meter.peak(), details=details, settings={"memory": bench.meter.how})
-    yield from (_encoding if point.encodes else _generating)(bench)
+    if why := too_long(bench):  # everything but loading starts with the prompt
+        left = [metric for metric in point.metrics if metric != "memory.load"]
+        yield from (bench.absent(metric, why, again=True) for metric in left)
+    else:
+        yield from (_encoding if point.encodes else _generating)(bench)
     if point.tp > 1:
-        release(bench.engine, team)
+        from qwenq.runtime.tensor_parallel import LeadingEngine
+
+        assert isinstance(bench.engine, LeadingEngine)  # noqa: S101 - engine_for made it
+        bench.engine.close()
+        team.barrier()  # all leave together
 
 
 def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
@@ -245,9 +217,6 @@ def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
 def _generating(bench: Bench) -> Iterator[Row]:
     """Measure the protocol first, as its peak must not be that of anything else; then one thing at a time."""
     point, engine = bench.point, bench.engine
-    if why := too_long(bench):
-        yield from _without_its_prompt(bench, why)
-        return
     load_peak = bench.meter.peak()
     _reset(bench.meter)
     engine.generate([bench.prompt], min(8, point.tokens), exact_tokens=True)  # warm-up
@@ -277,9 +246,6 @@ def _generating(bench: Bench) -> Iterator[Row]:
 
 
 def _encoding(bench: Bench) -> Iterator[Row]:
-    if why := too_long(bench):
-        yield from _without_its_prompt(bench, why)
-        return
     load_peak, held = bench.meter.peak(), bench.meter.now()
     reset_error = _reset(bench.meter)  # before the warm-up, which may be all that there is time for
     seconds_once = prefill(bench)  # warm-up
@@ -294,13 +260,6 @@ def _encoding(bench: Bench) -> Iterator[Row]:
     yield bench.summary("speed.prefill", speeds, settings=extra)
     yield bench.summary("time.first_token", summarise(values), settings=extra)
     yield from _memory_rows(bench, load_peak, held, reset_error)
-
-
-def _without_its_prompt(bench: Bench, why: str) -> Iterator[Row]:
-    """Yield rows without a figure: everything but loading starts with the prompt."""
-    for metric in bench.point.metrics:
-        if metric != "memory.load":
-            yield bench.absent(metric, why, again=True)
 
 
 def _protocol(bench: Bench) -> tuple[Row, Row]:
@@ -355,9 +314,7 @@ def _memory_rows(
 ) -> Iterator[Row]:
     """Yield the peak since the reset, with its parts; and what a script that never resets would print.
 
-    Args:
-        load_peak: before the reset.
-        prompt_peak: of the prompt, where it was not encoded again after the reset.
+    ``load_peak`` is that before the reset; ``prompt_peak`` the prompt's, where it was not encoded again.
     """
     peak, how = max(bench.meter.peak(), prompt_peak), {"memory": bench.meter.how}
     if reset_error:
@@ -403,8 +360,7 @@ def _bandwidth(bench: Bench, found: Decoding, cache: int) -> Row:
 # token before it, follow from the last two.
 
 
-LONG = 4096
-"""Tokens from which a prompt is estimated first, where there is a limit."""
+LONG = 4096  # tokens from which a prompt is estimated first, where there is a limit
 _FIRST, _LARGEST_SHARE = 256, 16
 """Tokens of the first piece; the last piece is at most one sixteenth of the prompt."""
 _TRIAL = 0.02
@@ -456,17 +412,11 @@ def estimated(tokens: int, short: tuple[int, float], longer: tuple[int, float]) 
 
 @dataclass(frozen=True)
 class Decoding:
-    """Seconds per token at each position.
+    """Seconds per token at each position."""
 
-    Attributes:
-        positions: tokens in the cache before each timed run of steps.
-        rounds: seconds per token, [rounds][positions].
-        steps: timed at each position.
-    """
-
-    positions: tuple[int, ...]
-    rounds: tuple[tuple[float, ...], ...]
-    steps: int
+    positions: tuple[int, ...]  # tokens in the cache before each timed run of steps
+    rounds: tuple[tuple[float, ...], ...]  # seconds per token, [rounds][positions]
+    steps: int  # timed at each position
 
     @property
     def speeds(self) -> list[float]:
@@ -518,9 +468,9 @@ def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decodin
             return found
 
 
-def spread(first: int, last: int, count: int = POSITIONS) -> tuple[int, ...]:
+def spread(first: int, last: int) -> tuple[int, ...]:
     """Return positions from first to last, evenly spread; fewer where there are fewer."""
-    count = max(1, min(count, last - first + 1))
+    count = max(1, min(POSITIONS, last - first + 1))
     if count == 1:
         return (first,)
     return tuple(first + round(n * (last - first) / (count - 1)) for n in range(count))

@@ -31,11 +31,7 @@ class Meter(Protocol):
     how: str
 
     def reset(self) -> None:
-        """Set the peak to what is held now.
-
-        Raises:
-            UnsupportedError: this system does not let a process do that.
-        """
+        """Set the peak to what is held now; ``UnsupportedError``: this system does not let us."""
         ...
 
     def peak(self) -> int:
@@ -52,11 +48,7 @@ class Meter(Protocol):
 
 
 def meter_for(device: torch.device) -> Meter:
-    """Return the meter of that device.
-
-    Raises:
-        UnsupportedError: the system has no /proc.
-    """
+    """Return the meter of that device; refuse a CPU on a system without /proc."""
     if device.type == "cuda":
         return CudaMeter(device)
     if not _STATUS.exists():
@@ -95,28 +87,26 @@ class CudaMeter:
     how = "peak of torch's CUDA allocator"
 
     def __init__(self, device: torch.device) -> None:
-        import torch
-
-        self._device, self._cuda = device, torch.cuda
+        self._device = device
 
     def reset(self) -> None:
         """Free what the allocator caches, and set its peak to what is held."""
-        self._cuda.synchronize(self._device)
-        self._cuda.empty_cache()
-        self._cuda.reset_peak_memory_stats(self._device)
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int:
         """Return ``torch.cuda.max_memory_allocated``, which the cards printed."""
-        return self._cuda.max_memory_allocated(self._device)
+        return torch.cuda.max_memory_allocated(self._device)
 
     def now(self) -> int:
         """Return ``torch.cuda.memory_allocated``."""
-        return self._cuda.memory_allocated(self._device)
+        return torch.cuda.memory_allocated(self._device)
 
     def also(self) -> dict[str, Any]:
         """Return what the allocator reserved at its peak, and the device's size and use by all processes."""
-        free, total = self._cuda.mem_get_info(self._device)
-        reserved = self._cuda.max_memory_reserved(self._device)
+        free, total = torch.cuda.mem_get_info(self._device)
+        reserved = torch.cuda.max_memory_reserved(self._device)
         return {"reserved_bytes": reserved, "device_used_bytes": total - free, "device_bytes": total}
 
 
@@ -128,18 +118,11 @@ def _status(key: str) -> int:
     raise UnsupportedError(f"/proc/self/status has no {key} here")
 
 
-# Read the energy counter that a GPU's driver keeps (NVML; Volta and later).
-
-
 ENERGY_SOURCE = "the GPU's counter over the protocol's generations: the whole GPU, idle power included"
 
 
 class EnergyCounter:
-    """The counter of one GPU.
-
-    Raises:
-        UnsupportedError: the device has no counter that can be read; names the reason.
-    """
+    """The counter of one GPU; ``UnsupportedError`` names the reason where there is none that can be read."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -148,8 +131,6 @@ class EnergyCounter:
             import pynvml
         except ImportError as error:
             raise UnsupportedError("the package nvidia-ml-py is not installed") from error
-        import torch
-
         self._nvml: Any = pynvml
         try:
             pynvml.nvmlInit()
@@ -220,11 +201,7 @@ def state_bytes(cache: KVCache) -> int:
 
 
 def weight_bytes(engine: Engine) -> int:
-    """Return the bytes of the linear layers, the head and the embedding as the engine keeps them.
-
-    Raises:
-        UnsupportedError: this engine does not tell in what form it keeps its weights.
-    """
+    """Return the bytes of the linear layers, the head and the embedding as the engine keeps them."""
     decoder = _decoder(engine)
     blocks = sum(linear.nbytes for block in decoder.blocks for linear in block.linears)
     tied = getattr(decoder.head, "weight", None) is decoder.embedding
@@ -232,11 +209,7 @@ def weight_bytes(engine: Engine) -> int:
 
 
 def step_bytes(engine: Engine) -> int:
-    """Return the bytes of weights that a decode step of one row reads: of a mixture, its active experts'.
-
-    Raises:
-        UnsupportedError: this engine does not tell in what form it keeps its weights.
-    """
+    """Return the bytes of weights that a decode step of one row reads: of a mixture, its active experts'."""
     decoder = _decoder(engine)
     return sum(block.step_bytes for block in decoder.blocks) + decoder.head.nbytes
 

@@ -18,44 +18,33 @@ from qwenq.models.shapes import ITEMSIZE, ModelShape
 from qwenq.profiling.spec import Point
 from qwenq.storage import readable_bytes
 
-_LOAD_RATE = 0.4e9
-"""Bytes of weights read, checked and rearranged in a second."""
-_MAKING_RATE = 0.1e9
-"""Parameters rounded on the fly in a second: what one core rounds."""
+_LOAD_RATE = 0.4e9  # bytes of weights read, checked and rearranged in a second
+_MAKING_RATE = 0.1e9  # parameters rounded on the fly in a second: what one core rounds
 _DRAWING_RATE = {"cpu": 0.1e9, "cuda": 5e9}
 """Parameters drawn at random in a second, on the device that runs them; a guess for GPUs."""
-_STORED_BYTES = 2
-"""Of a parameter in the file that a model is rounded from: what nearly all are stored in."""
+_STORED_BYTES = 2  # of a parameter in the file that a model is rounded from: what nearly all are stored in
 _EFFICIENCY = 0.4
 """Share of a copy's bandwidth, and of a large product's rate, that a model reaches; a guess for estimates."""
 _STEP_SECONDS, _SLOW_STEP_SECONDS = 0.004, 0.025
 """Seconds of a decoding step besides memory: Python, launches; the second for transformers."""
 _SPLIT_SECONDS = 15.0
 _STEP_LAYOUT = ("grouped", "best")
-"""Attentions that may lay the cache out for decode steps on a CPU, in float32 (``runtime.step_layout``)."""
-_SLOW_STEP = 0.05
-"""Seconds of a decoding step from which few of them are timed at a position."""
-POSITIONS = 9
-"""Of a round of decoding that are timed, at most."""
+"""Attentions that may lay the cache out for decode steps on a CPU, in float32 (``runtime.cache``)."""
+_SLOW_STEP = 0.05  # seconds of a decoding step from which few of them are timed at a position
+POSITIONS = 9  # of a round of decoding that are timed, at most
 _OVERHEAD_BYTES = {"cpu": 1_000_000_000, "cuda": 1_500_000_000}
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device as the probe found it.
+    """A device as the probe found it."""
 
-    Attributes:
-        device: ``cpu``, ``cuda`` or ``cuda:1``.
-        dtype: what ``auto`` computes in there.
-        start_seconds: from starting a process there until its libraries were read.
-    """
-
-    device: str
+    device: str  # ``cpu``, ``cuda`` or ``cuda:1``
     free_bytes: int
     copy_bytes_per_s: float
     operations_per_s: float
-    dtype: str
-    start_seconds: float
+    dtype: str  # what ``auto`` computes in there
+    start_seconds: float  # from starting a process there until its libraries were read
 
     @property
     def kind(self) -> str:
@@ -65,22 +54,14 @@ class Device:
 
 @dataclass(frozen=True)
 class Planned:
-    """A point with its estimates.
-
-    Attributes:
-        load: seconds until it can begin: a process, its libraries, the model.
-        work: seconds of measuring without a limit.
-        least: seconds of measuring each thing once.
-        nbytes: memory for weights, cache and prompt.
-        too_large: why it cannot run here at all; None: it can.
-    """
+    """A point with its estimates."""
 
     point: Point
-    load: float
-    work: float
-    least: float
-    nbytes: int
-    too_large: str | None = None
+    load: float  # seconds until it can begin: a process, its libraries, the model
+    work: float  # seconds of measuring without a limit
+    least: float  # seconds of measuring each thing once
+    nbytes: int  # memory for weights, cache and prompt
+    too_large: str | None = None  # why it cannot run here at all; None: it can
 
     @property
     def seconds(self) -> float:
@@ -95,17 +76,12 @@ class Planned:
 
 @dataclass(frozen=True)
 class PlannedSweep:
-    """All points of a sweep, as it is announced before the first one.
-
-    Attributes:
-        budget: seconds that the sweep may take; None: any.
-        folder: of the run.
-    """
+    """All points of a sweep, as it is announced before the first one."""
 
     points: Sequence[Planned]
     device: Device
-    budget: float | None
-    folder: Path
+    budget: float | None  # seconds that the sweep may take; None: any
+    folder: Path  # of the run
 
 
 def plan(points: Sequence[Point], shapes: Mapping[str, ModelShape], device: Device) -> list[Planned]:
@@ -137,11 +113,7 @@ def allowances(planned: Sequence[Planned], budget: float | None) -> list[float |
 
 
 def parse_budget(text: str) -> float:
-    """Return the seconds of ``90``, ``90s``, ``10m``, ``1h`` or ``1h30m``.
-
-    Raises:
-        UsageError: another form, or zero.
-    """
+    """Return the seconds of ``90``, ``90s``, ``10m``, ``1h`` or ``1h30m``."""
     match = re.fullmatch(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
     hours, minutes, seconds = (float(part or 0) for part in match.groups()) if match else (0.0, 0.0, 0.0)
     if not (total := 3600 * hours + 60 * minutes + seconds):
@@ -150,11 +122,7 @@ def parse_budget(text: str) -> float:
 
 
 def read_device(content: dict[str, Any]) -> Device:
-    """Return the device that the probe found.
-
-    Raises:
-        UsageError: there is no such device; names those that are there.
-    """
+    """Return the device that the probe found."""
     if error := content.get("error"):
         raise UsageError(error["what"], where=error["where"], hint=error["hint"])
     return Device(**content)

@@ -14,7 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -26,21 +26,13 @@ import numpy as np
 
 from qwenq.environment import MACHINE, machine
 from qwenq.errors import QwenqError, UsageError
-from qwenq.events import Advance, Listener, Notice, Start, silent
+from qwenq.events import Listener, Notice, Start, silent
 from qwenq.http import Again, Server, ServerState, checked_address, checked_key, served_model
 from qwenq.models.identity import served_identity
+from qwenq.profiling.spec import has_rows
 from qwenq.profiling.stream import Answer, StoppedError, complete, fit_words, words
-from qwenq.results import (
-    HERE,
-    RESULTS_FILE,
-    Model,
-    Row,
-    Status,
-    Value,
-    append_row,
-    read_rows,
-    write_environment,
-)
+from qwenq.profiling.sweep import record
+from qwenq.results import HERE, RESULTS_FILE, Model, Row, Status, Value, read_rows, write_environment
 from qwenq.statistics import MOST, enough, summarise, wilson
 
 CONCURRENCY, INPUT, OUTPUT = (1, 4, 16, 64), 512, 128
@@ -64,17 +56,11 @@ METRICS = {
 
 @dataclass(frozen=True)
 class Target:
-    """A served model.
-
-    Attributes:
-        server: its server.
-        name: the model's name there.
-        model: its identity in rows.
-    """
+    """A served model."""
 
     server: Server
-    name: str
-    model: Model
+    name: str  # the model's name there
+    model: Model  # its identity in rows
 
 
 @dataclass(frozen=True)
@@ -103,21 +89,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Repetition:
-    """The outcome of a fixed number of requests.
+    """The outcome of a fixed number of requests."""
 
-    Attributes:
-        answers: of the requests that succeeded.
-        failures: reasons of the others.
-        seconds: from the first request to the last answer.
-        cpu: share of a core that this process used.
-        cut: the time was over before all requests were sent.
-    """
-
-    answers: tuple[Answer, ...]
-    failures: tuple[str, ...]
-    seconds: float
-    cpu: float = 0.0
-    cut: bool = False
+    answers: tuple[Answer, ...]  # of the requests that succeeded
+    failures: tuple[str, ...]  # reasons of the others
+    seconds: float  # from the first request to the last answer
+    cpu: float = 0.0  # share of a core that this process used
+    cut: bool = False  # the time was over before all requests were sent
 
     @property
     def speed(self) -> float:
@@ -185,12 +163,9 @@ def profile_served(
         environment: of this machine, recorded in the folder and in each row; that of the server is unknown.
         budget: seconds for all; each concurrency gets an even share of what is left, at most ``SECONDS``.
         command: what the user typed, for the rows.
-
-    Raises:
-        QwenqError: no request was answered.
     """
     held = read_rows(out) if (out / RESULTS_FILE).exists() else []
-    todo = [each for each in load.concurrency if not _is_done(target, load, each, held)]
+    todo = [each for each in load.concurrency if not has_rows(held, load.place(each), target.model, METRICS)]
     if len(todo) < len(load.concurrency):
         kept = len(load.concurrency) - len(todo)
         listener(Notice(f"{kept} of {len(load.concurrency)} points were measured earlier"))
@@ -209,12 +184,16 @@ def profile_served(
             label = f"{target.model.name}, concurrency {each}"
             listener(Start(label, len(todo), "points", number, seconds, seconds if budget else None))
             for row in session.rows(each, seconds):
-                details = {**row.details, **({"command": command} if command else {})}
-                complete_row = replace(row, settings={**row.settings, **mine, **device}, details=details)
-                append_row(out, complete_row)
-                listener(Advance(label, result=complete_row))
-    rows = [row for row in read_rows(out) if _is_of(target, load, row)]
-    _require_figures(target, rows)
+                record(row, out, {**mine, **device}, command, label, listener)
+    places = [load.place(each) for each in load.concurrency]
+    rows = [row for row in read_rows(out) if row.model == target.model and row.point in places]
+    speeds = [row for row in rows if row.metric == "speed.served"]
+    if speeds and all(row.value is None for row in speeds):
+        raise QwenqError(
+            f"no request was answered: {speeds[-1].reason}",
+            where=target.server.url,
+            hint="see the server's log; the same command tries again",
+        )
     return rows
 
 
@@ -226,42 +205,16 @@ def place_of(url: str) -> str:
     return hashlib.sha256(host.encode()).hexdigest()[:16]
 
 
-def _is_of(target: Target, load: Load, row: Row) -> bool:
-    return row.model == target.model and row.point in [load.place(each) for each in load.concurrency]
-
-
-def _is_done(target: Target, load: Load, concurrency: int, held: Sequence[Row]) -> bool:
-    place = load.place(concurrency)
-    mine = {row.metric: row for row in held if (row.model, row.point) == (target.model, place)}
-    return all(metric in mine and not mine[metric].details.get("again") for metric in METRICS)
-
-
-def _require_figures(target: Target, rows: Sequence[Row]) -> None:
-    speeds = [row for row in rows if row.metric == "speed.served"]
-    if speeds and all(row.value is None for row in speeds):
-        raise QwenqError(
-            f"no request was answered: {speeds[-1].reason}",
-            where=target.server.url,
-            hint="see the server's log; the same command tries again",
-        )
-
-
 @dataclass(frozen=True)
 class _Session:
-    """A warm server, and the prompts that have the length asked for.
-
-    Attributes:
-        words: of a prompt.
-        counted: tokens that the server counts in them; None: it does not say.
-        seed: of the prompts; each session has another one, or a server that caches would know them.
-    """
+    """A warm server, and the prompts that have the length asked for."""
 
     target: Target
     load: Load
     listener: Listener
-    words: int
-    counted: int | None
-    seed: int
+    words: int  # of a prompt
+    counted: int | None  # tokens that the server counts in them; None: it does not say
+    seed: int  # of the prompts; each session has another one, or a server that caches would know them
 
     @classmethod
     def begin(cls, target: Target, load: Load, listener: Listener) -> _Session:

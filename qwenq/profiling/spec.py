@@ -13,9 +13,6 @@ from qwenq.models.gptq_config import is_quantised
 from qwenq.models.shapes import ModelShape
 from qwenq.results import Model, Row, Status, Value
 
-# Define what is measured: a point is one model in one precision, attention, engine and length.
-
-
 Weights = Literal["stored", "random"]
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "auto", "int4": "auto"}
 """Precision → dtype to compute in."""
@@ -44,44 +41,28 @@ ENCODING = {
 
 @dataclass(frozen=True)
 class Subject:
-    """A model in one precision.
+    """A model in one precision."""
 
-    Attributes:
-        given: what the user typed; None: the bundled model.
-        weights: stored, or random in a catalogue model's shape.
-        seed: of random weights.
-        rounded: bits to round to on the fly; None: the weights as they are.
-        dtype: to compute in, a name of ``runtime.engine.DTYPES`` or ``auto``.
-        model: as rows name it.
-    """
-
-    given: str | None
-    weights: Weights
-    seed: int
-    rounded: int | None
-    dtype: str
-    model: Model
+    given: str | None  # what the user typed; None: the bundled model
+    weights: Weights  # stored, or random in a catalogue model's shape
+    seed: int  # of random weights
+    rounded: int | None  # bits to round to on the fly; None: the weights as they are
+    dtype: str  # to compute in, a name of ``runtime.engine.DTYPES`` or ``auto``
+    model: Model  # as rows name it
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement.
-
-    Attributes:
-        context: tokens of the prompt.
-        tokens: new tokens; 1: the point measures encoding the prompt.
-        kernel: of quantised weights; ``auto`` is the fastest that supports them.
-        tp: processes that hold the model together, see ``runtime.tensor_parallel``.
-    """
+    """One measurement."""
 
     subject: Subject
     attention: str
     engine: str
-    context: int
-    tokens: int
+    context: int  # tokens of the prompt
+    tokens: int  # new tokens; 1: the point measures encoding the prompt
     device: str
-    kernel: str = "auto"
-    tp: int = 1
+    kernel: str = "auto"  # of quantised weights; ``auto`` is the fastest that supports them
+    tp: int = 1  # processes that hold the model together, see ``runtime.tensor_parallel``
 
     @property
     def encodes(self) -> bool:
@@ -124,11 +105,7 @@ class Point:
     def without(
         self, status: Status, reason: str, metrics: Iterable[str] | None = None, *, again: bool = False
     ) -> list[Row]:
-        """Return rows with the reason why there are no figures.
-
-        Args:
-            again: the same command tries them again, for example with a larger budget.
-        """
+        """Return rows with the reason for no figures; ``again``: the same command tries them again."""
         details = {"again": True} if again else {}
         return [
             self.row(metric, None, status=status, reason=reason, details=details)
@@ -178,8 +155,13 @@ def sweep(
 
 def is_done(point: Point, rows: Iterable[Row]) -> bool:
     """Tell whether a run folder has every row of a point, and none is to be tried again."""
-    mine = {row.metric: row for row in rows if (row.point, row.model) == (point.place, point.subject.model)}
-    return all(metric in mine and not mine[metric].details.get("again") for metric in point.metrics)
+    return has_rows(rows, point.place, point.subject.model, point.metrics)
+
+
+def has_rows(rows: Iterable[Row], place: dict[str, Value], model: Model, metrics: Iterable[str]) -> bool:
+    """Tell whether there is a row of every metric, and none is to be tried again."""
+    mine = {row.metric: row for row in rows if (row.point, row.model) == (place, model)}
+    return all(metric in mine and not mine[metric].details.get("again") for metric in metrics)
 
 
 def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[int]) -> list[tuple[int, int]]:
@@ -189,9 +171,6 @@ def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[i
         context: prompts of generations.
         tokens: new tokens after each of them; empty, or 0 alone: no generation.
         encode: prompts whose encoding is measured; empty, or 0 alone: none.
-
-    Raises:
-        UsageError: a length is too small or too large, or nothing is to be measured.
     """
     news, encoded = ([] if list(found) == [0] else list(found) for found in (tokens, encode))
     for found, least, option, what in (
@@ -210,11 +189,7 @@ def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[i
 
 
 def require_known(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
-    """Refuse a misspelt name before the first point.
-
-    Raises:
-        UsageError: names what there is.
-    """
+    """Refuse a misspelt name before the first point."""
     from qwenq.runtime.attention import BACKENDS
     from qwenq.runtime.quantised_linear import KERNELS
 
@@ -228,11 +203,7 @@ def require_known(attentions: Sequence[str], engines: Sequence[str], kernel: str
 
 
 def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> None:
-    """Refuse what several processes cannot share, before anything is measured.
-
-    Raises:
-        UsageError: another engine than transformers; a model that is quantised, or would be rounded.
-    """
+    """Refuse what several processes cannot share, before anything is measured."""
     if wrong := [engine for engine in engines if engine != "transformers"]:
         raise UsageError(
             f"the engine {wrong[0]} runs on one device",
@@ -249,36 +220,22 @@ def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> 
             )
 
 
-# List the models of a sweep: a quantised one in its own precision, others in each that was asked for.
-
-
 @dataclass
 class Subjects:
-    """The models of a sweep.
-
-    Attributes:
-        shapes: by model name.
-        notices: for the user, one line each.
-        plain: names of unquantised models by fingerprint.
-        bases: fingerprints that manifests of quantised models name, by model name.
-    """
+    """The models of a sweep."""
 
     subjects: list[Subject] = field(default_factory=list)
-    shapes: dict[str, ModelShape] = field(default_factory=dict)
-    notices: list[str] = field(default_factory=list)
-    plain: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, ModelShape] = field(default_factory=dict)  # by model name
+    notices: list[str] = field(default_factory=list)  # for the user, one line each
+    plain: dict[str, str] = field(default_factory=dict)  # names of unquantised models by fingerprint
+    # fingerprints that manifests of quantised models name, by model name
     bases: dict[str, str] = field(default_factory=dict)
 
 
 def subjects_of(
     models: Sequence[str | None], precisions: Sequence[str], weights: Weights = "stored", seed: int = 0
 ) -> Subjects:
-    """Open the models and list the precisions to measure of each.
-
-    Raises:
-        UsageError: no such precision or model, or one is named twice.
-        QwenqError: a model cannot be read.
-    """
+    """Open the models and list the precisions to measure of each."""
     if wrong := [name for name in precisions if name not in PRECISIONS]:
         hint = f"use {', '.join(PRECISIONS)}"
         raise UsageError(f"there is no precision {wrong[0]!r}", where="--precision", hint=hint)
@@ -290,7 +247,9 @@ def subjects_of(
 
 
 def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights: Weights, seed: int) -> None:
-    from qwenq.models.identity import base_of
+    import torch
+
+    from qwenq.models.identity import base_of, result_model
     from qwenq.models.opening import open_model
 
     checkpoint = open_model(given, weights, seed)
@@ -303,9 +262,12 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
         )
     found.notices += checkpoint.notices
     shape = ModelShape.from_config(checkpoint.config)
-    made = _quantised(checkpoint, given, weights, seed) or [
-        _plain(checkpoint, shape, given, weights, seed, precision) for precision in precisions
-    ]
+    quantised = is_quantised(checkpoint.config)
+    if quantised:  # in its own precision, whatever others were asked for
+        model = result_model(checkpoint, torch.float32, given)
+        made = [Subject(given, weights, seed, None, "auto", model)]
+    else:
+        made = [_plain(checkpoint, shape, given, weights, seed, precision) for precision in precisions]
     name = made[0].model.name
     if name in found.shapes:
         raise UsageError(f"two models are called {name}", where=given, hint="rename one of the folders")
@@ -313,7 +275,7 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
     found.subjects += made
     if not checkpoint.on_disk:  # to know random weights by their bytes, all would have to be drawn
         return
-    if not is_quantised(checkpoint.config):
+    if not quantised:
         found.plain[checkpoint.fingerprint] = made[0].model.family
     elif isinstance(base := base_of(checkpoint.folder).get("fingerprint"), str):
         found.bases[name] = base
@@ -326,17 +288,6 @@ def _settled(subject: Subject, found: Subjects) -> Subject:
     """
     family = found.plain.get(found.bases.get(subject.model.name, ""))
     return subject if family is None else replace(subject, model=replace(subject.model, family=family))
-
-
-def _quantised(checkpoint: Checkpoint, given: str | None, weights: Weights, seed: int) -> list[Subject]:
-    """Return a quantised folder in its own precision, whatever others were asked for; else nothing."""
-    import torch
-
-    from qwenq.models.identity import result_model
-
-    if not is_quantised(checkpoint.config):
-        return []
-    return [Subject(given, weights, seed, None, "auto", result_model(checkpoint, torch.float32, given))]
 
 
 def _plain(

@@ -34,24 +34,16 @@ Counted = Literal["usage", "chunks", "contradicted"]
 
 @dataclass(frozen=True)
 class Answer:
-    """A streamed answer.
+    """A streamed answer."""
 
-    Attributes:
-        first: seconds from sending the request to the first text, connecting included.
-        gaps: seconds between a chunk with text and the next.
-        tokens: of the answer.
-        counted: the source of ``tokens``: the server's ``usage``; chunks, where it sends none; or chunks,
-            where its usage contradicts them or the request.
-        prompt_tokens: by usage; None without.
-        refused: attempts that the server was too busy for.
-    """
-
-    first: float
-    gaps: tuple[float, ...]
-    tokens: int
+    first: float  # seconds from sending the request to the first text, connecting included
+    gaps: tuple[float, ...]  # seconds between a chunk with text and the next
+    tokens: int  # of the answer
+    # the source of ``tokens``: the server's ``usage``; chunks, where it sends none; or chunks, where its
+    # usage contradicts them or the request
     counted: Counted
-    prompt_tokens: int | None
-    refused: int = 0
+    prompt_tokens: int | None  # by usage; None without
+    refused: int = 0  # attempts that the server was too busy for
 
 
 class StoppedError(Exception):
@@ -68,9 +60,6 @@ def fit_words(server: Server, model: str, tokens: int, seed: str) -> tuple[int, 
 
     The count is None where the server reports no usage, or one that no vocabulary can have; then it is a word
     for a token.
-
-    Raises:
-        QwenqError: the server refuses such a prompt, or does not answer.
     """
     count, counted = tokens, None
     for attempt in range(_FIT):
@@ -90,9 +79,6 @@ def complete(server: Server, model: str, prompt: str, tokens: int, stop: threadi
     """Return one answer of so many tokens; a server that is busy is asked again with backoff.
 
     A pause is a minute at most, whatever the server asks for: the measurement has to end.
-
-    Args:
-        stop: ends the request where it is set.
 
     Raises:
         Again: it failed: no connection, an answer that stalls or breaks off, or a server that stays busy.

@@ -18,21 +18,15 @@ from qwenq.profiling.spec import Point, Subjects, is_done, refuse_unsplittable, 
 from qwenq.results import RESULTS_FILE, Row, append_row, read_environment, read_rows, write_environment
 from qwenq.storage import locked
 
-Measure = Callable[[Point, float | None], Iterator[Row]]
-"""Turn a point into rows, one for every metric."""
+Measure = Callable[[Point, float | None], Iterator[Row]]  # turn a point into rows, one for every metric
 
 
 @dataclass
 class Progress:
-    """The result of a sweep.
+    """The result of a sweep."""
 
-    Attributes:
-        measured: points of this run.
-        kept: points that the folder held already, measured on this machine.
-    """
-
-    measured: int = 0
-    kept: int = 0
+    measured: int = 0  # points of this run
+    kept: int = 0  # points that the folder held already, measured on this machine
 
 
 def run_sweep(
@@ -54,10 +48,6 @@ def run_sweep(
             reason. The first one is always measured: its loading time corrects the estimates of the others.
         command: what the user typed, for the rows.
         measure: replaced in tests; None: in processes of their own.
-
-    Raises:
-        StorageError: the disk refused a row.
-        UsageError: the folder holds something that is no row.
     """
     held = read_rows(out) if (out / RESULTS_FILE).exists() else []
     mine = {} if environment is None else {MACHINE: machine(environment)}
@@ -82,14 +72,20 @@ def run_sweep(
             label = rest[0].point.label
             listener(Start(label, len(todo), "points", number, rest[0].seconds, seconds))
             for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
-                if row.value is None and (row.identity, row.model) in figures:
-                    continue  # an earlier run has the figure, which is kept
-                details = {**row.details, **({"command": command} if command else {})}
-                complete = replace(row, settings={**row.settings, **mine}, details=details)
-                append_row(out, complete)
-                listener(Advance(label, result=complete))
+                if row.value is not None or (row.identity, row.model) not in figures:
+                    record(row, out, mine, command, label, listener)  # else an earlier figure is kept
             progress.measured += 1
     return progress
+
+
+def record(
+    row: Row, out: Path, settings: Mapping[str, Any], command: str, label: str, listener: Listener
+) -> None:
+    """Append a row to a run folder, with where and by what command it was measured, and report it."""
+    details = {**row.details, **({"command": command} if command else {})}
+    complete = replace(row, settings={**row.settings, **settings}, details=details)
+    append_row(out, complete)
+    listener(Advance(label, result=complete))
 
 
 def sweep_models(

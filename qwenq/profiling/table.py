@@ -34,21 +34,13 @@ _PERCENT = {"bandwidth.share"}
 
 @dataclass(frozen=True)
 class PrintedTable:
-    """A table of strings.
+    """A table of strings."""
 
-    Attributes:
-        constant: (name, value) of what is the same in every line.
-        headings: of the other columns.
-        lines: one for each point.
-        labels: number of columns on the left that identify the point.
-        notes: reasons of missing figures, each once.
-    """
-
-    constant: tuple[tuple[str, str], ...]
-    headings: tuple[str, ...]
-    lines: tuple[tuple[str, ...], ...]
-    labels: int
-    notes: tuple[str, ...]
+    constant: tuple[tuple[str, str], ...]  # (name, value) of what is the same in every line
+    headings: tuple[str, ...]  # of the other columns
+    lines: tuple[tuple[str, ...], ...]  # one for each point
+    labels: int  # number of columns on the left that identify the point
+    notes: tuple[str, ...]  # reasons of missing figures, each once
 
     @property
     def folded(self) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:

@@ -50,9 +50,7 @@ def main() -> None:
 def _rows(point: Point, seconds: float | None, began: float) -> Iterator[Row]:
     """Yield the point's rows, on rank 0 where it has several processes.
 
-    Args:
-        seconds: time limit, reading the libraries included.
-        began: when that time started.
+    The time limit, ``seconds`` from ``began`` on, includes reading the libraries.
     """
     from qwenq.profiling.measure import measure
 
@@ -85,29 +83,23 @@ def explain(error: Exception) -> tuple[Status, str]:
 
 
 def probe(device: str) -> dict[str, Any]:
-    """Return type of the device, bytes free on it, bytes per second of a copy, and operations per second.
+    """Return what ``planning.Device`` holds of a device, but the seconds of a start.
 
-    Free bytes are limited to what a container grants. ``worked_seconds`` is what the probe took, libraries
-    read; ``error`` is there where the device is not.
+    ``worked_seconds`` is what the probe took, libraries read; ``error`` is there where the device is not.
     """
-    from qwenq.models.machine import compute_dtype, free_memory, resolve_device
+    from qwenq.models.machine import compute_dtype, resolve_device
     from qwenq.profiling.meters import copy_bandwidth, matmul_rate
+    from qwenq.runtime.memory import free_bytes
 
     began = time.monotonic()
     try:
         found = resolve_device(device)
     except QwenqError as error:
         return {"error": {"what": error.what, "where": error.where, "hint": error.hint}}
-    if found.type == "cuda":
-        import torch
-
-        free = torch.cuda.mem_get_info(found)[0]
-    else:
-        free = free_memory()
     dtype = compute_dtype(found)
     return {
         "device": str(found),
-        "free_bytes": free,
+        "free_bytes": free_bytes(found),
         "copy_bytes_per_s": copy_bandwidth(found, 3),
         "operations_per_s": matmul_rate(found, dtype),
         "dtype": str(dtype).removeprefix("torch."),

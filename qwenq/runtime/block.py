@@ -27,20 +27,13 @@ from qwenq.runtime.linear import Dense, Linear
 from qwenq.runtime.quantised_linear import CpuNative
 from qwenq.runtime.spec import DecoderSpec, Rope
 
-# Run a decoder's blocks: the forward pass of a block, written once, over interchangeable operations.
-
 
 @dataclass(frozen=True)
 class GatedMLP:
-    """The MLP of a dense block, or one expert.
+    """The MLP of a dense block, or one expert."""
 
-    Attributes:
-        gate_up: hidden → 2 · ffn.
-        down: ffn → hidden.
-    """
-
-    gate_up: Linear
-    down: Linear
+    gate_up: Linear  # hidden → 2 · ffn
+    down: Linear  # ffn → hidden
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return [..., hidden] for [..., hidden]."""
@@ -64,21 +57,13 @@ class GatedMLP:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts, of which each token takes those that its router finds likeliest.
+    """Experts, of which each token takes those that its router finds likeliest."""
 
-    Attributes:
-        router: [experts, hidden].
-        experts: of one width.
-        active: how many a token takes.
-        normalised: whether their shares are made to add up to one.
-        shared: what every token takes besides.
-    """
-
-    router: Tensor
-    experts: tuple[GatedMLP, ...]
-    active: int
-    normalised: bool
-    shared: SharedExpert | None = None
+    router: Tensor  # [experts, hidden]
+    experts: tuple[GatedMLP, ...]  # of one width
+    active: int  # how many a token takes
+    normalised: bool  # whether their shares are made to add up to one
+    shared: SharedExpert | None = None  # what every token takes besides
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return the weighted sum of each token's experts, [..., hidden]; no other expert is read."""
@@ -130,20 +115,13 @@ class SharedExpert:
 
 @dataclass(frozen=True)
 class FullAttention:
-    """Attention to all earlier tokens.
+    """Attention to all earlier tokens."""
 
-    Attributes:
-        qkv: hidden → (heads + 2 · key/value heads) · d, and the gate where there is one.
-        qk_norm: [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None.
-        layer: its number among those with keys and values in the cache.
-        gate: width of what gates the heads' output (hybrids), else 0.
-    """
-
-    qkv: Linear
-    qk_norm: Tensor | None
+    qkv: Linear  # hidden → (heads + 2 · key/value heads) · d, and the gate where there is one
+    qk_norm: Tensor | None  # [heads + key/value heads, d], each head's RMSNorm weight (Qwen3), else None
     out: Linear
-    layer: int
-    gate: int = 0
+    layer: int  # its number among those with keys and values in the cache
+    gate: int = 0  # width of what gates the heads' output (hybrids), else 0
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return [..., hidden] for [..., hidden]."""
@@ -162,30 +140,18 @@ class FullAttention:
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """Attention with a recurrent state (``compute.delta_rule``), in float32 between its linear layers.
-
-    Attributes:
-        shape: its sizes.
-        qkvz: hidden → queries, keys, values, and z, which gates the output.
-        rates: hidden → strength and decay of each value head, before they are bounded.
-        convolution: float32 [width, channels].
-        speed: float32 [value heads], the least logarithm of the decay.
-        bias: float32 [value heads], of the decay.
-        norm: float32 [value width].
-        eps: of the norm.
-        layer: its number among those with states in the cache.
-    """
+    """Attention with a recurrent state (``compute.delta_rule``), in float32 between its linear layers."""
 
     shape: block_shapes.LinearAttention
-    qkvz: Linear
-    rates: Linear
-    convolution: Tensor
-    speed: Tensor
-    bias: Tensor
-    norm: Tensor
-    eps: float
+    qkvz: Linear  # hidden → queries, keys, values, and z, which gates the output
+    rates: Linear  # hidden → strength and decay of each value head, before they are bounded
+    convolution: Tensor  # float32 [width, channels]
+    speed: Tensor  # float32 [value heads], the least logarithm of the decay
+    bias: Tensor  # float32 [value heads], of the decay
+    norm: Tensor  # float32 [value width]
+    eps: float  # of the norm
     out: Linear
-    layer: int
+    layer: int  # its number among those with states in the cache
 
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return [..., hidden] for [..., hidden]."""
@@ -254,12 +220,8 @@ class Operations(Protocol):
         """Rotate queries and keys, write keys and values to the cache, return the heads' mixed values.
 
         Args:
-            qkv: [..., (heads + 2 · key/value heads) · d].
-            qk_norm: see `FullAttention`.
-            layer: likewise.
-
-        Returns:
-            [..., heads · d].
+            qkv: [..., (heads + 2 · key/value heads) · d]; what is returned is [..., heads · d].
+            qk_norm, layer: see `FullAttention`.
         """
         ...
 
@@ -284,22 +246,13 @@ def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Ope
 
 @dataclass
 class PlainOperations:
-    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture them.
+    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture them."""
 
-    Attributes:
-        attend: what mixes the cache's values.
-        cache: written where ``span`` says; its lengths stay as they are.
-        span: where the tokens go, and what they may see.
-        rotation: cosines and sines, see ``Rope.at``.
-        query_scales: Qwen v1's factors [batch or 1, tokens, 1, 1], or None.
-        spec: sizes and constants.
-    """
-
-    attend: Attention
-    cache: KVCache
-    span: Span
-    rotation: tuple[Tensor, Tensor]
-    query_scales: Tensor | None
+    attend: Attention  # what mixes the cache's values
+    cache: KVCache  # written where ``span`` says; its lengths stay as they are
+    span: Span  # where the tokens go, and what they may see
+    rotation: tuple[Tensor, Tensor]  # cosines and sines, see ``Rope.at``
+    query_scales: Tensor | None  # Qwen v1's factors [batch or 1, tokens, 1, 1], or None
     spec: DecoderSpec
 
     def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
@@ -335,15 +288,8 @@ class StepOperations:
     """Operations of a decode step on a CPU, over [batch, ...], with attention in float32.
 
     A small model spends as long between two products as in them, so there are few calls: the views of the
-    cache are made for all layers together, and only rows of unequal length are masked.
-
-    Args:
-        cache: gets one more token in each row; its lengths stay as they are.
-        rope: rotates it.
-        spec: sizes and constants.
-
-    Raises:
-        UsageError: a row is full.
+    cache are made for all layers together, and only rows of unequal length are masked. The cache gets one
+    more token in each row; its lengths stay as they are.
     """
 
     def __init__(self, cache: KVCache, rope: Rope, spec: DecoderSpec) -> None:
@@ -425,14 +371,7 @@ class TritonOperations(PlainOperations):
 
 
 class CompiledStep:
-    """A decoder's blocks in one call, for fewer rows than ``most_rows``: with many, torch's calls weigh less.
-
-    Args:
-        spec: sizes and constants.
-        blocks: whose linear layers C multiplies, see `unsupported_reason`.
-        norm: weight of the final norm.
-        dtype: of the activations.
-    """
+    """A decoder's blocks in one call, for fewer rows than most_rows: with many, torch weighs less."""
 
     most_rows = CpuNative.many_rows
 
@@ -462,11 +401,7 @@ class CompiledStep:
         return None
 
     def __call__(self, x: Tensor, cache: KVCache, rope: Rope) -> Tensor:
-        """Run one embedded token of each row, [batch, hidden]; the cache's lengths stay as they are.
-
-        Raises:
-            UsageError: a row is full.
-        """
+        """Run one embedded token of each row, [batch, hidden]; the cache's lengths stay as they are."""
         keys, values = cache.laid_out_for_step()  # float32 [layers, batch, heads, d, slots], [..., slots, d]
         cos, sin = rope.at_step(cache.next_positions(), cache.alphas, max(cache.lengths) + 1)
         return self._run(x, cos.contiguous(), sin.contiguous(), keys, values, cache.lengths, cache.states)

@@ -16,33 +16,23 @@ from torch import Tensor
 from qwenq.errors import UsageError
 from qwenq.runtime.memory import require
 
-# Plan where one forward pass writes into a cache, and what its queries may see there.
-
 
 @dataclass(frozen=True)
 class Span:
-    """Where one forward pass writes, and what its queries may see.
+    """Where one forward pass writes, and what its queries may see."""
 
-    Attributes:
-        positions: int64 [batch or 1, tokens]; 1 when all rows are alike. The padding of shorter rows is
-            clamped below ``end``.
-        start: the first slot, where it is the same in all rows and no row is padded; else None.
-        end: slots 0 … end-1 are read.
-        causal: every row starts at slot 0: query t sees keys 0 … t and no mask is needed.
-        mask: bool [batch or 1, 1, tokens, end], true where a query may look; None: causal, or one query that
-            sees everything.
-        rows, steps: int64 [written] row and step of each real token, None unless rows differ.
-        counts: int64 [batch], the real tokens of each row; None: no row is padded.
-    """
-
+    # int64 [batch or 1, tokens]; 1 when all rows are alike. The padding of shorter rows is clamped below
+    # ``end``.
     positions: Tensor
-    start: int | None
-    end: int
-    causal: bool
+    start: int | None  # the first slot, where it is the same in all rows and no row is padded; else None
+    end: int  # slots 0 … end-1 are read
+    causal: bool  # every row starts at slot 0: query t sees keys 0 … t and no mask is needed
+    # bool [batch or 1, 1, tokens, end], true where a query may look; None: causal, or one query that sees
+    # everything
     mask: Tensor | None
-    rows: Tensor | None = None
-    steps: Tensor | None = None
-    counts: Tensor | None = None
+    rows: Tensor | None = None  # int64 [written], the row of each real token; None unless rows differ
+    steps: Tensor | None = None  # likewise, its step
+    counts: Tensor | None = None  # int64 [batch], the real tokens of each row; None: no row is padded
 
 
 def plan(lengths: Sequence[int], counts: Sequence[int], device: torch.device) -> Span:
@@ -78,23 +68,17 @@ def _visible(positions: Tensor, end: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step: the newest token of every row, over a cache that is arranged for it.
+    """One decode step: the newest token of every row, over a cache that is arranged for it."""
 
-    Attributes:
-        positions: int64 [batch or 1, 1]; 1 when all rows are alike.
-        end: slots 0 … end-1 are read.
-        keys: per layer float32 [batch · heads, d, end], the slots side by side.
-        values: per layer float32 [batch · heads, end, d].
-        key_slots, value_slots: per layer [batch, heads, d], where the new token goes; None: rows differ.
-        mask: float32 [batch · heads, 1, end], -inf behind a row's length; None: no row is shorter.
-    """
-
-    positions: Tensor
-    end: int
-    keys: Sequence[Tensor]
-    values: Sequence[Tensor]
-    key_slots: Sequence[Tensor] | None
-    value_slots: Sequence[Tensor] | None
+    positions: Tensor  # int64 [batch or 1, 1]; 1 when all rows are alike
+    end: int  # slots 0 … end-1 are read
+    keys: Sequence[Tensor]  # per layer float32 [batch · heads, d, end], the slots side by side
+    values: Sequence[Tensor]  # per layer float32 [batch · heads, end, d]
+    key_slots: (
+        Sequence[Tensor] | None
+    )  # per layer [batch, heads, d], where the new key goes; None: rows differ
+    value_slots: Sequence[Tensor] | None  # likewise, where the new value goes
+    # float32 [batch · heads, 1, end], -inf behind a row's length; None: no row is shorter
     mask: Tensor | None
 
 
@@ -140,9 +124,6 @@ class StepLayout:
         return Step(positions, end, keys, values, key_slots, value_slots, mask)
 
 
-# Keep keys and values of a batch of sequences, each row with its own length.
-
-
 LOWER = (
     "ask for fewer new tokens (--max-new-tokens; in profile --tokens), a shorter prompt (there --context) "
     "or fewer rows at once (in eval --batch)"
@@ -152,15 +133,11 @@ LOWER = (
 
 @dataclass(frozen=True)
 class StateShape:
-    """Sizes of what a linear-attention layer keeps of a row, whatever its length.
+    """Sizes of what a linear-attention layer keeps of a row, whatever its length."""
 
-    Attributes:
-        conv: (channels, width): the last inputs of its convolution, in the dtype of the activations.
-        recurrent: (heads, key width, value width): float32.
-    """
-
+    # (channels, width): the last inputs of its convolution, in the dtype of the activations
     conv: tuple[int, int]
-    recurrent: tuple[int, int, int]
+    recurrent: tuple[int, int, int]  # (heads, key width, value width): float32
 
 
 class KVCache:
@@ -171,15 +148,14 @@ class KVCache:
         device, dtype: of the tensors.
         states: of each linear-attention layer, in order; a row without tokens has zeros.
 
-    Raises:
-        UsageError: a negative size.
-        OutOfMemoryError: more bytes than are free.
-
     Attributes:
         lengths: tokens in each row.
         alphas: NTK factor with which each row's keys were rotated (1 for all but long Qwen v1 prompts).
         keys, values: one [batch, heads, capacity, d] per layer.
         states: (convolution, recurrent) per linear-attention layer, [batch, …] each.
+
+    Raises:
+        OutOfMemoryError: more bytes than are free.
     """
 
     def __init__(
@@ -279,7 +255,7 @@ class KVCache:
 
     def clear(self, rows: Sequence[int]) -> None:
         """Empty these rows, as if nothing had ever been in them; the others stay."""
-        self.check_rows(rows)
+        self._check_rows(rows)
         for row in rows:
             self.lengths[row], self.alphas[row] = 0, 1
         self._forget_states(rows)
@@ -289,12 +265,8 @@ class KVCache:
 
         A prefix that many sequences share is encoded once and taken many times; the rows of a batch that are
         not finished yet are taken together, so that the rest costs nothing more.
-
-        Args:
-            rows: of this cache.
-            capacity: slots of each row of the copy; None: as many as here.
         """
-        self.check_rows(rows)
+        self._check_rows(rows)
         capacity = self.capacity if capacity is None else capacity
         lengths = [self.lengths[row] for row in rows]
         held = max(lengths, default=0)
@@ -313,7 +285,7 @@ class KVCache:
 
         A finished row of a batch makes room for the next prompt: prefill that alone, then put it there.
         """
-        self.check_rows(rows)
+        self._check_rows(rows)
         if len(rows) != source.batch or len(set(rows)) != len(rows):
             raise UsageError(f"{source.batch} rows cannot be put into the rows {list(rows)} of a cache")
         held = max(source.lengths, default=0)
@@ -326,11 +298,10 @@ class KVCache:
     def keep(self, rows: Collection[int]) -> list[int]:
         """Drop all other rows in place: little is copied, and no memory is freed.
 
-        Returns:
-            For each row that is left, which one it was: itself where it can be, else it fills a gap.
+        For each row that is left, return which one it was: itself where it can be, else it fills a gap.
         """
         kept = sorted(set(rows))
-        self.check_rows(kept)
+        self._check_rows(kept)
         if not kept:
             raise UsageError("a cache keeps at least one of its rows")
         behind = [row for row in kept if row >= len(kept)]
@@ -356,8 +327,7 @@ class KVCache:
             )
         return self.take([0] * batch, capacity)
 
-    def check_rows(self, rows: Sequence[int]) -> None:
-        """Refuse rows that the cache does not have."""
+    def _check_rows(self, rows: Sequence[int]) -> None:
         if wrong := [row for row in rows if not 0 <= row < self.batch]:
             raise UsageError(f"a cache of {self.batch} rows has no row {wrong[0]}")
 
@@ -419,11 +389,9 @@ class KVCache:
         return stored_keys[:, :, : span.end], stored_values[:, :, : span.end]
 
     def arrange_for_steps(self, capacity: int = 0) -> StepLayout:
-        """Bring keys and values, once, to the form that `step` reads, on the CPU.
+        """Bring keys and values, once, to the form that `step` reads, on the CPU, with room for ``capacity``.
 
-        Args:
-            capacity: slots that each row gets at least; a cache that is made small and arranged with its real
-                capacity while it is empty never holds both forms.
+        A cache that is made small and arranged with its real capacity while it is empty never holds both.
         """
         if self._arranged is None or capacity > self.capacity:
             _, heads, slots, d = self.keys[0].shape
@@ -445,11 +413,9 @@ class KVCache:
         return torch.tensor(self.lengths).unsqueeze(1)
 
     def laid_out_for_step(self) -> tuple[Tensor, Tensor]:
-        """Return all layers as `step` lays them out, for compiled code.
+        """Return all layers as `step` lays them out: `StepLayout`'s keys and values, for compiled code.
 
-        Returns:
-            Float32 keys [layers, batch, heads, d, slots] and values [layers, batch, heads, slots, d]. Rows
-            that were dropped leave gaps between layers; there are no others.
+        Rows that were dropped leave gaps between layers; there are no others.
         """
         self._refuse_more_than(max(self.lengths) + 1)
         layout = self.arrange_for_steps()

@@ -13,32 +13,17 @@ from qwenq.models.tokenizer import Tokenizer
 from qwenq.runtime.generation import Engine, Timing
 from qwenq.runtime.sampling import GREEDY, Sampling
 
-# Answer one prompt after another over one cache: what they share is computed once.
-
-
 _ROOM = 256  # tokens: a cache grows in such steps, so that a short answer does not copy it
 
 
 class Session:
-    """Answers prompts one at a time.
-
-    Args:
-        engine: what runs.
-
-    Attributes:
-        timing: tokens and seconds of all answers so far.
-    """
+    """Answers prompts one at a time; ``timing`` has the tokens and seconds of all answers so far."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
         self._cache = engine.new_cache(1, _ROOM)
         self._ids: list[int] = []  # what was given to the engine; the cache holds its beginning
         self.timing = Timing()
-
-    @property
-    def engine(self) -> Engine:
-        """What runs."""
-        return self._engine
 
     def answer(
         self,
@@ -48,11 +33,7 @@ class Session:
         sampling: Sampling = GREEDY,
         stop_ids: Collection[int] = (),
     ) -> Iterator[int]:
-        """Yield the tokens of one answer; a caller that stops early may go on with another prompt.
-
-        Raises:
-            UsageError: an empty prompt, no token was asked for, or ids that the model does not know.
-        """
+        """Yield the tokens of one answer; a caller that stops early may go on with another prompt."""
         if not prompt:
             raise UsageError("an empty prompt: there is nothing to go on from")
         kept = self._rewind_to(prompt)
@@ -60,7 +41,7 @@ class Session:
         self._cache.reserve(-(-needed // _ROOM) * _ROOM)
         self._ids = list(prompt)
         fresh = prompt[kept:]
-        for token in self._engine.stream(fresh, max_new_tokens, sampling, stop_ids, self._cache, self.timing):
+        for token in self.engine.stream(fresh, max_new_tokens, sampling, stop_ids, self._cache, self.timing):
             self._ids.append(token)
             yield token
 
@@ -70,15 +51,12 @@ class Session:
         pairs = enumerate(zip(held, prompt[:-1], strict=False))
         shared = next((place for place, (old, new) in pairs if old != new), min(len(held), len(prompt) - 1))
         # Qwen v1 would have rotated a longer prompt by another base: nothing of the cache can be kept then.
-        if self._engine.prompt_alpha(len(prompt)) != self._cache.alphas[0]:
+        if self.engine.prompt_alpha(len(prompt)) != self._cache.alphas[0]:
             shared = 0
         if not self._cache.can_rewind(0, shared):  # a recurrent state is that of its last token alone
             shared = 0
         self._cache.rewind(shared)
         return shared
-
-
-# Hold a conversation: its history, the prompt that fits the context, answers that are safe to show.
 
 
 ANSWER, THOUGHTS = 512, 32_768
@@ -99,9 +77,6 @@ class Conversation:
     Attributes:
         dropped_rounds: how many of the oldest rounds did not fit into the latest prompt.
         cut: whether the latest answer reached its limit of tokens.
-
-    Raises:
-        UsageError: a base model, which was not trained to answer.
     """
 
     def __init__(
@@ -125,10 +100,7 @@ class Conversation:
         """Yield the answer, piece by piece, as text without control characters.
 
         An answer that is cut short (the caller stops reading, or is interrupted) stays in the history as far
-        as it came; a question that got no answer at all is forgotten.
-
-        Raises:
-            UsageError: the question alone is too long for the model.
+        as it came; a question that got no answer at all, such as one that is too long, is forgotten.
         """
         self._rounds.append([{"role": "user", "content": question}])
         ids: list[int] = []
@@ -188,11 +160,7 @@ class Conversation:
 
 
 def require_chat(tokenizer: Tokenizer) -> None:
-    """Refuse a base model, which was not trained to answer.
-
-    Raises:
-        UsageError: a base model.
-    """
+    """Refuse a base model, which was not trained to answer."""
     if isinstance(tokenizer, QwenTokenizer):
         if tokenizer.im_end_id in tokenizer.eos_ids:
             return
@@ -206,10 +174,7 @@ def require_chat(tokenizer: Tokenizer) -> None:
 def thinking_in_chat(tokenizer: Tokenizer, wish: str) -> tuple[Tokenizer, bool]:
     """Return the tokenizer with ``enable_thinking`` as asked for, and whether the model thinks then.
 
-    ``auto`` leaves it to the chat template.
-
-    Raises:
-        UsageError: the template cannot do what was asked for.
+    ``auto`` leaves it to the chat template; a wish that the template cannot fulfil is refused.
     """
     kind = tokenizer.thinking
     if kind == "switch" and wish == "auto":

@@ -22,10 +22,8 @@ from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.decoder import Decoder
 from qwenq.runtime.spec import logn_scales
 
-SHORTEST = 256
-"""Slots that the first graph reads."""
-PATIENCE = 4
-"""Steps of a cache that run without a graph: making one takes as long as several."""
+SHORTEST = 256  # slots that the first graph reads
+PATIENCE = 4  # steps of a cache that run without a graph: making one takes as long as several
 MOST_ROWS = 16
 _CAPTURABLE = ("off", "sdpa", "split", "v1")
 """Attention backends that take positions or a mask from the device and ask it nothing."""
@@ -38,13 +36,8 @@ Capture = Callable[[Step], Step]
 class StaticStep:
     """One new token for each row of one cache, with shapes that stay the same.
 
-    Args:
-        decoder: what runs.
-        cache: what it runs over; its tensors must stay where they are.
-
-    Attributes:
-        tokens: int64 [batch], the input.
-        positions: int64 [batch], where the tokens go.
+    The cache's tensors must stay where they are. ``tokens`` and ``positions``, int64 [batch], are the input,
+    and where it goes.
     """
 
     def __init__(self, decoder: Decoder, cache: KVCache) -> None:
@@ -89,12 +82,7 @@ class StaticStep:
 class Graphs:
     """Decode steps of one decoder by graphs, kept for as long as the cache that they were made for.
 
-    Args:
-        decoder: on a CUDA GPU, or anywhere with another ``capture``.
-        capture: how a step becomes a graph.
-
-    Attributes:
-        captured: how many graphs were made so far.
+    It is on a CUDA GPU, or anywhere with another ``capture``; ``captured`` counts the graphs made so far.
     """
 
     def __init__(self, decoder: Decoder, capture: Capture | None = None) -> None:
@@ -127,11 +115,7 @@ class Graphs:
         return None
 
     def decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Return the logits after one more token, int64 [batch], in each row of the cache.
-
-        Raises:
-            UsageError: a row is full.
-        """
+        """Return the logits after one more token, int64 [batch], in each row of the cache."""
         if max(cache.lengths) >= cache.capacity:
             cache.span([1] * cache.batch)  # raises
         with self._alone:

@@ -32,13 +32,12 @@ from qwenq.runtime.block import (
     run_blocks,
 )
 from qwenq.runtime.cache import KVCache, Span, StateShape
-from qwenq.runtime.linear import Dense, Linear, float32_logits
+from qwenq.runtime.linear import Dense, Linear
 from qwenq.runtime.quantised_linear import CpuNative, Int8Head
 from qwenq.runtime.spec import DecoderSpec, Rope, logn_scales, read_spec
 from qwenq.runtime.weights import Rows, Weights
 
-_MEASURED, _STEPS = 256, 5
-"""Slots of a cache whose last steps are measured, and how many."""
+_MEASURED, _STEPS = 256, 5  # slots of a cache whose last steps are measured, and how many
 
 
 class Decoder:
@@ -49,18 +48,13 @@ class Decoder:
         device: where everything lies.
         dtype: of weights, activations and cache.
         attention: what mixes the cache's values.
-        kernel: of the quantised linears, see ``kernels.table``.
+        kernel: of the quantised linears, see ``quantised_linear.KERNELS``.
         head: ``as-is``, or ``int8`` to round the output head to 8 bits.
 
     Attributes:
         notes: what a user should know about the choices that were made, one line each.
         compiled: what runs decode steps in one call of C; None: nothing.
-        has_step_layout: whether decode steps read the cache in their layout, see ``step_layout``.
-
-    Raises:
-        UnsupportedError: something of the architecture that this decoder does not have, or a kernel that
-            cannot run this model here.
-        ModelError: the weights do not fit the config.
+        has_step_layout: whether decode steps read the cache in their layout, see `StepLayout`.
     """
 
     def __init__(
@@ -100,11 +94,7 @@ class Decoder:
             self.notes = (*self.notes, f"the faster compiled decode step is not used because {reason}")
 
     def switched(self, *, dynamic_ntk: bool, logn: bool) -> Decoder:
-        """Return a decoder over the same weights with Qwen v1's two ways beyond its trained length on or off.
-
-        Raises:
-            UsageError: the model has no such switches.
-        """
+        """Return a decoder over the same weights with Qwen v1's ways beyond its trained length on or off."""
         context = self.spec.long_context
         if context is None:
             raise UsageError("only Qwen v1 models have dynamic NTK and logn to switch")
@@ -126,19 +116,7 @@ class Decoder:
         return KVCache(*sizes, self.device, self.dtype, states)
 
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Run new tokens through all blocks and add them to the cache.
-
-        Args:
-            ids: int64 [batch, tokens]; row r holds ``counts[r]`` tokens, then anything.
-            counts: new tokens of each row; at least one.
-            cache: what came before.
-
-        Returns:
-            [batch, tokens, hidden] after the final norm; rows are meaningless behind their count.
-
-        Raises:
-            UsageError: the tokens do not fit into the cache.
-        """
+        """Run new tokens through all blocks and add them to the cache, see ``Engine.forward``."""
         self._fix_alphas(counts, cache)
         if self.has_step_layout and ids.shape[1] == 1:
             hidden = self._decode(ids[:, 0], cache).unsqueeze(1)
@@ -157,7 +135,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of [..., hidden], float32 [..., vocabulary]."""
-        return float32_logits(self.head, hidden)
+        return self.head(hidden).float()
 
     def _decode(self, ids: Tensor, cache: KVCache) -> Tensor:
         """Run one token of each row on a CPU, [batch] → [batch, hidden]."""

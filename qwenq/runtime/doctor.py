@@ -17,19 +17,12 @@ from qwenq.runtime.quantised_linear import KERNELS, CpuNative, choose
 
 @dataclass(frozen=True)
 class Part:
-    """A part that runs models, or would.
+    """A part that runs models, or would."""
 
-    Attributes:
-        kind: ``engine``, ``kernel``, ``decode step`` or ``attention``.
-        name: as an option takes it; steps have none, they are taken where they can be.
-        runs: what it is, where it can run here; else None.
-        reason: why it cannot; None where it can.
-    """
-
-    kind: str
-    name: str
-    runs: str | None
-    reason: str | None
+    kind: str  # ``engine``, ``kernel``, ``decode step`` or ``attention``
+    name: str  # as an option takes it; steps have none, they are taken where they can be
+    runs: str | None  # what it is, where it can run here; else None
+    reason: str | None  # why it cannot; None where it can
 
 
 def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:

@@ -79,10 +79,12 @@ class FastEngine(Engine):
         """Return Qwen v1's NTK factor for a prompt of that length."""
         return self.decoder.rope.alpha(tokens)
 
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Run new tokens through the decoder."""
         return self.decoder.forward(ids, counts, cache)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits."""
         return self.decoder.logits(hidden)
 
 
@@ -102,9 +104,9 @@ def load(
     Args:
         model: a model folder, or an open checkpoint.
         device: ``auto`` (a CUDA GPU if there is one), ``cpu``, ``cuda``, ``cuda:1``.
-        dtype: ``auto`` (bfloat16 where the device has it, see ``compute_dtype``), or a name in DTYPES.
+        dtype: ``auto`` (see ``find_dtype``), or a name in DTYPES.
         engine: ``fast`` (the lean decoder) or ``transformers``.
-        kernel: what multiplies quantised weights, see ``kernels.table``; ``auto``: the fastest that can.
+        kernel: what multiplies quantised weights, see ``quantised_linear.KERNELS``; ``auto``: the fastest.
         attention: see ``attention_backend``; or ``auto``, see ``find_attention``.
         head: ``as-is``, or ``int8``: the output head rounded to 8 bits (fast engine, CPU, bfloat16).
         real_vocab: never sample ids from here on; None: as the config says.
@@ -132,9 +134,7 @@ def load(
     if engine == "transformers":
         from qwenq.runtime.transformers_engine import TransformersEngine
 
-        loaded: Engine = TransformersEngine(
-            checkpoint, torch_device, torch_dtype, backend, kernel, real_vocab
-        )
+        loaded: Engine = TransformersEngine(*parts, kernel, real_vocab)
     else:
         loaded = FastEngine(Decoder(*parts, kernel, head), real_vocab)
     emulated = torch_dtype is torch.bfloat16 and compute_dtype(torch_device) is not torch.bfloat16
@@ -156,9 +156,6 @@ def find_dtype(name: str | torch.dtype, device: torch.device, engine: str = "fas
 
     On a CPU the fast engine reads bfloat16 weights wherever C kernels run: they widen it in registers, so
     that it needs no instructions for bfloat16. transformers takes it where torch does not emulate it.
-
-    Raises:
-        UsageError: no such dtype.
     """
     if isinstance(name, torch.dtype):
         return name

@@ -17,8 +17,6 @@ from qwenq.runtime.cache import LOWER, KVCache
 from qwenq.runtime.memory import explained
 from qwenq.runtime.sampling import GREEDY, Sampler, Sampling
 
-# Keep sums in float32, and end a run whose logits overflow.
-
 
 def sum_in_float32(device: torch.device, dtype: torch.dtype) -> None:
     """Sum products of float16 on a GPU in float32 to the end: by default parts may be joined in float16.
@@ -34,9 +32,6 @@ def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
 
     float16 ends at 65504, so there the logits of every prompt are looked at; with ``--debug`` those
     of every step in every dtype.
-
-    Raises:
-        ModelError: NaN or Inf among them.
     """
     wanted = (prompt and dtype is torch.float16) or bool(os.environ.get("QWENQ_DEBUG"))
     if wanted and not bool(torch.isfinite(logits).all()):
@@ -48,25 +43,17 @@ def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
     return logits
 
 
-# Generate token by token: the protocol of all engines, their loop, and what it measured.
-
-
 OnToken = Callable[[int, int], None]
 """Called with (row, id) for every token that is kept, as soon as it is known."""
 
 
 @dataclass
 class Timing:
-    """Tokens and wall seconds, prefill and decode apart. The first new token belongs to the prefill.
+    """Tokens and wall seconds, prefill and decode apart. The first new token belongs to the prefill."""
 
-    Attributes:
-        prefill_tokens: prompt tokens that were computed (not those found in a cache).
-        decode_tokens: tokens from decode steps, all rows.
-    """
-
-    prefill_tokens: int = 0
+    prefill_tokens: int = 0  # prompt tokens that were computed (not those found in a cache)
     prefill_seconds: float = 0.0
-    decode_tokens: int = 0
+    decode_tokens: int = 0  # tokens from decode steps, all rows
     decode_seconds: float = 0.0
 
     def add(self, other: Timing) -> None:
@@ -79,15 +66,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of one row of a batch.
+    """The answer of one row of a batch."""
 
-    Attributes:
-        ids: new tokens, without the stop id that ended them.
-        stop_id: that id; None when the token limit came first.
-    """
-
-    ids: list[int]
-    stop_id: int | None
+    ids: list[int]  # new tokens, without the stop id that ended them
+    stop_id: int | None  # that id; None when the token limit came first
 
 
 @dataclass(frozen=True)
@@ -114,52 +96,40 @@ class stopwatch:  # noqa: N801 - reads as a statement
         self.seconds = time.perf_counter() - self._start
 
 
-# Run prompts and steps over a cache, checked first, and generate text with them: what all engines share.
-
-
 class Engine(ABC):
-    """Runs a model over a cache. Every method works on a batch whose rows may differ in length.
+    """Runs a model over a cache. Every method works on a batch whose rows may differ in length."""
 
-    Attributes:
-        name: ``fast`` or ``transformers``.
-        implementation: what exactly runs, for the row of a table: kernel, attention, package versions.
-        notes: one line for each choice at load that a user should know, such as a faster kernel that is not
-            used, with the reason.
-        device, dtype: where and in what.
-        vocab_size: columns of the logits.
-        real_vocab: ids from here on are padding and are never sampled.
-        context: tokens that the model was made for; None where the config has no limit.
-    """
-
-    name: str
-    implementation: str
+    name: str  # ``fast`` or ``transformers``
+    implementation: str  # what exactly runs, for the row of a table: kernel, attention, package versions
+    # one line for each choice at load that a user should know: a faster kernel that is not used, and why
     notes: tuple[str, ...]
     device: torch.device
-    dtype: torch.dtype
-    vocab_size: int
-    real_vocab: int
-    context: int | None
+    dtype: torch.dtype  # of the activations
+    vocab_size: int  # columns of the logits
+    real_vocab: int  # ids from here on are padding and are never sampled
+    context: int | None  # tokens that the model was made for; None where the config has no limit
     _form: tuple[int, int, int, torch.dtype] | None = None
 
     @abstractmethod
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Return an empty cache for ``batch`` rows of at most ``capacity`` tokens."""
 
+    @abstractmethod
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Add ids to a cache; return the hidden states behind the last norm, [batch, tokens, hidden]."""
-        return self._hidden(ids, counts, cache)
+        """Add ``counts[r]`` tokens to each row r of a cache; return what is behind the last norm.
 
+        Args:
+            ids: int64 [batch, tokens]; behind a row's count, anything.
+            counts: at least one for each row.
+            cache: what came before.
+
+        Returns:
+            [batch, tokens, hidden], meaningless behind a row's count.
+        """
+
+    @abstractmethod
     def head(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits of such hidden states."""
-        return self._head(hidden)
-
-    @abstractmethod
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
-        """Run int64 [batch, tokens] to [batch, tokens, hidden]; add ``counts[r]`` tokens to each row r."""
-
-    @abstractmethod
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Return float32 [..., vocabulary] for [..., hidden]."""
+        """Return float32 logits [..., vocabulary] of such hidden states [..., hidden]."""
 
     def prompt_alpha(self, tokens: int) -> int:
         """Return Qwen v1's NTK factor for a prompt of that length (see ``rope``); 1 everywhere else.
@@ -170,15 +140,8 @@ class Engine(ABC):
         return 1
 
     @torch.inference_mode()
-    def prefill(
-        self, prompts: Sequence[Sequence[int]], cache: KVCache, rows: Sequence[int] | None = None
-    ) -> Tensor:
-        """Add prompts to rows of a cache; the head is computed at the last token of each alone.
-
-        Args:
-            prompts: ``prompts[i]`` is added to row ``rows[i]``.
-            cache: what came before.
-            rows: these rows of the cache and no others; None: all of them, in order.
+    def prefill(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
+        """Add a prompt to each row of a cache; the head is computed at the last token of each alone.
 
         Returns:
             Float32 [len(prompts), vocabulary] after each prompt's last token.
@@ -186,19 +149,11 @@ class Engine(ABC):
         Raises:
             UsageError: a prompt is empty, holds an id that is not in the vocabulary, or does not fit.
         """
-        if rows is not None:
-            # A small cache for them: the other rows cost nothing, and what is copied is little.
-            cache.check_rows(rows)
-            added = max(map(len, prompts), default=0)
-            part = cache.take(rows, max((cache.lengths[row] for row in rows), default=0) + added)
-            found = self.prefill(prompts, part)
-            cache.put(rows, part)
-            return found
         self._check(prompts, cache)
         with self._memory(prompts):
             hidden = self._prompt_hidden(prompts, cache)
             last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=self.device)
-            logits = self._head(hidden[torch.arange(len(prompts), device=self.device), last])
+            logits = self.head(hidden[torch.arange(len(prompts), device=self.device), last])
             return checked(logits, self.dtype, prompt=True)
 
     @torch.inference_mode()
@@ -206,8 +161,8 @@ class Engine(ABC):
         """Add one token to each row, int64 [batch], and return float32 [batch, vocabulary] after it."""
         self._check_step(tokens, cache)
         with self._step_memory(cache):
-            hidden = self._hidden(tokens.unsqueeze(1), [1] * len(tokens), cache)
-            return checked(self._head(hidden[:, 0]), self.dtype, prompt=False)
+            hidden = self.forward(tokens.unsqueeze(1), [1] * len(tokens), cache)
+            return checked(self.head(hidden[:, 0]), self.dtype, prompt=False)
 
     @torch.inference_mode()
     def logits(self, prompts: Sequence[Sequence[int]], cache: KVCache | None = None) -> list[Tensor]:
@@ -216,7 +171,7 @@ class Engine(ABC):
         self._check(prompts, cache)
         with self._memory(prompts):
             hidden = self._prompt_hidden(prompts, cache)
-            heads = (self._head(row[: len(prompt)]) for row, prompt in zip(hidden, prompts, strict=True))
+            heads = (self.head(row[: len(prompt)]) for row, prompt in zip(hidden, prompts, strict=True))
             return [checked(logits, self.dtype, prompt=True) for logits in heads]
 
     def generate(
@@ -320,7 +275,9 @@ class Engine(ABC):
             yield drawn
 
     def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
-        return self._hidden(_padded(prompts, self.device), [len(prompt) for prompt in prompts], cache)
+        counts = [len(prompt) for prompt in prompts]
+        padded = [[*prompt, *[0] * (max(counts) - len(prompt))] for prompt in prompts]
+        return self.forward(torch.tensor(padded, device=self.device), counts, cache)
 
     def _memory(self, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
         what = f"{len(prompts)} prompts of up to {max(map(len, prompts), default=0)} tokens"
@@ -372,9 +329,3 @@ class Engine(ABC):
 def _require_some(max_new_tokens: int) -> None:
     if max_new_tokens < 1:
         raise UsageError(f"{max_new_tokens} new tokens are none", where="--max-new-tokens")
-
-
-def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Return int64 [rows, longest], shorter rows filled with 0 on the right."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)

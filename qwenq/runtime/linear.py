@@ -15,18 +15,15 @@ from qwenq.errors import UnsupportedError
 from qwenq.models.gptq_config import CheckpointFormat
 from qwenq.models.gptq_format import PackedLinear, has_trivial_g_idx, unpack
 
-# Define what a linear layer is to the engines, and what one over packed integers has to tell of itself.
-#
-# A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor
-# takes one layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are
-# listed in ``table``.
+# A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor takes
+# one layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are listed in
+# ``quantised_linear.KERNELS``.
 
 
 class Linear(Protocol):
     """A linear layer that is ready to run."""
 
-    name: str
-    """Its name in tables."""
+    name: str  # in tables
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [..., out] for [..., in], in the dtype of ``x``."""
@@ -40,50 +37,31 @@ class Linear(Protocol):
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Sizes of one quantised linear, by headers and ``g_idx``.
+    """Sizes of one quantised linear, by headers and ``g_idx``."""
 
-    Attributes:
-        name: of the module.
-        in_features, out_features: of the weight.
-        even: whether the group size divides the columns.
-    """
-
-    name: str
+    name: str  # of the module
     in_features: int
     out_features: int
-    even: bool = True
+    even: bool = True  # whether the group size divides the columns
 
 
 @dataclass(frozen=True, eq=False)
 class Requirements:
-    """What a model requires of a `QuantLinear`; equal to itself alone: experts are thousands of layers.
+    """What a model requires of a `QuantLinear`; equal to itself alone: experts are thousands of layers."""
 
-    Attributes:
-        bits: 2, 4 or 8.
-        group_size: input columns that share a scale; -1 for all of them.
-        checkpoint_format: how zero points are stored.
-        device, dtype: where, and of the activations.
-        layers: every quantised linear of the model.
-    """
-
-    bits: int
-    group_size: int
-    checkpoint_format: CheckpointFormat
+    bits: int  # 2, 4 or 8
+    group_size: int  # input columns that share a scale; -1 for all of them
+    checkpoint_format: CheckpointFormat  # how zero points are stored
     device: torch.device
-    dtype: torch.dtype
-    layers: tuple[LinearShape, ...] = ()
+    dtype: torch.dtype  # of the activations
+    layers: tuple[LinearShape, ...] = ()  # every quantised linear of the model
 
 
 class QuantLinear(Linear, Protocol):
-    """A linear layer over packed integers.
+    """A linear layer over packed integers."""
 
-    Attributes:
-        device_type: ``cpu``, ``cuda``, or ``any``: where it may be a faster choice than others.
-        widths: bits that it holds.
-    """
-
-    device_type: ClassVar[str]
-    widths: ClassVar[tuple[int, ...]]
+    device_type: ClassVar[str]  # ``cpu``, ``cuda``, or ``any``: where it may be a faster choice than others
+    widths: ClassVar[tuple[int, ...]]  # bits that it holds
 
     def __init__(self, packed: PackedLinear, need: Requirements, bias: Tensor | None) -> None:
         """Take one linear layer; ``packed`` and ``bias`` lie on the CPU, what is kept on ``need.device``."""
@@ -96,19 +74,12 @@ class QuantLinear(Linear, Protocol):
 
 @dataclass(frozen=True)
 class UnpackedLinear:
-    """One quantised linear as plain integers, the columns of each group side by side.
+    """One quantised linear as plain integers, the columns of each group side by side."""
 
-    Attributes:
-        integers: uint8 [out, in].
-        scales: float32 [out, groups], of either sign.
-        zeros: uint8 [out, groups].
-        order: int64 [in], the input column of each stored one; None: as they come.
-    """
-
-    integers: Tensor
-    scales: Tensor
-    zeros: Tensor
-    order: Tensor | None
+    integers: Tensor  # uint8 [out, in]
+    scales: Tensor  # float32 [out, groups], of either sign
+    zeros: Tensor  # uint8 [out, groups]
+    order: Tensor | None  # int64 [in], the input column of each stored one; None: as they come
 
     @property
     def group_size(self) -> int:
@@ -125,11 +96,7 @@ class UnpackedLinear:
 
 
 def unpack_by_group(packed: PackedLinear, need: Requirements) -> UnpackedLinear:
-    """Unpack a layer; columns in activation order are sorted by group.
-
-    Raises:
-        UnsupportedError: groups of unequal size.
-    """
+    """Unpack a layer; columns in activation order are sorted by group, which all have to have one size."""
     integers, scales, zeros = unpack(packed, need.bits, need.checkpoint_format)
     order = None
     if not has_trivial_g_idx(packed.g_idx, packed.groups):
@@ -156,18 +123,10 @@ def stacked(layers: list[PackedLinear]) -> PackedLinear | None:
     return PackedLinear(qweight, qzeros, scales, first.g_idx)
 
 
-# Multiply plain weights, and join layers over the same input.
-
-
 class Dense:
-    """A matrix in the dtype of the activations.
+    """A matrix [out, in] in the dtype of the activations, and a bias [out] or None.
 
-    Attributes:
-        layer: the matrix as a compiled decode step reads it; None: C does not multiply it here.
-
-    Args:
-        weight: [out, in].
-        bias: [out] or None.
+    ``layer`` is the matrix as a compiled decode step reads it; None: C does not multiply it here.
     """
 
     name = "dense"
@@ -196,8 +155,3 @@ class SideBySide:
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
-
-
-def float32_logits(head: Linear, hidden: Tensor) -> Tensor:
-    """Return the output head's product in float32, for softmax and sampling."""
-    return head(hidden).to(torch.float32)

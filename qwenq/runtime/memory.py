@@ -31,9 +31,6 @@ def require(needed: int, device: torch.device, what: str, hint: str) -> None:
         device: where.
         what: what needs them, as the subject of a sentence.
         hint: which option lowers it.
-
-    Raises:
-        OutOfMemoryError: fewer bytes are free.
     """
     free = free_bytes(device)
     if needed > free:
@@ -44,11 +41,7 @@ def require(needed: int, device: torch.device, what: str, hint: str) -> None:
 
 @contextmanager
 def explained(device: torch.device, what: str, hint: str) -> Iterator[None]:
-    """Turn torch's refusals to allocate into an error with what was running and what would lower it.
-
-    Raises:
-        OutOfMemoryError: torch was refused memory inside the block.
-    """
+    """Turn torch's refusals to allocate into an error with what was running and what would lower it."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -21,8 +21,6 @@ from qwenq.runtime.linear import (
     unpack_by_group,
 )
 
-# Multiply dequantised weights, the reference: it runs everywhere, in the memory of plain weights.
-
 
 class Dequantise:
     """A plain matrix product in the dtype of the activations."""
@@ -103,13 +101,9 @@ class CpuNative:
     @classmethod
     def unsupported_reason(cls, need: Requirements) -> str | None:
         """Require the C library, bfloat16 activations, whole groups and whole blocks of outputs."""
-        if need.device.type != "cpu":
-            return f"it runs on the CPU, not on {need.device.type}"
         if need.bits not in cls.widths:
             return f"it holds {' or '.join(map(str, cls.widths))} bits, not {need.bits}"
-        if need.dtype != torch.bfloat16:
-            return f"it computes in bfloat16, not in {str(need.dtype).removeprefix('torch.')}"
-        if reason := cpu.unsupported_reason():
+        if reason := _unsupported_activations(need.device, need.dtype):
             return reason
         reasons = (_unsupported_layer(layer, need.group_size) for layer in need.layers)
         return next((reason for reason in reasons if reason), None)
@@ -145,6 +139,14 @@ class CpuNative:
         return sum(tensor.nbytes for tensor in held if tensor is not None)
 
 
+def _unsupported_activations(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    if dtype != torch.bfloat16:
+        return f"it computes in bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    return cpu.unsupported_reason()
+
+
 def _unsupported_layer(layer: LinearShape, columns: int) -> str | None:
     size = layer.in_features if columns == -1 else columns
     if not _longest_group(size):
@@ -169,11 +171,7 @@ _VOCAB_AT_ONCE = 4096
 
 
 class Int8Head:
-    """The head rounded to nearest in 8 bits, a scale for each 32 columns. On the CPU, in bfloat16.
-
-    Args:
-        weight: bfloat16 [vocabulary, hidden].
-    """
+    """The head, bfloat16 [vocabulary, hidden], rounded to 8 bits with a scale for each 32 columns."""
 
     name = f"int8 head by {CpuNative.name}"
 
@@ -190,11 +188,7 @@ class Int8Head:
 
     @classmethod
     def of(cls, head: Linear) -> Int8Head:
-        """Round a plain head.
-
-        Raises:
-            UnsupportedError: the head is quantised already, or it cannot run in Int8 here.
-        """
+        """Round a plain head; refuse one that is quantised already, or cannot run in Int8 here."""
         reason = f"the output head is quantised already ({head.name})"
         if isinstance(head, Dense):
             weight = head.weight
@@ -208,15 +202,10 @@ class Int8Head:
     @staticmethod
     def unsupported_reason(weight: Tensor) -> str | None:
         """Return why such a head cannot run in Int8, in words that follow "because"; None: it can."""
-        if weight.device.type != "cpu":
-            return f"it runs on the CPU, not on {weight.device.type}"
-        if weight.dtype != torch.bfloat16:
-            return f"it computes in bfloat16, not in {str(weight.dtype).removeprefix('torch.')}"
-        if reason := cpu.unsupported_reason():
-            return reason
-        if weight.shape[1] % _GROUP_SIZE:
+        reason = _unsupported_activations(weight.device, weight.dtype)
+        if reason is None and weight.shape[1] % _GROUP_SIZE:
             return f"{weight.shape[1]} columns are no multiple of {_GROUP_SIZE}"
-        return None
+        return reason
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [..., vocabulary] for [..., hidden]."""
@@ -322,19 +311,12 @@ class TritonInt8(TritonInt4):
     widths: ClassVar[tuple[int, ...]] = (8,)
 
 
-# List the quantised linears, the fastest of each device first, and choose one at load.
-
-
 KERNELS: tuple[type[QuantLinear], ...] = (CpuNative, TritonInt4, TritonInt8, Dequantise)
 """``auto`` takes the first that is supported. Importing them works without a GPU."""
 
 
 def choose(name: str, need: Requirements) -> tuple[type[QuantLinear], list[str]]:
-    """Return the kernel of that name, or the first of the table that can run the model.
-
-    Args:
-        name: ``auto`` or a kernel's name.
-        need: the model, device and dtype.
+    """Return the kernel of that name; ``auto``: the first of the table that can run the model.
 
     Returns:
         The kernel, and a notice for each faster one of this device that is not used, with the reason.
@@ -343,26 +325,18 @@ def choose(name: str, need: Requirements) -> tuple[type[QuantLinear], list[str]]
         UsageError: there is no such kernel.
         UnsupportedError: the kernel that was asked for cannot run this; no other is taken in its place.
     """
-    if name == "auto":
-        return _fastest(need)
-    found = next((kernel for kernel in KERNELS if kernel.name == name), None)
-    if found is None:
+    asked = [kernel for kernel in KERNELS if name in ("auto", kernel.name)]
+    if not asked:
         names = ", ".join(kernel.name for kernel in KERNELS)
         raise UsageError(f"there is no kernel {name!r}", where="--kernel", hint=f"use auto, {names}")
-    if reason := found.unsupported_reason(need):
-        raise UnsupportedError(
-            f"the kernel {name} cannot run this model here: {reason}", where="--kernel", hint="use auto"
-        )
-    return found, []
-
-
-def _fastest(need: Requirements) -> tuple[type[QuantLinear], list[str]]:
     notices: list[str] = []
-    for kernel in KERNELS:
+    for kernel in asked:
         reason = kernel.unsupported_reason(need)
         if reason is None:
             return kernel, notices
         # Of two kernels for different widths, one is never the faster choice.
         if kernel.device_type == need.device.type and need.bits in kernel.widths:
             notices.append(f"the faster kernel {kernel.name} is not used because {reason}")
-    raise AssertionError("the reference kernel runs everything")
+    raise UnsupportedError(  # the last kernel of the table runs everything
+        f"the kernel {name} cannot run this model here: {reason}", where="--kernel", hint="use auto"
+    )

@@ -16,31 +16,18 @@ from qwenq.errors import UsageError
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
 
-# Choose the next token: greedy, or temperature, top-k and top-p with a seed.
-
-
 _COLDEST = 1e-30
 """Of temperatures: below it only equal logits share the draw, and float32 would take it for 0."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """How tokens are chosen."""
 
-    Attributes:
-        temperature: 0 takes the most likely token; otherwise logits are divided by it.
-        top_p: keep the fewest likeliest tokens whose probabilities sum to at least this.
-        top_k: keep that many likeliest tokens; 0 keeps all.
-        seed: of the random numbers; each row of a batch has a stream derived from it.
-
-    Raises:
-        UsageError: a value out of range.
-    """
-
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
+    temperature: float = 1.0  # 0 takes the most likely token; otherwise logits are divided by it
+    top_p: float = 1.0  # keep the fewest likeliest tokens whose probabilities sum to at least this
+    top_k: int = 0  # keep that many likeliest tokens; 0 keeps all
+    seed: int = 0  # of the random numbers; each row of a batch has a stream derived from it
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -62,16 +49,9 @@ GREEDY = Sampling(temperature=0.0)
 
 
 class Sampler:
-    """Draws tokens for a batch.
+    """Draws tokens for a batch of rows; ids from ``real_vocab`` on are padding and never chosen.
 
-    Args:
-        sampling: how.
-        rows: rows of the batch.
-        real_vocab: ids from here on are padding of the embedding and are never chosen.
-        suppressed: ids that are never chosen either: their logits become −∞ before anything else is done.
-
-    Raises:
-        UsageError: no id is left.
+    The logits of ``suppressed`` ids become −∞ before anything else is done.
     """
 
     def __init__(
@@ -109,9 +89,6 @@ class Sampler:
         if 0 < self._sampling.top_k < logits.shape[-1]:
             return logits.topk(self._sampling.top_k)
         return logits.sort(descending=True, stable=True)
-
-
-# Read how a checkpoint wants to be sampled (generation_config.json), and which ids end its texts.
 
 
 SEED = 1024

@@ -17,38 +17,24 @@ from qwenq.models.qwen_v1 import V1_KEY, LongContext, long_context_of
 from qwenq.models.shapes import ModelShape
 from qwenq.models.transformers_model import refused_by_transformers, transformers_config
 
-# Read what the lean decoder needs of a config.json, and refuse what it does not have.
-
-
 _USE_TRANSFORMERS = "use --engine transformers"
 _COPY_AGAIN = "copy the model's config.json again"
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Sizes and constants of a Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next or Qwen3.5 decoder.
-
-    Attributes:
-        shape: all sizes.
-        eps: of every RMSNorm.
-        rotated: width of a head's part that is rotated, its first columns.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: transformers' rope parameters where they are not the default, else None.
-        long_context: Qwen v1's own way beyond ``seq_length``; None for all newer models.
-        real_vocab: ids from here on pad the embedding and are never sampled.
-        normalises_experts: whether the shares of a token's experts are made to add up to one.
-        config: the whole config.json.
-    """
+    """Sizes and constants of a Llama, Qwen2, Qwen3, Qwen3-MoE, Qwen3-Next or Qwen3.5 decoder."""
 
     shape: ModelShape
-    eps: float
-    rotated: int
-    rope_theta: float
+    eps: float  # of every RMSNorm
+    rotated: int  # width of a head's part that is rotated, its first columns
+    rope_theta: float  # base of the rotary frequencies
+    # transformers' rope parameters where they are not the default, else None
     rope_scaling: dict[str, Any] | None
-    long_context: LongContext | None
-    real_vocab: int
-    normalises_experts: bool
-    config: dict[str, Any]
+    long_context: LongContext | None  # Qwen v1's own way beyond ``seq_length``; None for all newer models
+    real_vocab: int  # ids from here on pad the embedding and are never sampled
+    normalises_experts: bool  # whether the shares of a token's experts are made to add up to one
+    config: dict[str, Any]  # the whole config.json
 
     @property
     def keeps_rope_in_float32(self) -> bool:
@@ -203,10 +189,7 @@ def _scaled_frequencies(spec: DecoderSpec) -> tuple[Tensor, float]:
 class Rope:
     """Cosines and sines of every position, in one table per NTK factor (one table in all but Qwen v1).
 
-    Args:
-        spec: the model.
-        device: where the tables lie.
-        dtype: of the activations; the tables have it too, except Qwen v1's, which stay float32.
+    They have the dtype of the activations, except Qwen v1's, which stay float32.
     """
 
     def __init__(self, spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> None:
@@ -245,13 +228,7 @@ class Rope:
     def at_step(self, positions: Tensor, alphas: Sequence[int], end: int) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines of a decode step on a CPU, with attention's scale in the queries'.
 
-        Args:
-            positions: int64 [batch or 1, 1], all below ``end``.
-            alphas: NTK factor of each row.
-            end: number of positions that the tables have to hold.
-
-        Returns:
-            Two of float32 [batch or 1, heads + key/value heads, d].
+        As ``at`` for one token, but float32 [batch or 1, heads + key/value heads, d].
         """
         cos, sin = self.at(positions, alphas, end)  # [batch or 1, 1, 1, d]
         scales, context = self._scales, self._spec.long_context

@@ -28,17 +28,11 @@ from qwenq.runtime.transformers_engine import TransformersEngine
 
 END, CACHE, FORGET, HIDDEN, HEAD = range(5)
 """Messages: the last one; a new cache; a cache that is needed no more; a forward pass; the head."""
-_FIRST = 32
-"""Numbers in the first part of a message: a decode step of a few rows needs no second."""
+_FIRST = 32  # numbers in the first part of a message: a decode step of a few rows needs no second
 
 
 def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:
-    """Refuse what transformers' plan cannot shard among so many processes.
-
-    Raises:
-        UnsupportedError: accelerate is missing; packed weights, an architecture without a plan, or heads
-            that do not divide.
-    """
+    """Refuse what transformers' plan cannot shard among so many processes."""
     if find_spec("accelerate") is None:
         raise UnsupportedError(
             "transformers shards a model only where accelerate is installed",
@@ -115,19 +109,21 @@ class LeadingEngine(SplitEngine):
         """End the other ranks' `follow`."""
         _broadcast(self._team, [END])
 
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Run new tokens on all ranks."""
         if (number := self._numbers.get(cache)) is None:
             raise UnsupportedError("rows of a cache cannot be taken out of it with tensor parallelism")
         self._forget()
         rows, tokens = ids.shape
         message = [HIDDEN, number, cache.capacity, rows, tokens, *cache.lengths, *counts]
         _broadcast(self._team, [*message, *ids.flatten().tolist()])
-        return super()._hidden(ids, counts, cache)
+        return super().forward(ids, counts, cache)
 
-    def _head(self, hidden: Tensor) -> Tensor:
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits, by all ranks."""
         _broadcast(self._team, [HEAD, *hidden.shape])
         _broadcast_tensor(self._team, hidden)
-        return super()._head(hidden)
+        return super().head(hidden)
 
     def _forget(self) -> None:
         while self._gone:
@@ -136,11 +132,7 @@ class LeadingEngine(SplitEngine):
 
 @torch.inference_mode()
 def follow(engine: SplitEngine, team: Team) -> None:
-    """Compute what the leader computes, until it closes its engine.
-
-    Raises:
-        LostError: the leader is gone.
-    """
+    """Compute what the leader computes, until it closes its engine."""
     caches: dict[int, KVCache] = {}
     while True:
         kind, *numbers = _receive(team)
@@ -157,11 +149,11 @@ def follow(engine: SplitEngine, team: Team) -> None:
             cache.reserve(capacity)
             cache.lengths, counts = rest[:rows], rest[rows : 2 * rows]
             ids = torch.tensor(rest[2 * rows :], device=engine.device).view(rows, tokens)
-            engine._hidden(ids, counts, cache)
+            engine.forward(ids, counts, cache)
         else:
             hidden = torch.empty(numbers, dtype=engine.dtype, device=engine.device)
             _broadcast_tensor(team, hidden)
-            engine._head(hidden)
+            engine.head(hidden)
 
 
 def _broadcast(team: Team, numbers: Sequence[int]) -> None:

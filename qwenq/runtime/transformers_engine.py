@@ -26,7 +26,7 @@ from qwenq.models.config import PLAIN_ROPE, by_inspection, rope_parameters
 from qwenq.models.inspection import ClassHead
 from qwenq.models.qwen_v1 import LongContext, long_context_of
 from qwenq.models.transformers_model import as_cache, assemble_unfused, build_whole_model, transformers_config
-from qwenq.runtime.attention import Attention, Off, Sdpa
+from qwenq.runtime.attention.plain import Attention, Off, Sdpa
 from qwenq.runtime.cache import KVCache, Span, StateShape, plan
 from qwenq.runtime.generation import Engine
 from qwenq.runtime.linear import Linear
@@ -47,13 +47,9 @@ class TransformersEngine(Engine):
         checkpoint: plain or GPTQ weights.
         device, dtype: where it runs, and in what.
         attention: what mixes the cache's values.
-        kernel: of the quantised linears, see ``kernels.table``.
+        kernel: of the quantised linears, see ``quantised_linear.KERNELS``.
         real_vocab: never sample ids from here on; None: as the config says.
         processes: among which the model is sharded, see ``tensor_parallel``.
-
-    Raises:
-        UnsupportedError: transformers does not know the architecture, or a kernel cannot run this model here.
-        ModelError: tensors are missing or of another shape; names the first.
     """
 
     name = "transformers"
@@ -101,9 +97,10 @@ class TransformersEngine(Engine):
         sizes = (layers, batch, heads, capacity, width)
         return KVCache(*sizes, self.device, self.dtype, self._states)
 
-    def _hidden(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+    def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+        """Run new tokens through transformers' model without its head."""
         if cache.states and len(set(counts)) > 1:
-            return self._hidden_by_count(ids, counts, cache)
+            return self._forward_by_count(ids, counts, cache)
         span = cache.span(counts)
         _refuse_long_v1(self._long_context, span.end)
         _forget_longest(self._model.base_model)
@@ -121,13 +118,13 @@ class TransformersEngine(Engine):
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def _hidden_by_count(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
+    def _forward_by_count(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run rows of unlike length apart: padding would go into their recurrent states."""
         hidden: Tensor | None = None
         for count in sorted(set(counts) - {0}):
             rows = [row for row, own in enumerate(counts) if own == count]
             part = cache.take(rows, max(cache.lengths[row] for row in rows) + count)
-            found = self._hidden(ids[rows, :count], [count] * len(rows), part)
+            found = self.forward(ids[rows, :count], [count] * len(rows), part)
             cache.put(rows, part)
             if hidden is None:
                 hidden = found.new_zeros(len(counts), ids.shape[1], found.shape[-1])
@@ -136,10 +133,9 @@ class TransformersEngine(Engine):
             raise UsageError("there is no token to run")
         return hidden
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        if self._after is not None:
-            return self._after(hidden).float()
-        logits: Tensor = self._model.get_output_embeddings()(hidden)
+    def head(self, hidden: Tensor) -> Tensor:
+        """Return float32 logits."""
+        logits: Tensor = (self._after or self._model.get_output_embeddings())(hidden)
         return logits.float()
 
 
@@ -187,11 +183,7 @@ class _Probe(DynamicLayer):  # type: ignore[misc]
 
 @torch.inference_mode()
 def _probe(model: Any, kinds: Sequence[str], device: torch.device) -> _Widths:
-    """Run one token and return what each layer wants to keep of it.
-
-    Raises:
-        UnsupportedError: a layer keeps nothing, or layers differ.
-    """
+    """Run one token and return what each layer wants to keep of it."""
     layers, span = [_Probe() for _ in kinds], plan([0], [1], device)
     model.base_model(
         input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device),

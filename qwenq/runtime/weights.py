@@ -118,13 +118,6 @@ class Weights:
     Attributes:
         kernel: name of what runs the linear layers.
         notes: faster kernels that are not used, and why.
-
-    Raises:
-        ModelError: a quantised module is incomplete or contradicts its settings.
-        UsageError: there is no such kernel.
-        UnsupportedError: the kernel cannot run this model here.
-        OutOfMemoryError: the weights alone take more than what is free.
-        CorruptFileError: on reading, a tensor with NaN or Inf.
     """
 
     def __init__(
@@ -185,11 +178,7 @@ class Weights:
         return frozenset(self._names)
 
     def check(self, shape: ModelShape, tied: bool) -> None:
-        """Check that every tensor of the config is there in its shape, and that the blocks hold no other.
-
-        Raises:
-            ModelError: names the first tensor that is missing, surplus, or of another shape.
-        """
+        """Check that every tensor of the config is there in its shape, and that the blocks hold no other."""
         expected = shape.tensors()
         expected.pop("lm_head.weight", None)
         if not tied:

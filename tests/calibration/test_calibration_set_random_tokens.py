@@ -33,13 +33,11 @@ def test_the_seed_decides_and_ids_are_in_the_vocabulary() -> None:
     assert random_tokens(300, Sizes(samples=5, held_out=0, seq_len=64), 0).manifest.held_out_from == "none"
 
 
-def chosen(
-    source: Path | str, vocabulary: int = 300, said: list[str] | None = None, **sizes: int
-) -> CalibrationSet:
+def chosen(source: Path | str, said: list[str] | None = None, **sizes: int) -> CalibrationSet:
     recipe = Recipe(calibration=CalibrationRecipe(source=str(source), **sizes))
     checkpoint = random_checkpoint("qwen2.5-0.5b-instruct", 0, device=torch.device("cpu"))
     told = said if said is not None else []
-    return calibration_for(recipe, checkpoint, vocabulary, torch.device("cpu"), notices_to(told))
+    return calibration_for(recipe, checkpoint, torch.device("cpu"), notices_to(told))
 
 
 def test_a_saved_set_for_random_weights_is_taken_as_it_is_or_refused(tmp_path: Path) -> None:
@@ -50,8 +48,9 @@ def test_a_saved_set_for_random_weights_is_taken_as_it_is_or_refused(tmp_path: P
     assert chosen(path, samples=5, seq_len=64).fingerprint == made.fingerprint
     with pytest.raises(UsageError, match="--samples 9 was asked for, but this saved set has 5"):
         chosen(path, samples=9)
-    with pytest.raises(CalibrationError, match="outside the model's vocabulary of 100 ids"):
-        chosen(path, vocabulary=100)
+    random_tokens(10**6, Sizes(samples=5, held_out=3, seq_len=64), 0).save(tmp_path / "wide.safetensors")
+    with pytest.raises(CalibrationError, match="outside the model's vocabulary of 151936 ids"):
+        chosen(tmp_path / "wide.safetensors")
     with pytest.raises(UsageError, match="no such calibration set"):
         chosen(tmp_path / "gone.safetensors")
     random_tokens(300, Sizes(samples=5, held_out=0, seq_len=64), 0).save(path)

@@ -72,12 +72,6 @@ def test_a_dataset_that_cannot_be_read_is_reported_with_its_row(name: str, damag
     assert str(caught.value.where).startswith("owner/name")
 
 
-def test_without_datasets_the_hint_names_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match=r"(?s)package datasets.*pip install datasets, .*or self"):
-        next(iter(read_hub("owner/name")))
-
-
 def test_without_a_network_the_hint_names_alternatives(tmp_path: Path) -> None:
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, "-c", RUN]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwenq.compute import columns, cpu
 from qwenq.compute.ops import fallback_notice
-from qwenq.compute.products import CProducts, Float32Products, Products, mirror, products, unsupported_reason
+from qwenq.compute.products import CProducts, Float32Products, mirror, products, unsupported_reason
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.pipeline import how_summed
 
@@ -24,7 +24,7 @@ def drawn(seed: int, tokens: int, width: int, dtype: torch.dtype) -> Tensor:
     return (x * torch.logspace(-3, 1, width)).to(dtype)  # columns of very different size, as channels are
 
 
-def native(rows: int, columns: int, dtype: torch.dtype, *, symmetric: bool = False) -> Products:
+def native(rows: int, columns: int, dtype: torch.dtype, *, symmetric: bool = False) -> CProducts:
     made = products(rows, columns, torch.empty(0, dtype=dtype), symmetric=symmetric)
     assert isinstance(made, CProducts)
     return made

@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_whole_prompt(batch: int | None) -> None:
 def test_the_shared_part_is_computed_once() -> None:
     runner, asked = engine(), questions()
     fed = 0
-    plain = runner._hidden
+    plain = runner.forward
 
     def counted(ids: torch.Tensor, counts: Sequence[int], cache: KVCache) -> torch.Tensor:
         nonlocal fed
@@ -68,7 +68,7 @@ def test_the_shared_part_is_computed_once() -> None:
         hidden: torch.Tensor = plain(ids, counts, cache)
         return hidden
 
-    runner._hidden = counted
+    runner.forward = counted
     answers(runner, asked, None)
     continuations = sum(len(choice) - 1 for question in asked for choice in question.choices)
     tails = sum(len(question.prompt) for question in asked) - 6 * (150 + 130)

@@ -34,6 +34,7 @@ def test_steps_and_prompts_alternate_over_one_cache() -> None:
     torch.testing.assert_close(found[0], expected[-1], atol=1e-4, rtol=0)
 
 
+@torch.inference_mode()
 def test_rows_are_replaced_between_steps() -> None:
     model, checkpoint = small_model("qwen2-tied")
     engine = load(checkpoint, device="cpu", dtype="float32")
@@ -41,9 +42,9 @@ def test_rows_are_replaced_between_steps() -> None:
     cache = engine.new_cache(3, 40)
     engine.prefill(rows, cache)
     engine.decode(torch.tensor([1, 2, 3]), cache)  # the cache is laid out for steps from here on
-    cache.clear([1])
-    fresh = random_ids(23, 9)
-    engine.prefill([fresh], cache, rows=[1])
+    fresh, other = random_ids(23, 9), engine.new_cache(1, 23)
+    engine.prefill([fresh], other)
+    cache.put([1], other)
     found = engine.decode(torch.tensor([5, 6, 7]), cache)
     now = [[*rows[0], 1, 5], [*fresh, 6], [*rows[2], 3, 7]]
     expected = torch.stack([reference_logits(model, ids)[-1] for ids in now])

@@ -23,8 +23,6 @@ def test_an_empty_list_of_prompts_is_refused(runner: Engine) -> None:
     for run in (runner.prefill, runner.logits):
         with pytest.raises(UsageError, match="no prompt to run"):
             run([], runner.new_cache(0, 8))  # type: ignore[operator]
-    with pytest.raises(UsageError, match="no prompt to run"):
-        runner.prefill([], runner.new_cache(2, 8), rows=[])
 
 
 def test_one_empty_prompt_among_others_is_named(runner: Engine) -> None:
@@ -60,12 +58,6 @@ def test_the_cache_of_another_model_is_refused(runner: Engine, family: str, dtyp
     other.prefill([random_ids(3)], cache)
     with pytest.raises(UsageError, match="is of another model"):
         runner.decode(torch.tensor([1]), cache)
-
-
-@pytest.mark.parametrize("rows", [[7], [-1]])
-def test_prompts_for_rows_that_a_cache_does_not_have(runner: Engine, rows: list[int]) -> None:
-    with pytest.raises(UsageError, match=f"a cache of 2 rows has no row {rows[0]}"):
-        runner.prefill([random_ids(3)], runner.new_cache(2, 9), rows=rows)
 
 
 def test_stop_ids_that_are_not_in_the_vocabulary_stop_nothing(runner: Engine) -> None:

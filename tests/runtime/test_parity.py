@@ -109,8 +109,9 @@ def test_finished_rows_make_room_for_the_next_prompts(engine: str) -> None:
     first, second = [random_ids(n, n) for n in (9, 4, 20)], [random_ids(n, n) for n in (15, 6)]
     cache = runner.new_cache(3, 24)
     runner.prefill(first, cache)
-    cache.clear([2, 0])
-    found = runner.prefill(second, cache, rows=[2, 0])
+    fresh = runner.new_cache(2, 24)
+    found = runner.prefill(second, fresh)
+    cache.put([2, 0], fresh)
     assert_close(found, torch.stack([reference_logits(model, row)[-1] for row in second]))
     now = [second[1], first[1], second[0]]
     found = runner.decode(torch.tensor([5, 6, 7]), cache)

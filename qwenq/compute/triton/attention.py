@@ -77,15 +77,12 @@ def _flash_v1(
 
 
 def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Run FlashAttention (1) over the cache.
+    """Run FlashAttention (1) over the cache; return [batch, heads, tokens, d].
 
     Args:
         queries: [batch, heads, tokens, d], float16 or bfloat16.
         keys, values: [batch, key/value heads, end, d]; d has stride 1.
         positions: int64 [batch or 1, tokens]: query t sees the slots 0 … positions[t].
-
-    Returns:
-        [batch, heads, tokens, d]
     """
     batch, heads, tokens, d = queries.shape
     shared, end = keys.shape[1:3]
@@ -192,15 +189,12 @@ def _join_runs(
 
 
 def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -> Tensor:
-    """Compute attention of one query per head over the cache.
+    """Compute attention of one query per head over the cache; return [batch, heads, 1, d].
 
     Args:
         queries: [batch, heads, 1, d], float16 or bfloat16.
         keys, values: [batch, key/value heads, end, d]; d has stride 1.
         positions: int64 [batch]: row r sees the slots 0 … positions[r], on the device.
-
-    Returns:
-        [batch, heads, 1, d], in the dtype of the queries.
     """
     batch, heads, _, d = queries.shape
     shared, end = keys.shape[1:3]

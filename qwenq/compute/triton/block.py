@@ -9,8 +9,7 @@ from torch import Tensor
 
 from qwenq.compute.gpu import power_of_2
 
-_FFN_BLOCK = 1024
-"""Features of the gated activation for one program."""
+_FFN_BLOCK = 1024  # features of the gated activation for one program
 
 
 @triton.jit
@@ -83,17 +82,7 @@ def _gated(gate_up: tl.tensor, product: tl.tensor, ffn: tl.tensor, BLOCK: tl.con
 
 
 def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    """Add y to x in place, and return the RMSNorm of the sum.
-
-    Args:
-        x: [rows, hidden], contiguous.
-        y: as x; None: nothing is added.
-        weight: [hidden].
-        eps: added to the mean square.
-
-    Returns:
-        [rows, hidden], of the dtype of x.
-    """
+    """Add y to x in place, both [rows, hidden] and contiguous, and return the RMSNorm of the sum."""
     rows, hidden = x.shape
     normed = torch.empty_like(x)
     with torch.cuda.device_of(x):

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, AHEAD = 32, 16
-"""Rows of a program; and the columns that an error is pushed onto at a time."""
+ROWS, AHEAD = 32, 16  # rows of a program; and the columns that an error is pushed onto at a time
 
 
 @triton.jit

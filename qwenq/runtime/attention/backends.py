@@ -10,32 +10,23 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.attention.flash import flash_v1_ours, flash_v1_package, flash_v2, split
-from qwenq.runtime.attention.plain import Attention, GroupedDecode, Off, Sdpa, grouped
+from qwenq.runtime.attention.flash import FlashV1, Split, flash_v1_package, flash_v2
+from qwenq.runtime.attention.plain import Attention, GroupedDecode, Off, Sdpa
 from qwenq.runtime.cache import Span
 
-# Measure at load which backend is fastest here: one for prompts, one for decode steps.
-
-
-HEADS, HEAD_DIM = 16, 128
-"""Of the measurement: one layer of Qwen-1.8B."""
-PROMPT, CONTEXT = 512, 2048
-"""Tokens of the prompt, and slots that a decode step reads."""
+HEADS, HEAD_DIM = 16, 128  # of the measurement: one layer of Qwen-1.8B
+PROMPT, CONTEXT = 512, 2048  # tokens of the prompt, and slots that a decode step reads
 _REPEATS = 3
 
 
 class Autotuned:
-    """The backends that were fastest for prompts and for decode steps.
+    """The backends that were fastest for prompts and for decode steps of that device and dtype.
 
-    Args:
-        candidates: backends that can run here.
-        device, dtype: of the measurement.
+    A decoder with a CPU's ``grouped`` among them measures its whole steps with and without that, as they are
+    what counts, and may call `take_whole_steps`.
 
     Attributes:
         seconds: of each candidate, by name: one prompt, one decode step.
-        implementation: what was chosen, from what.
-        has_grouped: whether ``grouped`` is a candidate: a decoder measures its whole steps with and without
-            that, too, as they are what counts, and may call `take_whole_steps`.
     """
 
     name = "best"
@@ -87,21 +78,12 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# List the attention backends by name: which exist, which can run here, and why not.
-
-
 class Availability(NamedTuple):
-    """Whether a backend can run here: exactly one of both is None.
-
-    Attributes:
-        name: of the backend.
-        implementation: what would run.
-        reason: why it cannot, and what would help.
-    """
+    """Whether a backend can run here: exactly one of both is None."""
 
     name: str
-    implementation: str | None
-    reason: str | None
+    implementation: str | None  # what would run
+    reason: str | None  # why it cannot, and what would help
 
 
 def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> Attention:
@@ -116,7 +98,7 @@ def attention_backend(name: str, device: torch.device, dtype: torch.dtype) -> At
 
     Raises:
         UsageError: there is no such backend.
-        UnsupportedError: it cannot run on this device or in this dtype; names the reason and what would help.
+        UnsupportedError: it cannot run here; names the reason and what would help.
     """
     if name not in BACKENDS:
         raise UsageError(
@@ -155,7 +137,7 @@ def available(device: torch.device, dtype: torch.dtype) -> list[Availability]:
 def _v1(device: torch.device, dtype: torch.dtype) -> Attention:
     """Return the package of version 1 where it is installed, else our kernel."""
     package = flash_v1_package() if device.type == "cuda" else None
-    return package or flash_v1_ours(device, dtype)
+    return package or FlashV1(device, dtype)
 
 
 _BUILDERS: dict[str, Callable[[torch.device, torch.dtype], Attention]] = {
@@ -163,7 +145,7 @@ _BUILDERS: dict[str, Callable[[torch.device, torch.dtype], Attention]] = {
     "v1": _v1,
     "off": lambda *_: Off(),
     "sdpa": lambda *_: Sdpa(),
-    "split": split,
-    "grouped": grouped,
+    "split": Split,
+    "grouped": GroupedDecode,
 }
 BACKENDS = (*_BUILDERS, "best")

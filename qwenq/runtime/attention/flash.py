@@ -11,8 +11,7 @@ from torch import Tensor
 
 from qwenq.compute import gpu
 from qwenq.compute.gpu import triton_label
-from qwenq.errors import UnsupportedError
-from qwenq.runtime.attention.plain import attend
+from qwenq.runtime.attention.plain import attend, refused
 from qwenq.runtime.cache import Span
 
 # Run FlashAttention of packages and of torch behind `Attention`: ``v2``, and ``flash-attn`` 1.
@@ -35,19 +34,10 @@ All queries see the first ``length`` keys; how many those are is read on the dev
 
 
 class Flash:
-    """A flash kernel over the cache.
+    """A flash kernel over the cache, and one for a token of rows whose length only the device knows.
 
     Rows of unequal length that begin behind a prefix are computed one by one: such a kernel has no mask for
-    them.
-
-    Args:
-        name: ``v2`` or ``v1``.
-        implementation: for tables.
-        kernel: what computes.
-        step_kernel: what computes one token of a row whose length only the device knows; None: there is none.
-
-    Attributes:
-        capturable: whether a CUDA graph can hold decode steps: they read nothing back from the device.
+    them. With a step kernel decode steps read nothing back from the device: they are ``capturable``.
     """
 
     def __init__(
@@ -107,10 +97,10 @@ def flash_v2(device: torch.device, dtype: torch.dtype) -> Flash:
         function = _import_flash("v2").flash_attn_func
         return Flash("v2", f"flash-attn {version}", _with_tokens_first(function))
     if not torch.backends.cuda.is_flash_attention_available():
-        raise UnsupportedError(
-            f"attention v2: torch {torch.__version__} is built without FlashAttention",
-            where="--attention v2",
-            hint="install flash-attn 2 or a torch with CUDA, or use --attention off",
+        raise refused(
+            "v2",
+            f"torch {torch.__version__} is built without FlashAttention",
+            "install flash-attn 2 or a torch with CUDA, or use --attention off",
         )
     label = f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)"
     return Flash("v2", label, _torch_flash, _torch_step)
@@ -145,32 +135,24 @@ def flash_v1_package() -> Flash | None:
 
 def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
     """Refuse hardware and dtypes that cannot run flash kernels."""
-    where = f"--attention {name}"
     if device.type != "cuda":
-        raise UnsupportedError(
-            f"attention {name}: it is made for NVIDIA GPUs, and this is a {device.type}",
-            where=where,
-            hint="use --attention sdpa (on a CPU torch has a kernel that tiles in the same way) or off",
+        raise refused(
+            name,
+            f"it is made for NVIDIA GPUs, and this is a {device.type}",
+            "use --attention sdpa (on a CPU torch has a kernel that tiles in the same way) or off",
         )
     check_half(name, dtype)
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
-        raise UnsupportedError(
-            f"attention {name}: it needs compute capability 8.0, this GPU has {major}.{minor}",
-            where=where,
-            hint="use --attention sdpa or off",
-        )
+        why = f"it needs compute capability 8.0, this GPU has {major}.{minor}"
+        raise refused(name, why, "use --attention sdpa or off")
 
 
 def check_half(name: str, dtype: torch.dtype) -> None:
     """Refuse dtypes that flash kernels do not take."""
     if dtype not in (torch.float16, torch.bfloat16):
-        raise UnsupportedError(
-            f"attention {name}: its kernels compute in float16 and bfloat16, not in "
-            f"{str(dtype).removeprefix('torch.')}",
-            where=f"--attention {name}",
-            hint="use --dtype bfloat16, or --attention off",
-        )
+        why = f"its kernels compute in float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+        raise refused(name, why, "use --dtype bfloat16, or --attention off")
 
 
 def package_version(name: str) -> str | None:
@@ -185,10 +167,10 @@ def _import_flash(name: str, module: str = "flash_attn") -> ModuleType:
     try:
         return import_module(module)
     except (ImportError, OSError) as error:
-        raise UnsupportedError(
-            f"attention {name}: flash-attn is installed but cannot be imported: {error}",
-            where=f"--attention {name}",
-            hint="install a build for this torch, or remove it (v2 then runs torch's own, v1 ours)",
+        raise refused(
+            name,
+            f"flash-attn is installed but cannot be imported: {error}",
+            "install a build for this torch, or remove it (v2 then runs torch's own, v1 ours)",
         ) from error
 
 
@@ -236,7 +218,8 @@ class FlashV1:
 
     name = "v1"
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        _check(self.name, device, dtype)
         self.implementation = f"qwenq FlashAttention-1 forward kernel ({triton_label()})"
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
@@ -251,7 +234,8 @@ class Split:
 
     name = "split"
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        _check(self.name, device, dtype)
         self.implementation = (
             f"decode: qwenq split-KV kernel ({triton_label()}); prefill: torch {torch.__version__} SDPA"
         )
@@ -266,18 +250,6 @@ class Split:
         return split_decode(queries, keys, values, positions)
 
 
-def flash_v1_ours(device: torch.device, dtype: torch.dtype) -> FlashV1:
-    """Return our kernel of version 1, if it can run here."""
-    _check("v1", device, dtype)
-    return FlashV1()
-
-
-def split(device: torch.device, dtype: torch.dtype) -> Split:
-    """Return split-KV decoding, if it can run here."""
-    _check("split", device, dtype)
-    return Split()
-
-
 def _check(name: str, device: torch.device, dtype: torch.dtype) -> None:
     # The interpreter is no GPU but runs the kernels all the same; the label names it.
     if gpu.interpreting():
@@ -285,6 +257,4 @@ def _check(name: str, device: torch.device, dtype: torch.dtype) -> None:
     else:
         check_flash(name, device, dtype)
     if reason := gpu.unsupported_reason(device):
-        raise UnsupportedError(
-            f"attention {name}: {reason}", where=f"--attention {name}", hint="use --attention sdpa or off"
-        )
+        raise refused(name, reason, "use --attention sdpa or off")

@@ -17,29 +17,27 @@ from qwenq.compute.block import STEP
 from qwenq.errors import UnsupportedError
 from qwenq.runtime.cache import Span
 
-# Compute attention anywhere: written out (``off``), and by whatever torch picks (``sdpa``).
-
 
 class Attention(Protocol):
     """Softmax attention over the cache's slots."""
 
-    name: str
-    """Name of the backend: ``v2``, ``v1``, ``off``, ``sdpa``, ``split``, ``grouped`` or ``best``."""
-    implementation: str
-    """Exactly what runs, with package and version, for the row of a table."""
+    name: str  # ``v2``, ``v1``, ``off``, ``sdpa``, ``split``, ``grouped`` or ``best``
+    implementation: str  # exactly what runs, with package and version, for the row of a table
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
-        """Mix the values that each query may see.
+        """Return the mix of the values that each query may see, [batch, heads, tokens, d].
 
         Args:
-            queries: [batch, heads, tokens, d].
+            queries: [batch, heads, tokens, d]; what comes of a shorter row's padding is meaningless.
             keys, values: [batch, key/value heads, end, d], the cache's slots 0 … end-1, of any strides.
             span: which slots each query may see: those up to its own position.
-
-        Returns:
-            [batch, heads, tokens, d]; meaningless in the padding of a shorter row.
         """
         ...
+
+
+def refused(name: str, why: str, hint: str) -> UnsupportedError:
+    """Return the error of a backend that cannot run here."""
+    return UnsupportedError(f"attention {name}: {why}", where=f"--attention {name}", hint=hint)
 
 
 class Sdpa:
@@ -76,8 +74,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
 class Off:
     """No fused kernel: matrix product, softmax in float32, matrix product.
 
-    Args:
-        softcap: scores become softcap · tanh(score / softcap); None: they stay as they are.
+    With ``softcap`` scores become softcap · tanh(score / softcap).
     """
 
     name = "off"
@@ -120,15 +117,17 @@ def visible(span: Span, tokens: int) -> Tensor | None:
 
 
 class GroupedDecode:
-    """``compute.attention`` for prompts; for the one query of a decode step, products in float32.
-
-    Args:
-        dtype: of queries, keys and values.
-    """
+    """``compute.attention`` for prompts; for the one query of a decode step, products in float32."""
 
     name = "grouped"
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        if device.type != "cpu":
+            raise refused(
+                self.name,
+                f"it is laid out for a CPU, and this is a {device.type}",
+                "use --attention split, v2 or sdpa",
+            )
         prompts = f"torch {torch.__version__} scaled_dot_product_attention"
         if unsupported_reason(torch.device("cpu"), dtype, STEP) is None:
             prompts = f"C for {cpu.variant_name()} (heads of no multiple of {STEP}: {prompts})"
@@ -156,27 +155,13 @@ class GroupedDecode:
 
 
 def grouped_attention(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
-    """Return softmax attention of one step, all float32.
+    """Return softmax attention of one step, float32 [batch · key/value heads, heads of a group, d].
 
     Args:
-        queries: [batch · key/value heads, heads of a group, d], scaled.
+        queries: of that shape, scaled.
         keys: [batch · key/value heads, d, end].
         values: [batch · key/value heads, end, d].
         mask: [batch · key/value heads, 1, end], added to the scores; None: everything is seen.
-
-    Returns:
-        [batch · key/value heads, heads of a group, d].
     """
     scores = torch.bmm(queries, keys) if mask is None else torch.baddbmm(mask, queries, keys)
     return torch.bmm(torch.softmax(scores, dim=-1), values)
-
-
-def grouped(device: torch.device, dtype: torch.dtype) -> GroupedDecode:
-    """Return the backend, on a CPU."""
-    if device.type != "cpu":
-        raise UnsupportedError(
-            f"attention grouped: it is laid out for a CPU, and this is a {device.type}",
-            where="--attention grouped",
-            hint="use --attention split, v2 or sdpa",
-        )
-    return GroupedDecode(dtype)
