@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from qwenq.comparison import choose_base, pair_verdicts
-from qwenq.errors import CorruptFileError, QwenqError, UsageError
+from qwenq.errors import CorruptFileError, QwenqError
 from qwenq.evals.model import EvalModel, RemoteModel
 from qwenq.evals.run import Answers, Judged, TaskPlan
 from qwenq.evals.task import MAIN, Score
@@ -64,7 +64,7 @@ def rows_of(
                 unit="share",
                 low=found.low,
                 high=found.high,
-                n=score.n,
+                n=len(score.verdicts),
                 implementation="; ".join(answers.implementations),
                 settings={**dict(settings), **_interval(score, found)},
                 details={name: value for name, value in details.items() if value not in ({}, None)},
@@ -151,23 +151,9 @@ def _rows_of_base(run: Path, eval_model: EvalModel, plan: TaskPlan) -> list[Row]
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:
-    if score.verdicts:
-        return micro_accuracy(score.verdicts)
-    correct = _correct(score.metric, judged)
     if score.macro:
-        return macro_accuracy(correct, [item.subject for item, _ in judged])
-    return micro_accuracy(correct)
-
-
-def _correct(metric: str, judged: Judged) -> Sequence[bool]:
-    """Return a metric's verdicts: of ``accuracy`` the main ones, of ``accuracy.NAME`` those called NAME."""
-    if metric == MAIN:
-        return [judgement.correct for _, judgement in judged]
-    name = metric.removeprefix(f"{MAIN}.")
-    try:
-        return [judgement.also[name] for _, judgement in judged]
-    except KeyError as error:
-        raise UsageError(f"no verdicts for the metric {metric}") from error
+        return macro_accuracy(score.verdicts, [item.subject for item, _ in judged])
+    return micro_accuracy(score.verdicts)
 
 
 def _interval(score: Score, found: Accuracy) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,6 @@ from typing import Any, Literal
 from qwenq.errors import UsageError
 from qwenq.evals.sandbox.run import Program
 
-# Define items, requests, answers and scores.
-#
 # A task knows no model, tokenizer or engine: it makes a request for each item (``Choose`` one of some
 # continuations, or ``Write`` text) and judges the answer. ``evals.run`` turns requests into tokens.
 
@@ -134,18 +133,17 @@ class Score:
         metric: ``accuracy``, or ``accuracy.published``, ``accuracy.flexible`` …
         value: micro or macro average, as the protocol defines it.
         macro: whether subjects count alike, whatever their size.
+        verdicts: what is averaged: one an item, but for tasks that judge parts of an answer.
         parts: value by subject; empty where the task has none.
         categories: value by category, as the protocol groups subjects and averages them.
-        verdicts: what is averaged, where that is not one verdict an item.
     """
 
     metric: str
     value: float
     macro: bool
-    n: int
+    verdicts: Sequence[bool]
     parts: Mapping[str, float] = field(default_factory=dict)
     categories: Mapping[str, float] = field(default_factory=dict)
-    verdicts: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
@@ -166,14 +164,10 @@ class DataSource:
 
 Judged = Sequence[tuple[Item, Judgement]]
 MAIN = "accuracy"
-_Verdict = tuple[str | None, bool]  # subject of an item, and whether it was answered correctly
 
 
 def score_all(
-    judged: Judged,
-    *,
-    macro: bool = False,
-    categories: Mapping[str, Sequence[str]] | None = None,
+    judged: Judged, *, macro: bool = False, categories: Mapping[str, Sequence[str]] | None = None
 ) -> list[Score]:
     """Return the main score, then one for each further verdict of all items (``accuracy.published``).
 
@@ -182,50 +176,41 @@ def score_all(
         macro: subjects count alike; else items do. Categories are averaged the same way inside.
         categories: subjects by category; a subject may be in several. Those without items are left out.
     """
-    further = [name for name in judged[0][1].also if all(name in verdict.also for _, verdict in judged)]
-    main = [(item.subject, verdict.correct) for item, verdict in judged]
-    scores = [_score(MAIN, main, macro, categories or {})]
-    for name in further:
-        verdicts = [(item.subject, verdict.also[name]) for item, verdict in judged]
-        scores.append(_score(f"{MAIN}.{name}", verdicts, macro, categories or {}))
-    return scores
+    verdicts = {MAIN: [(item.subject, verdict.correct) for item, verdict in judged]}
+    for name in judged[0][1].also:
+        if all(name in verdict.also for _, verdict in judged):
+            verdicts[f"{MAIN}.{name}"] = [(item.subject, verdict.also[name]) for item, verdict in judged]
+    return [_score(metric, found, macro, categories or {}) for metric, found in verdicts.items()]
 
 
 def _score(
-    metric: str, verdicts: Sequence[_Verdict], macro: bool, categories: Mapping[str, Sequence[str]]
+    metric: str,
+    verdicts: Sequence[tuple[str | None, bool]],
+    macro: bool,
+    categories: Mapping[str, Sequence[str]],
 ) -> Score:
-    by_category = {
-        name: _average([verdict for verdict in verdicts if verdict[0] in subjects], macro)
-        for name, subjects in categories.items()
-        if any(subject in subjects for subject, _ in verdicts)
-    }
+    by_subject: dict[str | None, list[bool]] = defaultdict(list)
+    for subject, correct in verdicts:
+        by_subject[subject].append(correct)
+
+    def average(subjects: Iterable[str | None]) -> float:
+        groups = [by_subject[subject] for subject in subjects]
+        return mean(list(map(mean, groups)) if macro else [one for group in groups for one in group])
+
+    present = {name: [one for one in by_subject if one in members] for name, members in categories.items()}
     return Score(
-        metric=metric,
-        value=_average(verdicts, macro),
-        macro=macro,
-        n=len(verdicts),
-        parts=_by_subject(verdicts),
-        categories=by_category,
+        metric,
+        average(by_subject),
+        macro,
+        [correct for _, correct in verdicts],
+        parts={subject: mean(group) for subject, group in by_subject.items() if subject is not None},
+        categories={name: average(subjects) for name, subjects in present.items() if subjects},
     )
 
 
-def _average(verdicts: Sequence[_Verdict], macro: bool) -> float:
-    if macro:
-        return _mean(_by_subject(verdicts).values())
-    return _mean(float(correct) for _, correct in verdicts)
-
-
-def _by_subject(verdicts: Sequence[_Verdict]) -> dict[str, float]:
-    subjects = dict.fromkeys(subject for subject, _ in verdicts if subject is not None)
-    return {
-        subject: _mean(float(correct) for name, correct in verdicts if name == subject)
-        for subject in subjects
-    }
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of at least one value."""
+    return sum(values) / len(values)
 
 
 # Compose a benchmark under one protocol from data: prompts are templates, filled from an item's row.
@@ -299,12 +284,7 @@ class Task:
         return self.program is not None
 
     def items(self, source: DataSource, subjects: Sequence[str] = (), shots: int | None = None) -> list[Item]:
-        """Return all items, validated.
-
-        Raises:
-            DataError: no data, broken data, or a subject that does not exist.
-            UsageError: a number of examples that this protocol has no prompt for.
-        """
+        """Return all items, validated, with examples of a number that this protocol has a prompt for."""
         wanted = self.shots if shots is None else shots
         if wanted not in self.allowed_shots:
             raise UsageError(

