@@ -27,18 +27,16 @@ def rows_of(
     eval_model: EvalModel,
     plan: TaskPlan,
     answers: Answers,
-    base: Row | None,
+    base: Row | str | None,
     settings: Mapping[str, Any],
     command: str = "",
-    apart: str | None = None,
 ) -> list[Row]:
     """Return a row for each score; the first, main one also holds the verdict on every item.
 
     Args:
-        base: the row of the base, see ``base_row``; None: not in this run folder.
+        base: see ``base_row``.
         settings: everything else that the value depends on.
         command: as the user typed it.
-        apart: why rows of the base do not match, if there are any.
     """
     rows = []
     for place, score in enumerate(plan.task.scores(answers.judged)):
@@ -54,7 +52,7 @@ def rows_of(
             details["questions"] = answers.questions or None
             if answers.written:
                 details["cut"] = {"answers": answers.cut, "of": answers.written}
-            details |= _beside(base, details, score.value) if base is not None else {"unpaired": apart}
+            details |= _beside(base, details, score.value)
         rows.append(
             Row(
                 metric=score.metric,
@@ -107,47 +105,42 @@ def verdicts(judged: Judged) -> dict[str, bool]:
     return {item.id: judgement.correct for item, judgement in judged}
 
 
-def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, Any]:
+def _beside(base: Row | str | None, details: Mapping[str, Any], score: float) -> dict[str, Any]:
     """Return ``paired``, the comparison with the base, or ``unpaired``, why there is none."""
-    if base.value is None:
-        return {}
+    if not isinstance(base, Row):
+        return {"unpaired": base}
     questions = base.details.get("questions"), details["questions"]
     found = pair_verdicts(base.details["items"], details["items"], questions=questions)
     if isinstance(found, str):
         return {"unpaired": found}
-    return {"paired": {**found.to_json(score - base.value), "base": base.model.precision}}
+    return {"paired": {**found.to_json(score - (base.value or 0.0)), "base": base.model.precision}}
 
 
-def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | None:
+def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | str | None:
     """Return the base's row at the same point of this run folder, by the fingerprint ``LocalModel.base``.
 
-    Of several precisions `choose_base` takes one, as in reports; of several rows the last counts.
+    Of several precisions `choose_base` takes one, as in reports; of several rows the last counts. Where the
+    base was evaluated at another point alone, it is a phrase that says so; None without any evaluation.
     """
-    wanted = "ok", eval_model.model.family, point_of(plan)
+    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
+        return None
+    task = MAIN, eval_model.base, plan.task.name
+    rows = [
+        row for row in read_rows(run) if (row.metric, row.model.fingerprint, row.point.get("task")) == task
+    ]
+    point = point_of(plan)
+    wanted = "ok", eval_model.model.family, point
     found = {
         row.model.precision: row
-        for row in _rows_of_base(run, eval_model, plan)
+        for row in rows
         if (row.status, row.model.family, row.point) == wanted and isinstance(row.details.get("items"), dict)
     }
-    return choose_base(found, eval_model.how.dtype)
-
-
-def unpaired_reason(run: Path, eval_model: EvalModel, plan: TaskPlan) -> str | None:
-    """Return why rows of the base on this task do not match; None without any, or where one does."""
-    point, found = point_of(plan), [row.point for row in _rows_of_base(run, eval_model, plan)]
-    if not found or point in found:
-        return None
-    other = [key for key in {**found[-1], **point} if found[-1].get(key) != point.get(key)]
+    base = choose_base(found, eval_model.how.dtype)
+    if base is not None or not rows or point in [row.point for row in rows]:
+        return base
+    last = rows[-1].point
+    other = [key for key in {**last, **point} if last.get(key) != point.get(key)]
     return f"its base was evaluated with another {', '.join(other)}: evaluate both alike"
-
-
-def _rows_of_base(run: Path, eval_model: EvalModel, plan: TaskPlan) -> list[Row]:
-    """Return the main scores of a model's base on this task, at whatever point."""
-    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
-        return []
-    wanted = MAIN, eval_model.base, plan.task.name
-    rows = read_rows(run)
-    return [row for row in rows if (row.metric, row.model.fingerprint, row.point.get("task")) == wanted]
 
 
 def _accuracy(score: Score, judged: Judged) -> Accuracy:

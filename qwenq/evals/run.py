@@ -8,15 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
-from qwenq.errors import DataError
+from qwenq.errors import DataError, StorageError
 from qwenq.evals.answer_log import (
     AnswerLog,
     AnswerRecord,
     cost,
-    merge_rank_logs,
     name_of,
-    rank_title,
-    require_none_missing,
     split_by_cost,
 )
 from qwenq.evals.batching import (
@@ -111,11 +108,7 @@ class Answers:
 def make_plan(
     task: Task, source: DataSource, subjects: Sequence[str], shots: int | None, limit: int | None
 ) -> TaskPlan:
-    """Load and validate the items: of each subject the first ``limit``.
-
-    Raises:
-        DataError: no data, broken data, an unknown subject, the same id twice, or no item at all.
-    """
+    """Load and validate the items: of each subject the first ``limit``."""
     counts: dict[str | None, int] = defaultdict(int)
     items: dict[str, Item] = {}
     cut = False
@@ -163,26 +156,23 @@ def answer(
     """
     if plan.task.needs_sandbox and sandbox is None:
         raise ValueError(f"{plan.task.name} needs a sandbox")
-    task, title, key = plan.task, _title(eval_model, plan), answer_log_key(eval_model, plan)
     hashes = {item.id: request_hash(item, plan.request(item)) for item in plan.items}
-    with AnswerLog(run, title, key) as records:
-        merge_rank_logs(records, run, title, key)
+    with _log(eval_model, plan, run, team) as records:
+        records.merge_ranks()
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
         step = step_name(eval_model, plan)
         listener(Start(step, len(plan.items), "items", len(plan.items) - len(open_)))
         team.broadcast_object([item.id for item in open_])
         _ask(eval_model, plan, open_, records, listener, batch, team)
         team.barrier()
-        for record in merge_rank_logs(records, run, title, key):
+        for record in records.merge_ranks():
             listener(Advance(step, result=record.correct))
-        require_none_missing(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
-        found_records = _all(records, hashes)
-        if sandbox is not None and task.program is not None:
-            _run_pending(task.program, plan.items, found_records, records, sandbox, listener, step)
-            found_records = _all(records, hashes)
+        found = _all(records, hashes, run)
+        if sandbox is not None and plan.task.program is not None:
+            _run_pending(plan.task.program, plan.items, found, records, sandbox, listener, step)
+            found = _all(records, hashes, run)
     listener(Finish(step))
-    answers = _answers_of(plan.items, found_records, len(plan.items) - len(open_))
-    return replace(answers, questions=questions_hash(hashes))
+    return _answers_of(plan.items, found, len(plan.items) - len(open_), questions_hash(hashes))
 
 
 def step_name(eval_model: EvalModel, plan: TaskPlan) -> str:
@@ -196,9 +186,7 @@ def answer_share(
     """Ask this rank's share of the items of ``answer``, and leave the records for rank 0."""
     wanted = set(team.broadcast_object())
     open_ = [item for item in plan.items if item.id in wanted]
-    with AnswerLog(
-        run, rank_title(_title(eval_model, plan), team), answer_log_key(eval_model, plan)
-    ) as records:
+    with _log(eval_model, plan, run, team) as records:
         _ask(eval_model, plan, open_, records, silent, batch, team)
     team.barrier()
 
@@ -278,6 +266,10 @@ def _title(eval_model: EvalModel, plan: TaskPlan) -> str:
     return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
 
 
+def _log(eval_model: EvalModel, plan: TaskPlan, run: Path, team: Team) -> AnswerLog:
+    return AnswerLog(run, _title(eval_model, plan), answer_log_key(eval_model, plan), team.rank)
+
+
 def _replies(
     eval_model: EvalModel,
     plan: TaskPlan,
@@ -347,22 +339,31 @@ def _run_pending(
     run_programs([one for _, one in pending.values()], sandbox=sandbox, on_done=done)
 
 
-def _all(records: AnswerLog, hashes: Mapping[str, str]) -> list[AnswerRecord]:
-    """Return the records of all items, each of which has been answered."""
-    found = {id_: records.find(id_, asked) for id_, asked in hashes.items()}
-    missing = [id_ for id_, record in found.items() if record is None]
-    if missing:
-        raise AssertionError(f"{len(missing)} items were not answered, the first is {missing[0]}")
-    return [record for record in found.values() if record is not None]
+def _all(records: AnswerLog, hashes: Mapping[str, str], run: Path) -> list[AnswerRecord]:
+    """Return the records of all items; refuse a run folder that the ranks do not share."""
+    found = [record for id_, asked in hashes.items() if (record := records.find(id_, asked)) is not None]
+    if missing := len(hashes) - len(found):
+        raise StorageError(
+            f"{missing} answers of other processes are missing",
+            where=run,
+            hint="name a run folder with --out on a disk that all machines share",
+        )
+    return found
 
 
-def _answers_of(items: Sequence[Item], found: Sequence[AnswerRecord], recorded: int) -> Answers:
-    judged = [
-        (item, Judgement(bool(record.correct), record.extracted, record.also, record.note))
-        for item, record in zip(items, found, strict=True)
-    ]
-    implementations = tuple(dict.fromkeys(record.implementation for record in found))
-    sandboxes = tuple(dict.fromkeys(record.sandbox for record in found if record.sandbox))
-    cut = sum(record.output is not None and not record.stopped for record in found)
-    written = sum(record.output is not None for record in found)
-    return Answers(judged, implementations, recorded, sandboxes=sandboxes, cut=cut, written=written)
+def _answers_of(
+    items: Sequence[Item], found: Sequence[AnswerRecord], recorded: int, questions: str
+) -> Answers:
+    written = [record for record in found if record.output is not None]
+    return Answers(
+        judged=[
+            (item, Judgement(bool(record.correct), record.extracted, record.also, record.note))
+            for item, record in zip(items, found, strict=True)
+        ],
+        implementations=tuple(dict.fromkeys(record.implementation for record in found)),
+        recorded=recorded,
+        questions=questions,
+        sandboxes=tuple(dict.fromkeys(record.sandbox for record in found if record.sandbox)),
+        cut=sum(not record.stopped for record in written),
+        written=len(written),
+    )

@@ -26,7 +26,7 @@ from qwenq.evals.model import (
     open_eval_model,
     open_served,
 )
-from qwenq.evals.rows import base_row, cut_notice, record_checks, rows_of, unpaired_reason
+from qwenq.evals.rows import base_row, cut_notice, record_checks, rows_of
 from qwenq.evals.run import Answers, TaskPlan, answer, answer_log_name, answer_share, make_plan
 from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
 from qwenq.evals.task import MAIN, DataSource, ProtocolName
@@ -301,8 +301,7 @@ def _append_rows(
         settings["batch"] = served or wanted.batch or "auto"
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = "; ".join(answers.sandboxes) or sandbox.implementation
-    base, apart = base_row(run, eval_model, plan), unpaired_reason(run, eval_model, plan)
-    rows = rows_of(eval_model, plan, answers, base, settings, command, apart)
+    rows = rows_of(eval_model, plan, answers, base_row(run, eval_model, plan), settings, command)
     for row in rows:
         append_row(run, row)
     return rows

@@ -8,17 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwenq.distributed import ALONE, Team
 from qwenq.errors import StorageError
-from qwenq.evals.answer_log import (
-    AnswerLog,
-    AnswerRecord,
-    cost,
-    merge_rank_logs,
-    rank_title,
-    require_none_missing,
-    split_by_cost,
-)
+from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, split_by_cost
+from qwenq.evals.run import _all
 from qwenq.evals.task import Choose, Write
 
 KEY = {"model": "m", "task": "t"}
@@ -39,28 +31,26 @@ def test_generation_costs_more_than_scoring() -> None:
 
 def test_records_of_other_ranks_are_taken_over_once(tmp_path: Path) -> None:
     for rank in (1, 2, 11):
-        with AnswerLog(tmp_path, rank_title("a.b", Team(rank, 12)), KEY) as part:
+        with AnswerLog(tmp_path, "a.b", KEY, rank) as part:
             part.append(AnswerRecord(f"item{rank}", None, "asked", 0))
             part.append(AnswerRecord("known", None, "asked", 0))
     with (
-        AnswerLog(tmp_path, rank_title("a.c", Team(1, 2)), KEY) as other,
+        AnswerLog(tmp_path, "a.c", KEY, 1) as other,
         AnswerLog(tmp_path, "a.b", KEY) as whole,
+        AnswerLog(tmp_path, "a.b", {"model": "other"}) as another,
     ):
         other.append(AnswerRecord("of another model", None, "asked", 0))
         whole.append(AnswerRecord("known", None, "asked", 0, note="first"))
-        assert {record.id for record in merge_rank_logs(whole, tmp_path, "a.b", KEY)} == {
-            "item1",
-            "item2",
-            "item11",
-        }
+        assert another.merge_ranks() == []
+        assert {record.id for record in whole.merge_ranks()} == {"item1", "item2", "item11"}
         assert whole.find("known", "asked") == AnswerRecord("known", None, "asked", 0, note="first")
-        assert merge_rank_logs(whole, tmp_path, "a.b", KEY) == []
-        assert merge_rank_logs(whole, tmp_path, "a.b", {"model": "other"}) == []
-    assert len(list((tmp_path / "records").iterdir())) == 2, "the parts are gone, the other model's is not"
+        assert whole.merge_ranks() == []
+    assert len(list((tmp_path / "records").iterdir())) == 3, "the parts are gone, other models' are not"
 
 
 def test_a_run_folder_that_ranks_do_not_share_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="3 answers of other processes are missing"):
-        require_none_missing(3, Team(0, 2), tmp_path)
-    require_none_missing(0, Team(0, 2), tmp_path)
-    require_none_missing(3, ALONE, tmp_path)
+    with AnswerLog(tmp_path, "a.b", KEY) as log:
+        log.append(AnswerRecord("mine", None, "asked", 0))
+        asked = dict.fromkeys(("mine", "yours", "theirs", "hers"), "asked")
+        with pytest.raises(StorageError, match="3 answers of other processes are missing"):
+            _all(log, asked, tmp_path)
