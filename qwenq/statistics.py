@@ -35,6 +35,12 @@ class Estimate:
         """Return plain numbers; None where a number is not finite, which JSON cannot hold."""
         return {name: json_number(value) for name, value in vars(self).items()}
 
+    def within(self, least: float, most: float = math.inf) -> Estimate:
+        """Return it with bounds that are in the figure's range."""
+        if self.low is None or self.high is None:
+            return self
+        return replace(self, low=max(least, self.low), high=min(self.high, most))
+
 
 def json_number(value: float | None) -> float | None:
     """Return the number, or None for NaN, infinity and None."""
@@ -92,8 +98,7 @@ def means_by_position(values: NDArray[np.float64], count: int = STRETCHES) -> tu
     edges = [round(n * tokens / min(count, tokens)) for n in range(min(count, tokens) + 1)]
     made = []
     for start, end in pairwise(edges):
-        mean = mean_of_sequences(values[:, start:end])
-        mean = mean if mean.low is None else replace(mean, low=max(0.0, mean.low))
+        mean = mean_of_sequences(values[:, start:end]).within(0.0)
         made.append(PositionMean(start + 1, end, mean, sequences * (end - start)))
     return tuple(made)
 
