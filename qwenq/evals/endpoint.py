@@ -107,24 +107,21 @@ class Endpoint:
 
     def without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Return the reply without repetition penalty; a server that refuses the option applies none."""
-        if PENALTY not in self.trouble.unknown:
-            try:
-                return self.server.ask(path, {**body, PENALTY: 1.0})
-            except RefusedError as refused:
-                if not refused.concerns(PENALTY):
-                    raise
-                found = self.server.ask(path, body)
-                self.trouble.lacks(PENALTY, self.url)
-                return found
-        return self.server.ask(path, body)
+        if PENALTY in self.trouble.unknown:
+            return self.server.ask(path, body)
+        try:
+            return self.server.ask(path, {**body, PENALTY: 1.0})
+        except RefusedError as refused:
+            if not refused.concerns(PENALTY):
+                raise
+            found = self.server.ask(path, body)
+            self.trouble.lacks(PENALTY, self.url)
+            return found
 
     def ask_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield every answer as it arrives, as (index, reply), ``concurrency`` at a time.
 
-        After SIGTERM (see ``stopping.finishing``) no further requests are sent.
-
-        Raises:
-            QwenqError: as ``ask``; requests that were not begun are not sent any more.
+        After SIGTERM (see ``stopping.finishing``), or an error, no further requests are sent.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(requests)):
@@ -201,14 +198,9 @@ def endpoint_at(
     concurrency: int = CONCURRENCY,
     listener: Listener = silent,
 ) -> Endpoint:
-    """Return the endpoint at a URL, after one request for the models that it serves.
+    """Return the endpoint at ``http://HOST/v1``, after one request for the models that it serves.
 
-    Args:
-        url: ``http://HOST/v1``; a missing ``/v1`` is not added.
-        model: its name there; None: the only one that is served.
-        key: see ``Endpoint``.
-        concurrency: see ``Endpoint``.
-        listener: receives a notice when a request has failed and is retried.
+    Without a name the model is the only one there. A request that has failed and is retried is a notice.
     """
     state = ServerState(listener)
     found = Endpoint(checked_address(url), model or "", checked_key(key), concurrency, trouble=state)
@@ -239,12 +231,7 @@ class _Absent(Exception):  # noqa: N818  no error yet
 
 
 def score_letters(endpoint: Endpoint, request: Choose) -> Reply:
-    """Return the log probability of each continuation of a plain prompt.
-
-    Raises:
-        UsageError: the server gives no log probabilities, or not those of all continuations.
-        QwenqError: it refused the request, or every attempt failed.
-    """
+    """Return the log probability of each continuation of a plain prompt."""
     prompt = request.prompt
     if not isinstance(prompt, str):
         raise TypeError("a chat has no continuations")

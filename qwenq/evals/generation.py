@@ -110,56 +110,48 @@ class _Batch:
             self.cache.clear(idle)  # or their positions would grow out of the cache
 
 
+@dataclass
 class _Generator:
-    """The generation of one task's answers by one model."""
+    """The generation of one task's answers by one model; arguments as of ``generate_answers``."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        tokenizer: Tokenizer,
-        requests: Sequence[WriteTokens],
-        stop_ids: Collection[int],
-        budget: Budget,
-        prompts: Budget,
-        sampling: Sampling,
-    ) -> None:
-        self._sampling = sampling
-        self._engine, self._tokenizer, self._requests = engine, tokenizer, requests
-        self._stops = frozenset(stop_ids)
-        self._budget, self._prompts = budget, prompts
-        self._group_of: dict[int, int] = {}
-        self._lengths: list[int] = []
-        self._left: list[int] = []
-        for number, group in enumerate(shared_groups(engine, [request.prompt for request in requests])):
-            self._group_of.update(dict.fromkeys(group.members, number))
-            self._lengths.append(group.length)
-            self._left.append(len(group.members))
+    engine: Engine
+    tokenizer: Tokenizer
+    requests: Sequence[WriteTokens]
+    stop_ids: Collection[int]
+    budget: Budget
+    prompts: Budget
+    sampling: Sampling
+
+    def __post_init__(self) -> None:
+        groups = shared_groups(self.engine, [request.prompt for request in self.requests])
+        self._group_of = {index: number for number, group in enumerate(groups) for index in group.members}
+        self._lengths = [group.length for group in groups]
+        self._left = [len(group.members) for group in groups]
         self._prefixes: dict[int, KVCache | None] = {}
-        order = longest_first([request.needed for request in requests])
-        self._queue = deque(order)
+        self._queue = deque(longest_first([request.needed for request in self.requests]))
 
     def run(self) -> Iterator[tuple[int, Written]]:
         """Yield answers as they are finished."""
         while self._queue:
             stop_here()
-            capacity = self._requests[self._queue[0]].needed
-            rows = min(self._budget.rows_to_decode(capacity), len(self._queue))
+            capacity = self.requests[self._queue[0]].needed
+            rows = min(self.budget.rows_to_decode(capacity), len(self._queue))
             batch: _Batch | None = None
             try:
-                batch = _Batch(new_decode_cache(self._engine, rows, capacity), [None] * rows, [0] * rows)
+                batch = _Batch(new_decode_cache(self.engine, rows, capacity), [None] * rows, [0] * rows)
                 yield from self._run_batch(batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
                 self._begin_again(batch)
-                self._budget.halve(rows, error)
-                self._prompts.rows = min(self._prompts.rows, self._budget.rows)
+                self.budget.halve(rows, error)
+                self.prompts.rows = min(self.prompts.rows, self.budget.rows)
 
     def _begin_again(self, batch: _Batch | None) -> None:
         """Put unfinished requests back into the queue, in their order."""
         unfinished = [row.index for row in batch.rows if row is not None] if batch is not None else []
         waiting = [*unfinished, *self._queue]
-        order = longest_first([self._requests[index].needed for index in waiting])
+        order = longest_first([self.requests[index].needed for index in waiting])
         self._queue = deque(waiting[place] for place in order)
         self._prefixes.clear()
 
@@ -169,8 +161,8 @@ class _Generator:
             if not batch.busy:
                 return
             batch.drop_idle()
-            newest = torch.tensor(batch.newest, device=self._engine.device)
-            logits = self._engine.decode(newest, batch.cache)
+            newest = torch.tensor(batch.newest, device=self.engine.device)
+            logits = self.engine.decode(newest, batch.cache)
             yield from self._take(batch, batch.busy, logits[batch.busy] if batch.idle else logits)
 
     def _fill(self, batch: _Batch) -> Iterator[tuple[int, Written]]:
@@ -178,19 +170,21 @@ class _Generator:
         while self._queue and batch.idle and not asked():  # then those under way are still finished
             group = self._group_of[self._queue[0]]
             shared = self._lengths[group]
-            longest = len(self._requests[self._queue[0]].prompt) - shared
-            most = min(self._prompts.rows_that_fit(longest, shared + longest), len(batch.idle))
+            longest = len(self.requests[self._queue[0]].prompt) - shared
+            most = min(self.prompts.rows_that_fit(longest, shared + longest), len(batch.idle))
             chosen = self._next_of(group, most, longest)
             places = batch.idle[: len(chosen)]
             for place, index in zip(places, chosen, strict=True):
-                request = self._requests[index]
-                text = AnswerText(self._tokenizer.stream(), request.until)
+                request = self.requests[index]
+                text = AnswerText(self.tokenizer.stream(), request.until)
                 batch.rows[place] = _Row(index, request.max_new_tokens, text, self._sampler(request.name))
-            tails = [self._requests[index].prompt[shared:] for index in chosen]
-            fresh = begin_rows(
-                self._engine, self._prefix(group, chosen[0]), len(chosen), shared + max(map(len, tails))
-            )
-            logits = self._engine.prefill(tails, fresh)
+            tails = [self.requests[index].prompt[shared:] for index in chosen]
+            if group not in self._prefixes:
+                prefix = self.requests[chosen[0]].prompt[:shared]
+                self._prefixes[group] = encode_prefix(self.engine, prefix)
+            capacity = shared + max(map(len, tails))
+            fresh = begin_rows(self.engine, self._prefixes[group], len(chosen), capacity)
+            logits = self.engine.prefill(tails, fresh)
             batch.cache.put(places, fresh)
             self._left[group] -= len(chosen)
             if self._left[group] <= 0:
@@ -203,35 +197,29 @@ class _Generator:
         chosen: list[int] = []
         while self._queue and len(chosen) < most:
             index = self._queue[0]
-            if self._group_of[index] != group or len(self._requests[index].prompt) - shared > longest:
+            if self._group_of[index] != group or len(self.requests[index].prompt) - shared > longest:
                 break
             chosen.append(self._queue.popleft())
         return chosen
 
-    def _prefix(self, group: int, member: int) -> KVCache | None:
-        if group not in self._prefixes:
-            prompt = self._requests[member].prompt
-            self._prefixes[group] = encode_prefix(self._engine, prompt[: self._lengths[group]])
-        return self._prefixes[group]
-
     def _sampler(self, name: str) -> Sampler | None:
         """Return the sampler of one answer, seeded by its item so that batching does not matter."""
-        if self._sampling.greedy:
+        if self.sampling.greedy:
             return None
         own = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()[:4])
-        sampling = replace(self._sampling, seed=self._sampling.seed + own)
-        return Sampler(sampling, 1, self._engine.real_vocab)
+        sampling = replace(self.sampling, seed=self.sampling.seed + own)
+        return Sampler(sampling, 1, self.engine.real_vocab)
 
     def _take(self, batch: _Batch, places: Sequence[int], logits: Tensor) -> Iterator[tuple[int, Written]]:
         """Choose the next token of these rows from float32 logits [places, vocabulary]."""
-        best, tokens = logits[:, : self._engine.real_vocab].max(dim=-1)
+        best, tokens = logits[:, : self.engine.real_vocab].max(dim=-1)
         rows = [batch.rows[place] for place in places]
-        require_finite(best, [self._requests[row.index].name for row in rows if row is not None])
+        require_finite(best, [self.requests[row.index].name for row in rows if row is not None])
         for line, (place, row, likeliest) in enumerate(zip(places, rows, tokens.tolist(), strict=True)):
             sampler = None if row is None else row.sampler
             token = likeliest if sampler is None else int(sampler(logits[line : line + 1]))
             batch.newest[place] = token
-            if row is not None and row.push(token, self._stops):
+            if row is not None and row.push(token, self.stop_ids):
                 batch.rows[place] = None
                 yield row.index, row.written()
 
@@ -249,8 +237,7 @@ def generate_answers(
     """Yield (index, answer) for each request, in the order of finishing.
 
     Args:
-        engine: runs the model.
-        tokenizer: of the same model.
+        engine, tokenizer: of one model.
         requests: prompts and limits.
         stop_ids: each ends an answer and is not part of it.
         budget: for decode steps.

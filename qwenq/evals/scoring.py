@@ -70,15 +70,7 @@ def begin_rows(engine: Engine, prefix: KVCache | None, rows: int, capacity: int)
 
 
 def require_finite(values: Tensor, names: Sequence[str]) -> None:
-    """Refuse logits with NaN or infinity in them.
-
-    Args:
-        values: [rows] or [rows, …], one row per name.
-        names: the items, for the message.
-
-    Raises:
-        ModelError: names the first item.
-    """
+    """Refuse logits [rows, …] with NaN or infinity in them, and name the first of these items."""
     sound = torch.isfinite(values).reshape(len(names), -1).all(dim=1)
     if bool(sound.all()):
         return

@@ -25,9 +25,6 @@ from qwenq.errors import QwenqError, UnsupportedError
 from qwenq.evals.sandbox import namespaces
 from qwenq.evals.sandbox.inside.confine import filterable
 
-# Define a sandbox's programs, limits and outcomes.
-
-
 Reason = Literal["passed", "failed", "raised", "timeout", "memory", "died"]
 
 
@@ -77,10 +74,6 @@ class Limits:
     def wall(self) -> float:
         """Return the seconds by the clock, from the moment both processes are ready."""
         return self.seconds * self.WALL
-
-    def to_json(self) -> dict[str, float | int]:
-        """Return the limits for the process inside."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -145,11 +138,7 @@ class Sandbox:
 def find_sandbox(unsafe: bool = False) -> Sandbox:
     """Return the best sandbox that works here: bubblewrap, else Linux namespaces.
 
-    Args:
-        unsafe: no sandbox (``--unsafe-code``), but limits and the system-call filter.
-
-    Raises:
-        UnsupportedError: neither works.
+    ``unsafe`` (``--unsafe-code``) is no sandbox, but limits and the system-call filter.
     """
     if unsafe:
         kept = "limits and system-call filter" if filterable() else "limits"
@@ -157,6 +146,8 @@ def find_sandbox(unsafe: bool = False) -> Sandbox:
     reasons = []
     for name, make in (("bubblewrap", _bubblewrap), ("Linux namespaces", _namespaces)):
         try:
+            if not filterable():
+                raise UnsupportedError(f"no system-call filter for {sys.platform} on {os.uname().machine}")
             sandbox = make()
             _try(sandbox)
         except QwenqError as error:
@@ -169,7 +160,6 @@ def find_sandbox(unsafe: bool = False) -> Sandbox:
 
 def _bubblewrap() -> Sandbox:
     """Return bubblewrap as a sandbox, https://github.com/containers/bubblewrap, from 0.7 (``--size``)."""
-    _check_filter()
     program = shutil.which("bwrap")
     if program is None:
         raise UnsupportedError("not installed")
@@ -192,8 +182,6 @@ def _bubblewrap() -> Sandbox:
 
 
 def _namespaces() -> Sandbox:
-    _check_filter()
-
     def wrap(command: list[str], limits: Limits) -> list[str]:
         plan = namespaces.Plan(
             visible=_visible(), links=_links(), devices=list(_DEVICES), scratch=limits.scratch
@@ -201,11 +189,6 @@ def _namespaces() -> Sandbox:
         return [_python(), "-s", "-S", "-B", "-P", namespaces.__file__, plan.to_json(), *command]
 
     return Sandbox(f"Linux namespaces ({os.uname().release})", True, wrap, "/inside")
-
-
-def _check_filter() -> None:
-    if not filterable():
-        raise UnsupportedError(f"no system-call filter for {sys.platform} on {os.uname().machine}")
 
 
 def _python() -> str:
@@ -237,12 +220,7 @@ def _links() -> list[tuple[str, str]]:
 
 
 def _try(sandbox: Sandbox) -> None:
-    """Run a program that looks for files and processes outside.
-
-    Raises:
-        QwenqError: it did not start, or found some.
-    """
-
+    """Refuse a sandbox in which a program finds files or processes outside."""
     home = _home()
     source = (
         "import os\n"
@@ -299,22 +277,18 @@ def run_programs(
     timeout: float = 3.0,
     on_done: Callable[[Program, Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Run each program in two sandboxes: the solution's and the tests'.
+    """Run each program in two sandboxes, the solution's and the tests'; return outcomes in their order.
 
     Args:
         jobs: programs at a time; None: one a core.
         timeout: seconds of processor time for each side of a program (``Limits.seconds``).
         on_done: called in the calling thread as each ends, in the order of ending.
-
-    Returns:
-        Outcomes, in the order of the programs.
-
-    Raises:
-        QwenqError: the sandbox itself did not start.
     """
     limits, stop = replace(Limits(), seconds=timeout), threading.Event()
     outcomes: dict[int, Outcome] = {}
-    with ThreadPoolExecutor(jobs or _cores(), "sandbox") as pool:
+    usable = getattr(os, "sched_getaffinity", None)
+    cores = len(usable(0)) if usable else os.cpu_count() or 1
+    with ThreadPoolExecutor(jobs or cores, "sandbox") as pool:
         futures = {pool.submit(_run, p, sandbox, limits, stop): i for i, p in enumerate(programs)}
         try:
             for future in as_completed(futures):
@@ -327,12 +301,6 @@ def run_programs(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [outcomes[number] for number in range(len(programs))]
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Event) -> Outcome:
@@ -350,7 +318,8 @@ def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Eve
         if stop.is_set():
             return Outcome(False, "died", "interrupted")
         if verdict is not None and verdict.get("reason") != "died":
-            return _outcome(verdict)
+            reason = cast(Reason, verdict["reason"] if verdict["reason"] in get_args(Reason) else "failed")
+            return Outcome(verdict["passed"] is True, reason, " ".join(str(verdict["detail"]).split())[:500])
         return _without_verdict(solution, tests, verdict, time.monotonic() - began, limits)
 
 
@@ -359,12 +328,12 @@ def _start(
 ) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], IO[bytes]]:
     """Start both processes, which end with the stack; return them and the file of their sandboxes' errors."""
     ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
-    complaints = stack.enter_context(_file())
-    job = stack.enter_context(_file())
+    complaints = stack.enter_context(tempfile.TemporaryFile())
+    job = stack.enter_context(tempfile.TemporaryFile())
     content = {"solution": program.solution, "prelude": program.prelude, "tests": program.tests}
     job.write(json.dumps({**content, "entry_points": program.entry_points}).encode())
     job.seek(0)
-    bounds = json.dumps(limits.to_json())
+    bounds = json.dumps(asdict(limits))
     common: dict[str, Any] = {"stderr": complaints, "env": sandbox.environment, "cwd": "/"}
     common["start_new_session"] = True  # Ctrl-C is for this process; these are ended by it
     solution = subprocess.Popen(
@@ -385,10 +354,6 @@ def _start(
     ours.close()
     theirs.close()
     return solution, tests, complaints
-
-
-def _file() -> IO[bytes]:
-    return tempfile.TemporaryFile()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -424,13 +389,6 @@ class _Lines:
         return cast(dict[str, Any], json.loads(line))
 
 
-def _outcome(verdict: dict[str, Any]) -> Outcome:
-    """Return the outcome that the tests' process wrote."""
-    passed, reason = verdict["passed"] is True, verdict["reason"]
-    known = cast(Reason, reason if reason in get_args(Reason) else "failed")
-    return Outcome(passed, known, " ".join(str(verdict["detail"]).split())[:500])
-
-
 def _without_verdict(
     solution: subprocess.Popen[bytes],
     tests: subprocess.Popen[bytes],
@@ -441,15 +399,11 @@ def _without_verdict(
     """Return the outcome without a verdict: out of time, or a process ended early."""
     if verdict is None and elapsed >= limits.wall:
         return Outcome(False, "timeout", f"{limits.wall:g} s by the clock")
-    code = _code(solution if verdict else tests)
+    try:
+        code: int | None = (solution if verdict else tests).wait(5)
+    except subprocess.TimeoutExpired:
+        code = None
     if code in (128 + signal.SIGKILL, -signal.SIGKILL) and elapsed >= limits.seconds * 0.9:
         return Outcome(False, "timeout", f"{limits.seconds:g} s of processor time")
     side = "the solution's process" if verdict else "the tests' process"
     return Outcome(False, "died", f"{side} ended early, exit code {code}")
-
-
-def _code(process: subprocess.Popen[bytes]) -> int | None:
-    try:
-        return process.wait(5)
-    except subprocess.TimeoutExpired:
-        return None

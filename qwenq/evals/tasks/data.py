@@ -67,12 +67,7 @@ class Dataset:
     folder: str = ""
 
     def load(self, source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-        """Return all items of these subjects, each with the first examples of its own.
-
-        Raises:
-            DataError: no data, broken data, or a subject that the source does not have.
-            UsageError: a subject that does not exist.
-        """
+        """Return all items of these subjects, each with the first examples of its own."""
         items = self.items(source, subjects)
         if not shots:
             return items
@@ -93,7 +88,7 @@ class Dataset:
         return [replace(item, shots=tuple(shown[item.subject][:shots])) for item in items]
 
     def items(self, source: DataSource, subjects: Sequence[str] = ()) -> list[Item]:
-        """Return the scored items of these subjects (none: all), without examples; raises as ``load``."""
+        """Return the scored items of these subjects (none: all), without examples."""
         known = self._known(source)
         if subjects and known != [None]:
             require_subjects(self.name, subjects, [one for one in known if one is not None])
@@ -119,7 +114,11 @@ class Dataset:
             counts[item.subject] += 1
         if not source.sample:
             there = {subject: count for subject, count in counts.items() if count or not apart}
-            self._check_counts(there, places)
+            published: Mapping[Any, int | None] = self.counts
+            for subject, count in there.items():
+                expected = published[subject]
+                where = places.get(subject, f"{self.name}, {subject}")
+                check_count(count, expected or self.least, where, more=expected is None)
             if self.total is not None and (not apart or len(there) == len(self.counts)):
                 check_count(total, self.total, self.name)
         return items
@@ -134,13 +133,6 @@ class Dataset:
         names = (path.name.removesuffix(ending) for path in folder.glob(f"{self.split}/*{ending}"))
         return [*sorted(names)]
 
-    def _check_counts(self, found: Mapping[str | None, int], places: Mapping[str | None, str]) -> None:
-        published: Mapping[Any, int | None] = self.counts
-        for subject, count in found.items():
-            expected = published[subject]
-            where = places.get(subject, f"{self.name}, {subject}")
-            check_count(count, expected or self.least, where, more=expected is None)
-
     def _original(self, folder: Path, split: str) -> str | None:
         """Return the template of the original files that a folder holds."""
         places = {name: name.format(split=split, subject="*") for name in self.files}
@@ -151,8 +143,7 @@ class Dataset:
     ) -> Iterator[tuple[str | None, Row]]:
         """Yield the rows of a split, each with its file's subject.
 
-        Args:
-            asked: by the user, for these subjects; else those without a file are left out.
+        Subjects without a file are left out where the user has not asked for them.
         """
         folder: Path | None = local_folder(source, self.folder or self.name)
         if folder is None and self.package:
@@ -207,11 +198,7 @@ def subjects_of(name: str) -> tuple[dict[str, int | None], dict[str, tuple[str, 
 
 
 def require_subjects(name: str, subjects: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse subjects that do not exist.
-
-    Raises:
-        UsageError: names the first of them, and what may have been meant.
-    """
+    """Refuse subjects that do not exist: name the first of them, and what may have been meant."""
     for subject in subjects:
         if subject not in known:
             close = difflib.get_close_matches(subject, known, n=3)
@@ -224,11 +211,7 @@ def require_subjects(name: str, subjects: Sequence[str], known: Sequence[str]) -
 
 
 def local_folder(source: DataSource, name: str) -> Path | None:
-    """Return the folder of one benchmark; None when the source is the hub.
-
-    Raises:
-        DataError: a folder was named that does not hold this benchmark, or the sample suite does not.
-    """
+    """Return the folder of one benchmark; None when the source is the hub."""
     if source.sample:
         if not (SAMPLE / name).is_dir():
             there = sorted(path.name for path in SAMPLE.iterdir() if path.is_dir())

@@ -47,9 +47,6 @@ def read_csv(
         columns: their names, in order where the file has no header.
         header: whether the first line has to name the columns; if not, it may, as some copies have one.
         optional: further columns that the file may have; None: any.
-
-    Raises:
-        DataError: not there, empty, not UTF-8, not CSV, or of other columns.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     names, rows = list(columns), list[Row]()
@@ -119,16 +116,12 @@ def text_columns(row: Row, columns: Sequence[str]) -> dict[str, str]:
     """Return these columns of a row; all have to be text."""
     record, where = row
     if not isinstance(record, dict):
-        raise DataError(
-            f"a row has to be an object with named columns, not {type(record).__name__}", where=where
-        )
-    missing = [name for name in columns if name not in record]
-    if missing:
-        raise DataError(
-            f"no column {', '.join(missing)}", where=where, hint=f"the columns are {', '.join(columns)}"
-        )
-    wrong = [name for name in columns if not isinstance(record[name], str)]
-    if wrong:
+        what = f"a row has to be an object with named columns, not {type(record).__name__}"
+        raise DataError(what, where=where)
+    if missing := [name for name in columns if name not in record]:
+        what, hint = f"no column {', '.join(missing)}", f"the columns are {', '.join(columns)}"
+        raise DataError(what, where=where, hint=hint)
+    if wrong := [name for name in columns if not isinstance(record[name], str)]:
         raise DataError(f"column {', '.join(wrong)} is not text", where=where)
     return {name: record[name] for name in columns}
 
@@ -140,11 +133,7 @@ def require_text(text: str, what: str, where: str) -> None:
 
 
 def check_count(found: int, expected: int, where: object, *, more: bool = False) -> None:
-    """Refuse a set with more or fewer rows than published: its score would be another benchmark's.
-
-    Args:
-        more: whether there may be more.
-    """
+    """Refuse a set without its published rows (or ``more``): its score would be another benchmark's."""
     if found != expected and not (more and found > expected):
         raise DataError(
             f"{found} rows where the published set has {expected}{' or more' if more else ''}",
@@ -172,9 +161,7 @@ def _header(
     counted = [name for name in names if optional is not None or name in columns]
     if {*columns} - {*names} or {*counted} - {*columns, *(optional or ())} or len({*counted}) < len(counted):
         raise DataError(
-            f"the columns are {', '.join(names)}",
-            where=where,
-            hint=f"they should be {', '.join(columns)}",
+            f"the columns are {', '.join(names)}", where=where, hint=f"they should be {', '.join(columns)}"
         )
     return names
 

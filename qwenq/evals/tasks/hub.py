@@ -13,7 +13,7 @@ from qwenq import stopping
 from qwenq.errors import DataError
 from qwenq.evals.tasks.files import LARGEST
 
-_CONNECT = "either connect to the hub{package}, or put the files into a folder and name it: --data DIR"
+_CONNECT = "either connect to the hub, or put the files into a folder and name it: --data DIR"
 _NEITHER = "; --sample needs neither, but is not the benchmark"
 _TIMEOUT = 10.0  # seconds
 
@@ -29,25 +29,20 @@ def read_hub(
         split: such as ``test``.
         sampled: whether the sample suite has this benchmark, too.
         copy: a folder with the set's parquet files, as downloaded; None: the hub.
-
-    Raises:
-        DataError: ``datasets`` is not installed, the hub cannot be reached, or has no such set.
     """
     if copy is not None:
         return _read_copy(copy, config, split)
+    import datasets
+
     where = f"hub dataset {dataset}{f', {config}' if config else ''}, split {split}"
-    ways = _CONNECT.format(package=" (pip install datasets)") + (_NEITHER if sampled else "")
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            "benchmarks come from the hub, which needs the package datasets", where=where, hint=ways
-        ) from None
+    ways = _CONNECT + (_NEITHER if sampled else "")
+    # What it raises where a set is unreachable, missing, refused, damaged or not as declared.
+    own = getattr(getattr(datasets, "exceptions", None), "DatasetsError", OSError)
     try:
         with _from_the_cache(datasets, why=_unreachable(dataset)):
             rows: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
             listed = [dict(row) for row in rows]
-    except _errors_of(datasets) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, own, _http_error()) as error:
         raise _no_benchmark(error, where, ways) from error
     if not listed:
         raise DataError("the hub returned no rows", where=where, hint=ways)
@@ -56,13 +51,9 @@ def read_hub(
 
 def _read_copy(folder: Path, config: str | None, split: str) -> list[dict[str, Any]]:
     """Return the rows of a split from parquet files that lie as on the hub."""
-    try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError:
-        raise DataError(
-            "reading .parquet needs the package pyarrow", where=folder, hint="pip install pyarrow"
-        ) from None
+    import pyarrow
+    from pyarrow import parquet
+
     rows: list[dict[str, Any]] = []
     for file in _copied_files(folder, config, split):
         if file.stat().st_size > LARGEST:
@@ -102,19 +93,13 @@ def fetch_hub_file(dataset: str, name: str, sampled: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     where = f"hub dataset {dataset}, {name}"
-    ways = _CONNECT.format(package="") + (_NEITHER if sampled else "")
+    ways = _CONNECT + (_NEITHER if sampled else "")
     why = _unreachable(dataset)
     try:
         found = hf_hub_download(dataset, name, repo_type="dataset", local_files_only=why is not None)
     except (OSError, ValueError, RuntimeError, _http_error()) as error:
         raise _no_benchmark(why or error, where, ways) from error
     return Path(found)
-
-
-def _errors_of(datasets: Any) -> tuple[type[Exception], ...]:
-    """Return what it raises where a set is unreachable, missing, refused, damaged or not as declared."""
-    own = getattr(getattr(datasets, "exceptions", None), "DatasetsError", OSError)
-    return OSError, ValueError, RuntimeError, KeyError, own, _http_error()
 
 
 def _no_benchmark(error: Exception, where: str, ways: str) -> BaseException:
