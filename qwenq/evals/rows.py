@@ -177,11 +177,7 @@ def has_check(folder: Path) -> bool:
 def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") -> list[Row]:
     """Return the rows of a quantised model's check, and append those that the run folder does not have.
 
-    Args:
-        folder: of the model.
-        model: its identity in rows.
-        run: the run folder, which has to be locked (``storage.locked``).
-        command: that quantised it; empty: unknown.
+    The run folder has to be locked (``storage.locked``); ``command`` is what quantised the model, if known.
     """
     rows = _sound_rows(folder / MANIFEST, model, command)
     known = read_rows(run) if (run / RESULTS_FILE).exists() else []
@@ -194,12 +190,9 @@ def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") 
 
 
 def record_checks(named: Iterable[tuple[str | None, Model]], run: Path, listener: Listener) -> list[Row]:
-    """Append the check's rows of those models that are folders with one; what cannot be is a notice.
+    """Append the check's rows of those models, typed and as rows name them, that are folders with one.
 
-    Args:
-        named: what the user typed, and the model as rows name it.
-        run: the run folder, which has to be locked (``storage.locked``).
-        listener: receives the notices.
+    A check that cannot be read is a notice. The run folder has to be locked (``storage.locked``).
     """
     rows: list[Row] = []
     for folder, model in dict.fromkeys((Path(given), model) for given, model in named if given):

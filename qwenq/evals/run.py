@@ -9,13 +9,7 @@ from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError, StorageError
-from qwenq.evals.answer_log import (
-    AnswerLog,
-    AnswerRecord,
-    cost,
-    name_of,
-    split_by_cost,
-)
+from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, name_of, split_by_cost
 from qwenq.evals.batching import (
     ChoiceTokens,
     RequestTokens,
@@ -32,17 +26,7 @@ from qwenq.evals.generation import generate_answers
 from qwenq.evals.model import EvalModel, LocalModel, RemoteModel
 from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
 from qwenq.evals.scoring import score_choices
-from qwenq.evals.task import (
-    Answer,
-    Chosen,
-    DataSource,
-    Item,
-    Judgement,
-    Request,
-    Task,
-    Written,
-    final_answer,
-)
+from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
 from qwenq.events import Advance, Finish, Listener, Start, silent
 from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
@@ -149,10 +133,6 @@ def answer(
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
         team: further processes that ask a share, each in ``answer_share``; this one is rank 0.
-
-    Raises:
-        DataError: prompts that do not fit the model's context; nothing has been asked then.
-        ModelError: logits that are not finite; what was recorded before stays.
     """
     if plan.task.needs_sandbox and sandbox is None:
         raise ValueError(f"{plan.task.name} needs a sandbox")
@@ -281,7 +261,7 @@ def _replies(
     if isinstance(eval_model, RemoteModel):
         return ([response] for response in eval_model.respond(items, requests))
     encoded = encode_requests(eval_model.tokenizer, items, requests)
-    require_context(encoded, eval_model.engine.context)
+    require_context(encoded, eval_model.engine.context)  # before the first is asked
     return _generated(eval_model, encoded, batch, plan.thinking)
 
 

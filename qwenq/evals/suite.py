@@ -55,9 +55,6 @@ class EvalRequest:
         unsafe_code: run programs without a sandbox.
         max_new_tokens: the limit of generated answers, for every task or by its name; None: the protocol's,
             or that of thinking models (``evals.model``).
-
-    Raises:
-        UsageError: a number by task names one that is not evaluated.
     """
 
     tasks: tuple[str, ...]
@@ -87,11 +84,7 @@ class EvalRequest:
 
 
 def source_of(data: str | None, sample: bool) -> DataSource:
-    """Return where the benchmarks' files come from.
-
-    Raises:
-        UsageError: both a folder and the sample suite, or no such folder.
-    """
+    """Return where the benchmarks' files come from."""
     if data is None:
         return DataSource(None, sample)
     if sample:
@@ -105,7 +98,7 @@ def source_of(data: str | None, sample: bool) -> DataSource:
 
 
 def request_of(chosen: EvalRecipe, batch: int | None, *, unsafe_code: bool) -> EvalRequest:
-    """Return the request for what a recipe chooses; raises as `source_of` and `EvalRequest`."""
+    """Return the request for what a recipe chooses."""
     return EvalRequest(
         tasks=chosen.tasks,
         protocol=None if chosen.protocol == "auto" else chosen.protocol,
@@ -235,11 +228,7 @@ def _plans(order: Sequence[EvalModel], wanted: EvalRequest) -> dict[tuple[str, P
 
 
 def check_solutions(plan: TaskPlan, sandbox: Sandbox, run: Path, listener: Listener) -> None:
-    """Run the benchmark's own solutions, once for each run folder: if they fail, no verdict means anything.
-
-    Raises:
-        DataError: more of them fail than the task allows (``spare``).
-    """
+    """Run the benchmark's own solutions, once for each run folder: if they fail, no verdict means anything."""
     name, program, reference = plan.task.name, plan.task.program, plan.task.reference
     if program is None or reference is None:
         raise ValueError(f"{name} has no programs")

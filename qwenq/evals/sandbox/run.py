@@ -328,8 +328,7 @@ def _start(
 ) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], IO[bytes]]:
     """Start both processes, which end with the stack; return them and the file of their sandboxes' errors."""
     ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
-    complaints = stack.enter_context(tempfile.TemporaryFile())
-    job = stack.enter_context(tempfile.TemporaryFile())
+    complaints, job = stack.enter_context(_file()), stack.enter_context(_file())
     content = {"solution": program.solution, "prelude": program.prelude, "tests": program.tests}
     job.write(json.dumps({**content, "entry_points": program.entry_points}).encode())
     job.seek(0)
@@ -354,6 +353,10 @@ def _start(
     ours.close()
     theirs.close()
     return solution, tests, complaints
+
+
+def _file() -> IO[bytes]:
+    return tempfile.TemporaryFile()
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
