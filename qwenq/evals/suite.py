@@ -228,7 +228,7 @@ def _plans(order: Sequence[EvalModel], wanted: EvalRequest) -> dict[tuple[str, P
 
 
 def check_solutions(plan: TaskPlan, sandbox: Sandbox, run: Path, listener: Listener) -> None:
-    """Run the benchmark's own solutions, once for each run folder: if they fail, no verdict means anything."""
+    """Run the benchmark's own solutions, once for each run folder: if they fail, verdicts mean nothing."""
     name, program, reference = plan.task.name, plan.task.program, plan.task.reference
     if program is None or reference is None:
         raise ValueError(f"{name} has no programs")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwenq.reporting.collect import Collection, Measured, hardware_names
-from qwenq.reporting.text import Format, clean, format_of
-from qwenq.results import Row, Value
+from qwenq.reporting.text import clean, format_of
+from qwenq.results import Value
 
 MISSING = "–"
 
@@ -157,15 +157,18 @@ class Pivot:
         empty = [heading for heading in self.columns if heading not in full] if full else []
         caption = [*self.caption, *(self._unmeasured(heading) for heading in empty)]
         shown = full or self.columns
-        lines = [self._line(draft, shown) for draft in self.lines]
-        used = sorted({cell.note for line in lines for cell in line.cells if cell.note})
-        numbers = {old: new for new, old in enumerate(used, 1)}
+        lines = [self._cells(draft, shown) for draft in self.lines]
+        used = sorted({cell.note for cells in lines for cell in cells if cell.note})
+        numbers = {None: None, **{old: new for new, old in enumerate(used, 1)}}
         return Table(
             key,
             title,
             (*self.headers, *shown),
             len(self.headers),
-            tuple(_renumbered(line, numbers) for line in lines),
+            tuple(
+                Line(tuple(replace(cell, note=numbers[cell.note]) for cell in cells), draft.published)
+                for draft, cells in zip(self.lines, lines, strict=True)
+            ),
             tuple(caption),
             tuple(self.notes.sentences[number - 1] for number in used),
         )
@@ -175,16 +178,10 @@ class Pivot:
         reasons = [self.notes.sentences[note - 1] for note in sorted(filter(None, notes))]
         return f"not measured: {without_unit(heading)} ({'; '.join(reasons)})"
 
-    def _line(self, draft: Draft, shown: list[str]) -> Line:
+    def _cells(self, draft: Draft, shown: list[str]) -> list[Cell]:
         first, *others = draft.labels
-        labels = (Cell(first, first, note=draft.note), *(Cell(label, label) for label in others))
-        figures = (draft.cells.get(heading, Cell(MISSING)) for heading in shown)
-        return Line((*labels, *figures), draft.published)
-
-
-def _renumbered(line: Line, numbers: dict[int, int]) -> Line:
-    cells = (replace(cell, note=numbers[cell.note]) if cell.note else cell for cell in line.cells)
-    return replace(line, cells=tuple(cells))
+        labels = [Cell(first, first, note=draft.note), *(Cell(label, label) for label in others)]
+        return [*labels, *(draft.cells.get(heading, Cell(MISSING)) for heading in shown)]
 
 
 def without_unit(heading: str) -> str:
@@ -195,8 +192,11 @@ def without_unit(heading: str) -> str:
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     """Make lines by model and by what varies within a column; the rest goes to the caption."""
     hardware = hardware_names(names.measured)
-    dtypes = _dtypes(rows, names)
-    several = any(len(found) > 1 for found in dtypes.values())  # of one model: its lines have to say which
+    dtypes: dict[str, str] = {}  # by label
+    several = False  # of one model: its lines have to say which
+    for item in rows:
+        if dtype := _dtype(item):
+            several |= dtypes.setdefault(names.label(item.row.model), dtype) != dtype
     facts = [
         _facts(item, layout, hardware(item)) | ({COMPUTED_IN: _dtype(item)} if several else {})
         for item in rows
@@ -204,7 +204,7 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     headings = [layout.column(item)[1] for item in rows]
     varying, caption = _split(facts, headings, layout)
     labels = [
-        [names.label(item.row.model), *_labels(fact, varying, layout)]
+        [names.label(item.row.model), *(fact.get(key) or MISSING for key in varying)]
         for item, fact in zip(rows, facts, strict=True)
     ]
     caption += [] if several else _computed_in(dtypes)
@@ -214,7 +214,7 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     lines: dict[tuple[str, ...], dict[str, Cell]] = {}
     for item, label, heading in zip(rows, labels, headings, strict=True):
         where = (*label, item.run.name) if by_run else tuple(label)
-        lines.setdefault(where, {})[heading] = cell_of(item, notes)
+        lines.setdefault(where, {})[heading] = _cell(item, notes)
     titles = [layout.first, *(layout.labels.get(key) or _title(key) for key in varying)]
     return Pivot(
         headers=[*titles, "Run"] if by_run else titles,
@@ -225,16 +225,18 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     )
 
 
-def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> Cell:
+def _cell(item: Measured, notes: Footnotes) -> Cell:
     """Return a row's figure with its interval, or with a footnote on why it is missing."""
     row = item.row
     if row.value is None:
         return Cell("failed" if row.status == "failed" else "n/a", note=notes.number(clean(row.reason)))
-    write = written or format_of(row.metric, row.unit)
-    listed = row.details.get("outliers")
+    write, listed = format_of(row.metric, row.unit), row.details.get("outliers")
     outliers = listed if isinstance(listed, list) else []
     known = any(isinstance(one, dict) and isinstance(one.get("repetition"), int) for one in outliers)
-    said = [*([OUTLIERS] if known else []), *([RAN_PLAIN] if _ran_plain(row) else [])]
+    # A GPU had to compute FlashAttention's row of FP32 without it (``attention.of_row``).
+    plain = row.point.get("attention") in ("v1", "v2") and row.point.get("device") == "cuda"
+    plain = plain and row.model.precision == "fp32"
+    said = [*([OUTLIERS] if known else []), *([RAN_PLAIN] if plain else [])]
     note = notes.number("; ".join(said)) if said else None
     if row.low is None or row.high is None:
         return Cell(write(row.value), row.value, note=note)
@@ -243,12 +245,6 @@ def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> 
 
 OUTLIERS = "a median that includes outlying repetitions, which results.json lists"
 RAN_PLAIN = "ran with plain attention, as FP32 of the cards did: FlashAttention takes no float32"
-
-
-def _ran_plain(row: Row) -> bool:
-    """Return whether a GPU had to compute FlashAttention's row of FP32 without it (``attention.of_row``)."""
-    asked = row.point.get("attention") in ("v1", "v2") and row.point.get("device") == "cuda"
-    return asked and row.model.precision == "fp32"
 
 
 def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:
@@ -294,22 +290,11 @@ def _dtype(item: Measured) -> str:
     return clean(dtype) if shown else ""
 
 
-def _dtypes(rows: Sequence[Measured], names: Collection) -> dict[str, dict[str, None]]:
-    """Return the dtypes of each label's figures."""
-    found: dict[str, dict[str, None]] = {}
-    for item in rows:
-        if dtype := _dtype(item):
-            found.setdefault(names.label(item.row.model), {})[dtype] = None
-    return found
-
-
-def _computed_in(found: dict[str, dict[str, None]]) -> list[str]:
-    labels = {label: " and ".join(dtypes) for label, dtypes in found.items()}
-    if len(set(labels.values())) == 1:
-        return [f"{' and '.join(labels)} computed in {next(iter(labels.values()))}"]
-    return (
-        [f"computed in: {'; '.join(f'{label} {dtype}' for label, dtype in labels.items())}"] if labels else []
-    )
+def _computed_in(dtypes: dict[str, str]) -> list[str]:
+    if len(set(dtypes.values())) == 1:
+        return [f"{' and '.join(dtypes)} computed in {next(iter(dtypes.values()))}"]
+    shown = "; ".join(f"{label} {dtype}" for label, dtype in dtypes.items())
+    return [f"computed in: {shown}"] if dtypes else []
 
 
 def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:
@@ -319,10 +304,6 @@ def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:
     if len(set(by_heading.values())) == 1:
         return [f"{title}: {next(iter(given.values()))}"]
     return [f"{title}: " + "; ".join(f"{without_unit(key)} {value}" for key, value in given.items())]
-
-
-def _labels(fact: dict[str, str], varying: Iterable[str], layout: Layout) -> list[str]:
-    return [fact.get(key) or MISSING for key in varying]
 
 
 def _title(key: str) -> str:
