@@ -87,16 +87,10 @@ def check_folders(
         listener(Notice(notice))
     number: torch.dtype = getattr(torch, "float32" if dtype == "auto" else dtype)
     result = check(pair.quantised, pair.base, held_out, device=place, dtype=number, listener=keep)
-    name = format_name(pair.quantised, result)
-    return Checked(pair.quantised.folder, pair.base.folder, name, result, pair.notices)
-
-
-def format_name(quantised: Checkpoint, result: CheckResult) -> str:
-    """Return how the weights are quantised, for people."""
-    if quantised.foreign is not None:
-        return quantised.foreign.format.name
     groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"
-    return f"Int{result.bits}, {groups}"
+    foreign = pair.quantised.foreign
+    name = f"Int{result.bits}, {groups}" if foreign is None else foreign.format.name
+    return Checked(pair.quantised.folder, pair.base.folder, name, result, pair.notices)
 
 
 @dataclass
@@ -183,17 +177,14 @@ def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:
     wanted = base_of(pair.quantised.folder).get("fingerprint")
     if wanted is None or wanted == pair.base.fingerprint:
         return
+    found = f"its fingerprint is {pair.base.fingerprint}, qwenq.json says {wanted}"
     if not explicit:
         raise UsageError(
-            f"the base has changed since it was quantised: its fingerprint is {pair.base.fingerprint}, "
-            f"qwenq.json says {wanted}",
+            f"the base has changed since it was quantised: {found}",
             where=pair.base.folder,
             hint="name that model with --against BASE, or quantise again",
         )
-    pair.notices.append(
-        f"this is not the base that was quantised: its fingerprint is {pair.base.fingerprint}, "
-        f"qwenq.json says {wanted}"
-    )
+    pair.notices.append(f"this is not the base that was quantised: {found}")
 
 
 def _held_out(

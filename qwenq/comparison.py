@@ -109,9 +109,8 @@ class Paired:
     def format_change(self, change: float) -> str:
         """Return a change of the score with the interval of what the items show.
 
-        Args:
-            change: of the score. An average over subjects may change otherwise than the share of items, which
-                is what the test is about; then both are given.
+        An average over subjects may change otherwise than the share of items, which is what the test is
+        about; then both are given.
         """
         low, high = (points(bound, signed=True) for bound in self.interval)
         interval = f"95 % interval {low} to {high}"
@@ -123,10 +122,7 @@ class Paired:
     def describe_change(self, change: float, p: float | None = None, tests: int = 1) -> str:
         """Return the verdict on a change of the score: loss, gain, no loss beyond a margin, inconclusive.
 
-        Args:
-            change: as in `format_change`.
-            p: corrected for all ``tests`` that are shown together; None: one test alone.
-            tests: how many they are.
+        Of several tests that are shown together, ``p`` is corrected for their number.
         """
         shown = self.format_change(change)
         if self.p < ALPHA:
@@ -159,9 +155,7 @@ def pair_verdicts(
 ) -> Paired | str:
     """Pair two models' verdicts by item id; return the reason where they cannot be paired.
 
-    Args:
-        base, model: whether each item was answered correctly.
-        questions: a hash of all questions of each, where known: ids alone are positions in a file.
+    ``questions`` is a hash of all questions of each, where known: ids alone are positions in a file.
     """
     if base.keys() != model.keys() or not base:
         different, total = base.keys() ^ model.keys(), base.keys() | model.keys()
@@ -171,9 +165,6 @@ def pair_verdicts(
     lost = sum(base[item] and not model[item] for item in base)
     won = sum(model[item] and not base[item] for item in base)
     return Paired(len(base), lost, won)
-
-
-# Write the headline of several comparisons.
 
 
 @dataclass(frozen=True)
@@ -205,12 +196,9 @@ class TaskComparison:
 
 
 def headline(found: Sequence[TaskComparison], tests: int, unpaired: int = 0) -> str:
-    """Return one sentence on all comparisons of a model: largest drop, power, verdict.
+    """Return one sentence on all comparisons of a model, at least one: largest drop, power, verdict.
 
-    Args:
-        found: the model's comparisons, at least one.
-        tests: how many p values were corrected together.
-        unpaired: tasks that could not be compared item by item.
+    So many p values were corrected together (``tests``), so many tasks not compared item by item.
     """
     worst = min(found, key=_change)
     moved = "fell most" if worst.change < 0 else "did not change" if worst.change == 0 else "rose"
@@ -220,7 +208,11 @@ def headline(found: Sequence[TaskComparison], tests: int, unpaired: int = 0) -> 
     if losses and worst not in losses:  # the largest drop may be chance where a smaller one is not
         loss = min(losses, key=_change)
         parts.append(f"{loss.name} is the largest significant loss: {_figures(loss, tests)}")
-    return "; ".join([*parts, _power_text(worst.pairing), verdict(found, unpaired)])
+    power = f"with {worst.pairing.n:,} items no drop at all could have been shown"
+    if (drop := worst.pairing.detectable) is not None:
+        power = f"its {worst.pairing.n:,} items show a drop of {points(drop)} points 4 times in 5"
+        power += "" if drop <= MARGIN else f", but not one of {points(MARGIN)}"
+    return "; ".join([*parts, power, verdict(found, unpaired)])
 
 
 def verdict(found: Sequence[TaskComparison], unpaired: int = 0) -> str:
@@ -235,14 +227,6 @@ def verdict(found: Sequence[TaskComparison], unpaired: int = 0) -> str:
         return f"verdict: no loss beyond {points(MARGIN)} points in {tasks} (TOST, {p_phrase(largest)})"
     excluded = f"TOST excludes a change of {points(MARGIN)} points in {len(found) - len(unsure)} of {tasks}"
     return f"verdict: inconclusive ({excluded}{apart})"
-
-
-def _power_text(pairing: Paired) -> str:
-    """Return whether these items could have shown a drop that matters."""
-    if pairing.detectable is None:
-        return f"with {pairing.n:,} items no drop at all could have been shown"
-    power = f"its {pairing.n:,} items show a drop of {points(pairing.detectable)} points 4 times in 5"
-    return power if pairing.detectable <= MARGIN else f"{power}, but not one of {points(MARGIN)}"
 
 
 def _change(one: TaskComparison) -> tuple[float, float]:
@@ -357,10 +341,7 @@ LEAST_TOKENS = 250
 def judge_check(kl: float, same_top: float, bits: int, tokens: int | None = None) -> Verdict:
     """Return the verdict on a mean KL (nats), a share of same top tokens and the bits of the weights.
 
-    Args:
-        kl, same_top, bits: what was measured, of which weights.
-        tokens: predicted tokens; of fewer than ``LEAST_TOKENS`` only a broken model is recognised; None:
-            enough.
+    Of fewer predicted tokens than ``LEAST_TOKENS`` only a broken model is recognised; None: enough.
     """
     measured = f"KL {kl:.4f} nats, same top token {same_top:.1%}"
     for word, largest, smallest, meaning in BANDS:

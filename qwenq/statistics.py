@@ -88,11 +88,9 @@ STRETCHES = 16
 
 
 def means_by_position(values: NDArray[np.float64], count: int = STRETCHES) -> tuple[PositionMean, ...]:
-    """Return means over ranges of equal length along the tokens.
+    """Return means of [sequences, tokens] over at most ``count`` ranges of equal length along the tokens.
 
-    Args:
-        values: [sequences, tokens] of a figure that is never below zero; nor are the intervals' bounds.
-        count: ranges, at most.
+    The figure is never below zero; nor are the intervals' bounds.
     """
     sequences, tokens = values.shape
     edges = [round(n * tokens / min(count, tokens)) for n in range(min(count, tokens) + 1)]
@@ -258,11 +256,7 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Return the median of positive values with its interval.
-
-    Raises:
-        ValueError: no value, or one that is not positive.
-    """
+    """Return the median of positive values with its interval."""
     if not values or min(values) <= 0:
         raise ValueError("a median needs at least one value, and all of them positive")
     middle, n = statistics.median(values), len(values)
@@ -428,20 +422,15 @@ _POWER_STEPS = 40  # bisection: far below any digit that is shown
 def detectable_drop(n: int, discordant: float) -> float | None:
     """Return the smallest drop in accuracy that McNemar's test (p < 0.05) finds with probability 0.8.
 
-    Args:
-        n: items.
-        discordant: share of items on which the models disagree. Where it is smaller than the drop, every
-            disagreement counts as a loss.
+    The models disagree on the share ``discordant`` of the ``n`` items; where it is smaller than the drop,
+    every disagreement counts as a loss.
     """
     if power(n, discordant, 1.0) < POWER:
         return None
     low, high = 0.0, 1.0
     for _ in range(_POWER_STEPS):
         middle = (low + high) / 2
-        if power(n, discordant, middle) < POWER:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if power(n, discordant, middle) < POWER else (low, middle)
     return high
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,13 +94,6 @@ _UNRESET = "peak since the process began, loading included, as the cards measure
 _RESET = "peak of generating alone: the counter is reset after loading, unlike the cards'"
 
 
-def card_tables(collection: Collection, family: str) -> list[Table]:
-    """Make those of the three tables that have measurements."""
-    return [
-        table for make in (accuracy_table, speed_table, memory_table) if (table := make(collection, family))
-    ]
-
-
 def accuracy_table(collection: Collection, family: str) -> Table | None:
     """Make Quantization | MMLU | CEval (val) | GSM8K | Humaneval; percent of items."""
     rows = collection.of(family, "accuracy")
@@ -146,7 +138,7 @@ def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
 
 
 def _as_the_cards(row: Row) -> bool:
-    """Whether the benchmark itself was asked as for the cards: else theirs is the score of another thing."""
+    """Return whether the benchmark was asked as for the cards: else theirs is the score of another thing."""
     asked = row.point.get("protocol"), row.point.get("shots") or None
     return asked == ("card", None) and not {"data", "subjects"} & row.point.keys()
 
@@ -304,7 +296,13 @@ def closeness_table(collection: Collection, family: str) -> Table | None:
     rows = collection.of(family, *CLOSENESS)
     if not rows:
         return None
-    layout = Layout("Quantization", _by_metric(CLOSENESS), names={"text": _text_name}, count="tokens")
+    places = {metric: place for place, metric in enumerate(CLOSENESS)}
+    layout = Layout(
+        "Quantization",
+        lambda item: (places[item.row.metric], CLOSENESS[item.row.metric]),
+        names={"text": _text_name},
+        count="tokens",
+    )
     made = pivot(rows, layout, collection)
     sizes = {collection.label(model): nbytes for model, nbytes in model_bytes(collection, family).items()}
     heading = "Weights (MB)"
@@ -403,11 +401,6 @@ def model_bytes(collection: Collection, family: str) -> dict[Model, int]:
     }
 
 
-def _by_metric(titles: dict[str, str]) -> Callable[[Measured], tuple[Any, str]]:
-    places = {metric: place for place, metric in enumerate(titles)}
-    return lambda item: (places[item.row.metric], titles[item.row.metric])
-
-
 def _answers(item: Measured) -> tuple[object, ...]:
     """Return what an accuracy shares with those of the same answers by other rules."""
     return (
@@ -432,7 +425,7 @@ def long_context_table(collection: Collection, family: str) -> Table | None:
         return None
     layout = Layout(
         "Quantization",
-        _context_length,
+        lambda item: (_count(item.row.point.get("seq_len")), str(item.row.point.get("seq_len"))),
         labels={"ntk": "Dynamic NTK", "logn": "LogN"},
         used=frozenset({"seq_len"}),
         count="tokens",
@@ -440,8 +433,3 @@ def long_context_table(collection: Collection, family: str) -> Table | None:
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "perplexity by tokens of context; all lengths score the same text")
     return made.table("long-context", "Long context")
-
-
-def _context_length(item: Measured) -> tuple[Any, str]:
-    length = item.row.point.get("seq_len")
-    return (length if isinstance(length, int) else 0), str(length)

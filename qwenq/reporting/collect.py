@@ -233,7 +233,7 @@ def machine_of(item: Measured) -> dict[str, str]:
 
 
 def machine_difference(old: Measured, new: Measured) -> str:
-    """Return how two machines differ, as in ``another machine: threads 2 instead of 4``; empty: not at all."""
+    """Return how two machines differ, as in ``another machine: threads 2 instead of 4``; empty if alike."""
     if old.row.model.served and new.row.model.served:
         return _server_difference(old, new)
     if UNKNOWN in (old.hardware, new.hardware):

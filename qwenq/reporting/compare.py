@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qwenq.comparison import PLAIN, Paired, other_items, paired
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured, machine_difference
@@ -25,16 +25,13 @@ from qwenq.statistics import ALPHA, holm
 _EMPTY_FOLDER = "start each run in an empty folder"
 
 
-@dataclass(frozen=True)
-class Match:
-    """What a row of the baseline is compared with.
+class Match(NamedTuple):
+    """What a row of the baseline is compared with: candidates of the new run, or why none of them is it.
 
-    Attributes:
-        found: candidate rows of the new run.
-        why: why it cannot be compared with any of them; empty for exactly one, or for no candidate at all.
+    Without a reason there is exactly one candidate, or none at all.
     """
 
-    found: tuple[Measured, ...] = ()
+    found: Sequence[Measured] = ()
     why: str = ""
 
 
@@ -68,25 +65,22 @@ def _match(old: Measured, found: list[Measured], claims: dict[int, list[Measured
     """Match one row; of several rows that claim the same one, that of the most similar model gets it."""
     if len(found) > 1:
         why = f"{len(found)} models of the new run could be the same model: {_EMPTY_FOLDER}"
-        return Match(tuple(found), why)
+        return Match(found, why)
     if not found or old.row.status != "ok" or len(rivals := claims[id(found[0])]) == 1:
-        return Match(tuple(found))
+        return Match(found)
     similar = [_similarity(rival, found[0]) for rival in rivals]
     if _similarity(old, found[0]) < max(similar):
         return Match(why=f"missing in the new run, which has one of {len(rivals)} such models")
     if similar.count(max(similar)) > 1:
         why = f"{len(rivals)} models of the baseline could be the same model: {_EMPTY_FOLDER}"
-        return Match(tuple(found), why)
-    return Match(tuple(found))
+        return Match(found, why)
+    return Match(found)
 
 
 def _candidates(old: Measured, news: list[Measured], known: set[str]) -> list[Measured]:
     """Return the rows of the same weights, and similar ones of weights that the baseline does not have.
 
-    Args:
-        old: of the baseline.
-        news: of the new run.
-        known: fingerprints of the baseline's rows of this identity.
+    ``known`` are the fingerprints of the baseline's rows of this identity.
     """
     similar = _most_similar(old, news)
     same = [item for item in news if item.row.model.fingerprint == old.row.model.fingerprint]
@@ -217,7 +211,8 @@ class Comparison:
 def compare(baseline: Collection, new: Collection) -> list[Comparison]:
     """Compare every row of the baseline with its match, and list the rows that only the new run has."""
     olds, news = list(_with_sizes(baseline.measured)), list(_with_sizes(new.measured))
-    changed = _changed_families(olds, news)
+    before, after = _bases(olds), _bases(news)
+    changed = {one for one in before.keys() & after.keys() if before[one].isdisjoint(after[one])}
     made, used = [], set()
     for old, match in zip(olds, matched(olds, news), strict=True):
         used |= {id(item) for item in match.found}
@@ -230,12 +225,6 @@ def compare(baseline: Collection, new: Collection) -> list[Comparison]:
 
 
 OTHER_WEIGHTS = "another model: other weights under the same name"
-
-
-def _changed_families(olds: list[Measured], news: list[Measured]) -> set[str]:
-    """Return families whose unquantised weights differ, so that their quantised models do, too."""
-    before, after = _bases(olds), _bases(news)
-    return {family for family in before.keys() & after.keys() if before[family].isdisjoint(after[family])}
 
 
 def _bases(items: list[Measured]) -> dict[str, set[str]]:
@@ -417,10 +406,9 @@ def corrected(made: Sequence[Comparison], selected: Callable[[Comparison], bool]
 def with_repeats(first: Collection, more: Collection | None, *, judged: bool = False) -> Collection:
     """Return the first run with speeds, times, memory and energy of all repeats.
 
-    Args:
-        more: the other repeats. Only figures of the same weights at the same point on the same machine are
-            used; everything else is the first run's, as repeating it adds nothing.
-        judged: this is the new side: what failed in one repeat has failed. A baseline uses the other repeats.
+    Of the others, only figures of the same weights at the same point on the same machine are used: repeating
+    anything else adds nothing. On the new side, which is ``judged``, what failed in one repeat has failed; a
+    baseline uses the other repeats.
     """
     if more is None:
         return first

@@ -182,12 +182,10 @@ class Verdict:
 def judge(
     comparisons: Sequence[Comparison], conditions: Sequence[Condition], *, strict: bool = True
 ) -> Verdict:
-    """Apply conditions to comparisons.
+    """Apply conditions to comparisons: a row fails if it violates one of those that cover it.
 
-    Args:
-        comparisons: their p is corrected again, for the accuracies that a condition tests.
-        conditions: a row fails if it violates one of those that cover it.
-        strict: whether a condition that judges no row is a failure, because the user named it.
+    p is corrected again, for the accuracies that a condition tests. If ``strict``, because the user named it,
+    a condition that judges no row is a failure.
     """
     tests = [condition for condition in conditions if condition.limit is None]
     items = corrected(comparisons, lambda item: any(test.covers(item.row) for test in tests))
@@ -244,21 +242,14 @@ _WHERE = "--fail-on"
 
 
 def parse(text: str) -> list[Condition]:
-    """Parse conditions such as ``accuracy:significant, kl:>0.05``.
-
-    Raises:
-        UsageError: a malformed condition, an unknown metric, a sign that would fail improvements, or a limit
-            that no measurement could reach.
-    """
-    parts = [part for part in text.split(",") if part.strip()]
-    return [_condition(part) for part in parts]
+    """Parse conditions such as ``accuracy:significant, kl:>0.05``."""
+    return [_condition(part) for part in text.split(",") if part.strip()]
 
 
 def asked_by(fail_on: str | None) -> list[Condition]:
     """Return the conditions of ``--fail-on`` or of a recipe's gate; None: the default, ``none``: empty.
 
-    Raises:
-        UsageError: as `parse`; or the text is empty, as in ``--fail-on "$UNSET"``, which must not pass.
+    An empty text, as in ``--fail-on "$UNSET"``, must not pass.
     """
     if fail_on == "none":
         return []
@@ -313,9 +304,6 @@ def _beyond(limit: float, metric: str) -> str:
 _MOST_RATIO = 10.0
 _SHARES = ("accuracy", "same_top")
 _EXAMPLES = {"ratio": {"up": "0.95", "down": "1.05"}, "difference": {"up": "-0.02", "down": "0.05"}}
-
-__all__ = ["FAIL_ON", "Condition", "Judged", "Verdict", "asked_by", "judge", "parse"]
-
 
 # Write the verdict for a terminal, a pull request, a test report, and GitHub's annotations.
 
@@ -403,15 +391,12 @@ def _rest(rows: list[Judged]) -> str:
         (old, "not covered by a condition, or not measured in the baseline"),
         (new, "only in the new run"),
     ]
-    return "; ".join(
-        f"{count(len(group), 'rows')} {what}: {_metrics(group)}" for group, what in groups if group
-    )
-
-
-def _metrics(rows: list[Judged]) -> str:
-    """Return ``kl, 2 size``."""
-    counts = Counter(clean(row.comparison.row.metric) for row in rows)
-    return ", ".join(metric if number == 1 else f"{number} {metric}" for metric, number in counts.items())
+    parts = []
+    for group, what in groups:
+        counts = Counter(clean(row.comparison.row.metric) for row in group)
+        metrics = ", ".join(name if number == 1 else f"{number} {name}" for name, number in counts.items())
+        parts += [f"{count(len(group), 'rows')} {what}: {metrics}"] if group else []
+    return "; ".join(parts)
 
 
 def _idle(verdict: Verdict, condition: Condition) -> str:

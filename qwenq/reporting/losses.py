@@ -115,11 +115,13 @@ def loss_table(collection: Collection, family: str) -> Table | None:
     tests = sum(loss.p is not None for loss in found)
     made, places = [], distinguish(found, collection)
     for loss, place in zip(found, places, strict=True):
-        task = str(loss.after.point.get("task"))
-        named = [TASKS.get(task, clean(task)), collection.label(loss.after.model)]
+        named = [_task(loss), collection.label(loss.after.model)]
         named += [collection.label(loss.before.model)] if len(bases) > 1 else []
         named += [place or MISSING] if any(places) else []
-        labels = (Cell(label, label) for label in [*named, _in_words(loss, tests)])
+        words = "not tested"
+        if isinstance(loss.pairing, Paired):
+            words = loss.pairing.describe_change(loss.change, loss.p, tests)
+        labels = (Cell(label, label) for label in [*named, words])
         made.append(Line((*labels, *_cells(loss, notes))))
     optional = [*([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else [])]
     headers = (*LABELS, *optional, WORDS, *FIGURES)
@@ -173,13 +175,6 @@ def _cells(loss: Loss, notes: Footnotes) -> tuple[Cell, ...]:
         Cell(format_p(p), p, mark=mark),
         Cell("none" if drop is None else fixed(1)(drop * 100), drop),
     )
-
-
-def _in_words(loss: Loss, tests: int) -> str:
-    """Describe a change in words, with a note if it may be chance among so many tests."""
-    if isinstance(loss.pairing, str):
-        return "not tested"
-    return loss.pairing.describe_change(loss.change, loss.p, tests)
 
 
 # Summarise each quantised model in a sentence: what it saves and what it costs.

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq.reporting.card import (
-    card_tables,
+    accuracy_table,
     closeness_table,
     long_context_table,
+    memory_table,
     other_accuracies,
+    speed_table,
     split_table,
 )
-from qwenq.reporting.collect import Collection, Run
+from qwenq.reporting.collect import Collection
 from qwenq.reporting.figures import Figure, figures_of
 from qwenq.reporting.losses import loss_table, summary_of
 from qwenq.reporting.served import served_figures, served_summary, served_table
@@ -52,11 +54,6 @@ class Report:
     commands: tuple[str, ...]
     dates: tuple[str, ...]
 
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """Return the run folders."""
-        return self.collection.runs
-
 
 def make_report(collection: Collection, title: str) -> Report:
     """Make a report of what the rows hold; nothing is measured."""
@@ -88,24 +85,19 @@ def _slugs(families: list[str]) -> list[str]:
     return found
 
 
+_TABLES = (
+    *(accuracy_table, speed_table, memory_table),  # as on the cards
+    *(loss_table, long_context_table, closeness_table, split_table, served_table, other_accuracies),
+)
+
+
 def _section(collection: Collection, family: str, slug: str) -> Section:
-    optional = [
-        make(collection, family)
-        for make in (
-            loss_table,
-            long_context_table,
-            closeness_table,
-            split_table,
-            served_table,
-            other_accuracies,
-        )
-    ]
-    tables = [*card_tables(collection, family), *(table for table in optional if table)]
+    tables = (make(collection, family) for make in _TABLES)
     return Section(
         family=clean(family),
         slug=slug,
         summary=(*summary_of(collection, family), *served_summary(collection, family)),
-        tables=tuple(tables),
+        tables=tuple(table for table in tables if table),
         figures=(*figures_of(collection, family), *served_figures(collection, family)),
     )
 

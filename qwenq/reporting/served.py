@@ -44,7 +44,12 @@ def served_table(collection: Collection, family: str) -> Table | None:
         labels={"concurrency": "Concurrency"},
         names={"context": lambda value: f"{value} tokens", "tokens": lambda value: f"{value} of an answer"},
     )
-    made = pivot([_without_requests(item) for item in rows], layout, collection)
+    # A share of failures counts requests, the other figures repetitions, which the caption names.
+    counted = [
+        replace(item, row=replace(item.row, n=None)) if item.row.metric == "failed.served" else item
+        for item in rows
+    ]
+    made = pivot(counted, layout, collection)
     loop = "a closed loop of streamed requests; TTFT: time to first token, ITL: inter-token latency"
     made.caption[:0] = [loop, _where_served(rows)]
     made.caption.extend(_counted(rows))
@@ -59,11 +64,6 @@ def _where_served(rows: list[Measured]) -> str:
     if servers and all(server.get("place") == HERE for server in servers):
         return f"{owned}by its address it ran on the machine below, which sent the requests, too"
     return f"{owned}its hardware is unknown, and the machine below sent the requests"
-
-
-def _without_requests(item: Measured) -> Measured:
-    """Return a share of failures without its number of requests: that of the other figures is repetitions."""
-    return replace(item, row=replace(item.row, n=None)) if item.row.metric == "failed.served" else item
 
 
 def served_figures(collection: Collection, family: str) -> Iterator[Figure]:
