@@ -16,6 +16,7 @@ from qwenq.statistics import (
     detectable_drop,
     equivalence_p,
     format_p,
+    holm,
     mcnemar,
     p_phrase,
 )
@@ -165,6 +166,13 @@ def pair_verdicts(
     lost = sum(base[item] and not model[item] for item in base)
     won = sum(model[item] and not base[item] for item in base)
     return Paired(len(base), lost, won)
+
+
+def corrected_p(pairings: Sequence[Paired | str | None]) -> list[float | None]:
+    """Return McNemar's p of each pairing, corrected by Holm for all of them; None where there is none."""
+    tests = {index: one.p for index, one in enumerate(pairings) if isinstance(one, Paired)}
+    found = dict(zip(tests, holm(list(tests.values())), strict=True))
+    return [found.get(index) for index in range(len(pairings))]
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 from qwenq.comparison import choose_base, pair_verdicts
 from qwenq.errors import CorruptFileError, QwenqError
 from qwenq.evals.model import EvalModel, RemoteModel
-from qwenq.evals.run import Answers, Judged, TaskPlan
-from qwenq.evals.task import MAIN, Score
+from qwenq.evals.run import Answers, TaskPlan
+from qwenq.evals.task import MAIN, Judged, Score
 from qwenq.events import Listener, Notice
 from qwenq.models.folders import MANIFEST
 from qwenq.models.integrity import verify_files
@@ -233,14 +233,16 @@ def _check_rows(manifest: dict[str, Any], model: Model, command: str) -> Iterato
         yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
 
 
+_UNSOUND = ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError
+
+
 def _sound_rows(path: Path, model: Model, command: str) -> list[Row]:
     """Return the rows, once they are known to be readable: others would make the run folder unreadable."""
-    manifest = _read(path)
     try:
-        rows = list(_check_rows(manifest, model, command))
+        rows = list(_check_rows(json.loads(path.read_text(encoding="utf-8")), model, command))
         for row in rows:
             require_readable(row)
-    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except _UNSOUND as error:
         raise CorruptFileError(
             f"its check is incomplete, or not as `qwenq quantize` writes it: {error!r}", where=path
         ) from error
@@ -265,19 +267,9 @@ def _details_of_kl(manifest: dict[str, Any]) -> dict[str, Any]:
         "lows": [part["low"] for part in measured],
         "highs": [part["high"] for part in measured],
     }
-    bits = (
-        {"mixed_bits": {key: mixed[key] for key in ("tokens", "bytes", "curve", "remaining")}}
-        if mixed
-        else {}
-    )
-    return {"modules": check["modules"], **(curve if measured else {}), **bits}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(manifest["check"], dict) and isinstance(manifest["calibration"], dict):
-            return dict(manifest)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptFileError(f"no manifest of a quantised model: {error!r}", where=path) from error
-    raise CorruptFileError("the manifest holds no check", where=path)
+    bits = {key: mixed[key] for key in ("tokens", "bytes", "curve", "remaining")} if mixed else None
+    return {
+        "modules": check["modules"],
+        **(curve if measured else {}),
+        **({"mixed_bits": bits} if bits else {}),
+    }

@@ -63,9 +63,6 @@ class TaskPlan:
         return limited(self.task.request(item), self.max_new_tokens)
 
 
-Judged = list[tuple[Item, Judgement]]
-
-
 @dataclass(frozen=True)
 class Answers:
     """All verdicts of a model on a task.
@@ -80,7 +77,7 @@ class Answers:
         written: generated answers; the others are letters scored by logits.
     """
 
-    judged: Judged
+    judged: list[tuple[Item, Judgement]]
     implementations: tuple[str, ...]
     recorded: int
     questions: str = ""

@@ -91,17 +91,16 @@ class Collection:
 
     def label(self, model: Model) -> str:
         """Return ``Int4``, with group size or name if the family has several models of that precision."""
-        siblings = {
-            item.row.model
-            for item in self.measured
-            if (item.row.model.family, item.row.model.precision) == (model.family, model.precision)
-        }
+        kind = model.family, model.precision
+        models = {item.row.model for item in self.measured}
+        siblings = [other for other in models if (other.family, other.precision) == kind]
         base = PRECISIONS.get(model.precision, clean(model.precision))
-        if len({other.fingerprint for other in siblings}) < 2:
+        distinct = len({other.fingerprint for other in siblings})
+        if distinct < 2:
             return base
-        if len({other.group_size for other in siblings}) == len({other.fingerprint for other in siblings}):
+        if len({other.group_size for other in siblings}) == distinct:
             return f"{base}, groups of {model.group_size}" if model.group_size else base
-        if len({other.name for other in siblings}) == len({other.fingerprint for other in siblings}):
+        if len({other.name for other in siblings}) == distinct:
             return f"{base}, {clean(model.name)}"
         return f"{base}, {clean(model.fingerprint.rsplit(':', 1)[-1][:8])}"
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal, NamedTuple
 
-from qwenq.comparison import PLAIN, Paired, other_items, paired
+from qwenq.comparison import PLAIN, Paired, corrected_p, other_items, paired
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured, machine_difference
 from qwenq.reporting.text import clean
 from qwenq.results import Model, Row, intervals_overlap
-from qwenq.statistics import ALPHA, holm
+from qwenq.statistics import ALPHA
 
 # Match the rows of two runs: each row of the baseline with at most one row of the new run.
 #
@@ -383,11 +383,9 @@ def corrected(made: Sequence[Comparison], selected: Callable[[Comparison], bool]
 
     The others keep their p, as a test that no condition selects must not hide a loss that one does.
     """
-    tested = {index: item.pairing for index, item in enumerate(made) if item.pairing and selected(item)}
-    p_values = dict(zip(tested, holm([pairing.p for pairing in tested.values()]), strict=True))
+    found = corrected_p([item.pairing if selected(item) else None for item in made])
     return [
-        replace(item, p=p, real=p < ALPHA) if (p := p_values.get(index)) is not None else item
-        for index, item in enumerate(made)
+        item if p is None else replace(item, p=p, real=p < ALPHA) for item, p in zip(made, found, strict=True)
     ]
 
 

@@ -6,13 +6,22 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from qwenq.comparison import PLAIN, Paired, TaskComparison, choose_base, headline, judge_check, paired
+from qwenq.comparison import (
+    PLAIN,
+    Paired,
+    TaskComparison,
+    choose_base,
+    corrected_p,
+    headline,
+    judge_check,
+    paired,
+)
 from qwenq.reporting.card import TASKS, cut_of, model_bytes, task_order
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
 from qwenq.results import Model, Row, Value, intervals_overlap
-from qwenq.statistics import ALPHA, format_p, holm
+from qwenq.statistics import ALPHA, format_p
 
 # Test what quantising cost in accuracy, by items lost and won against the unquantised model.
 
@@ -53,9 +62,8 @@ def losses(collection: Collection, family: str) -> list[Loss]:
     BF16 against FP32 is not a cost of quantising and is not tested.
     """
     found = list(_pairs(collection.of(family, "accuracy")))
-    tests = {index: loss.pairing.p for index, loss in enumerate(found) if isinstance(loss.pairing, Paired)}
-    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
-    made = [replace(loss, p=corrected.get(index)) for index, loss in enumerate(found)]
+    corrected = corrected_p([loss.pairing for loss in found])
+    made = (replace(loss, p=p) for loss, p in zip(found, corrected, strict=True))
     return sorted(made, key=lambda loss: task_order(loss.after))
 
 
@@ -65,7 +73,7 @@ def _pairs(items: Iterable[Measured]) -> Iterator[Loss]:
     A row that names its base is paired with those weights only, whatever has the same name.
     """
     measured = [item for item in items if item.row.status == "ok"]
-    plain: dict[_Point, list[Row]] = defaultdict(list)
+    plain: dict[tuple[tuple[str, str], ...], list[Row]] = defaultdict(list)
     for item in measured:
         if item.row.model.precision in PLAIN:
             plain[_point(item.row.point)].append(item.row)
@@ -78,10 +86,7 @@ def _pairs(items: Iterable[Measured]) -> Iterator[Loss]:
             yield Loss(base, row, paired(base, row), run=item.run.name)
 
 
-_Point = tuple[tuple[str, str], ...]
-
-
-def _point(point: dict[str, Value]) -> _Point:
+def _point(point: dict[str, Value]) -> tuple[tuple[str, str], ...]:
     """Return what two precisions of one measurement share: all but engine and dtype."""
     return tuple(sorted((key, str(value)) for key, value in point.items() if key not in {"engine", "dtype"}))
 
@@ -212,12 +217,11 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
         shown = f"KL divergence {format_of('kl', item.row.unit)(kl)} nats/token"
         same = [other.row for other in collection.of(family, "same_top") if other.row.model == model]
         top = next((row.value for row in same if row.point == item.row.point), None)
-        if top is None:
-            yield shown
-        else:
-            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4, item.row.n).word
-            known = "too few tokens for a verdict" if word == "none" else word
-            yield f"{known}, {shown}, same top token {100 * top:.1f} %"
+        if top is not None:
+            word: str = judge_check(kl, top, 8 if model.precision.endswith("8") else 4, item.row.n).word
+            word = "too few tokens for a verdict" if word == "none" else word
+            shown = f"{word}, {shown}, same top token {100 * top:.1f} %"
+        yield shown
 
 
 def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
@@ -230,11 +234,9 @@ def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
     dtypes = (item.row.settings.get("dtype") for item in collection.of(family) if item.row.model == model)
     plain = {other.precision: other for other, nbytes in sizes.items() if nbytes}
     base = choose_base(plain, next(filter(None, dtypes), None))
-    if base is None or base == model:
-        yield shown
-    else:
-        share = f"{100 * sizes[model] / sizes[base]:.0f} %"
-        yield f"{shown}, {share} of {collection.label(base)}"
+    if base is not None and base != model:
+        shown += f", {100 * sizes[model] / sizes[base]:.0f} % of {collection.label(base)}"
+    yield shown
 
 
 def _speed(collection: Collection, family: str, model: Model) -> Iterator[str]:

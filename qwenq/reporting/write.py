@@ -68,26 +68,24 @@ def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "memory", size
     gpus = environment.get("gpus")
     if isinstance(gpus, list):
-        yield "GPUs", "; ".join(_gpu(gpu) for gpu in gpus if isinstance(gpu, dict)) or "none"
+        shown = []
+        for gpu in (gpu for gpu in gpus if isinstance(gpu, dict)):
+            driver = f"driver {gpu['driver']}" if gpu.get("driver") else ""
+            facts = str(gpu.get("name")), _gib(gpu.get("memory_bytes")), driver
+            shown.append(clean(", ".join(fact for fact in facts if fact)))
+        yield "GPUs", "; ".join(shown) or "none"
     for key, name in (("os", "system"), ("python", "Python")):
         if environment.get(key):
             yield name, clean(environment[key])
     versions = environment.get("versions")
     if isinstance(versions, dict):
-        shown = (f"{name} {version}" for name, version in versions.items() if name != "python")
-        yield "versions", clean(", ".join(shown))
+        named = (f"{name} {version}" for name, version in versions.items() if name != "python")
+        yield "versions", clean(", ".join(named))
 
 
 def _gib(nbytes: Any) -> str:
     """Return a size in GiB; empty if it is not a number of bytes."""
     return f"{nbytes / GIB:.1f} GiB" if isinstance(nbytes, int) and 0 < nbytes < 2**63 else ""
-
-
-def _gpu(gpu: dict[str, Any]) -> str:
-    memory = _gib(gpu.get("memory_bytes"))
-    size = f", {memory}" if memory else ""
-    driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
-    return clean(f"{gpu.get('name')}{size}{driver}")
 
 
 # Write a report for programs: ``results.json`` and, with a line per row, ``results.csv``.
