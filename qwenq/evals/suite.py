@@ -55,7 +55,7 @@ def source_of(data: str | None, sample: bool) -> DataSource:
 
 
 def require_settings(chosen: EvalRecipe) -> None:
-    """Refuse data that is not there, and numbers of tasks that are not evaluated, before a model is opened."""
+    """Refuse data that is not there, and numbers of tasks that are not evaluated: no model is open yet."""
     source_of(chosen.data, chosen.sample)
     for option, numbers in (("--limit", chosen.limit), ("--max-new-tokens", chosen.max_new_tokens)):
         for task in numbers if isinstance(numbers, Mapping) else ():

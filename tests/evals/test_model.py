@@ -23,8 +23,8 @@ from qwenq.evals.task import DataSource, Written, final_answer
 from qwenq.evals.tasks.registry import get_task
 from qwenq.models.bundled import bundled_model
 from qwenq.models.tokenizer import load_tokenizer
-from qwenq.reporting.card import cut_of
 from qwenq.recipe import EvalRecipe
+from qwenq.reporting.card import cut_of
 from qwenq.results import Row
 
 SAMPLED = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
