@@ -103,21 +103,14 @@ class _Pair:
 
 def _open_pair(quantised: str, against: str | None) -> _Pair:
     """Open both models, and require that they are sound and of one shape."""
-    from qwenq.evals.check import require_comparable
+    from qwenq.evals.check import require_comparable, require_quantised
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.gptq_format import is_quantised, validate_quantised
+    from qwenq.models.gptq_format import validate_quantised
     from qwenq.models.opening import resolve_model
-    from qwenq.models.random_weights import refuse_random
 
     resolved = resolve_model(quantised)
     packed = open_checkpoint(resolved.folder)
-    if not is_quantised(packed.config) and packed.foreign is None:
-        raise UsageError(
-            "this model is not quantised, so there is nothing to check",
-            where=resolved.folder,
-            hint="the quantised model comes first: `qwenq check QUANTISED --against BASE`",
-        )
-    refuse_random(packed.config, "accuracy")  # before its base is looked for: that one lies on no disk
+    require_quantised(packed)  # before its base is looked for: that of random weights lies on no disk
     manifest = _verified_manifest(resolved.folder)
     folder, notices = _find_base(against, resolved.folder)
     pair = _Pair(packed, open_checkpoint(folder), manifest)

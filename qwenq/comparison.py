@@ -300,21 +300,12 @@ def other_items(before: Row, after: Row) -> str:
     return ""
 
 
-# Judge the cost of quantising by two figures.
+# Judge the cost of quantising by two figures, both of which must reach a band.
 #
-# =========  ===============  ===============  ============================================================
-# word       KL (nats)        same top token   reached by
-# =========  ===============  ===============  ============================================================
-# excellent  up to 0.01       95 % and more    a sound Int8; 6 bits of an 8B model
-# good       up to 0.05       90 % and more    a sound Int4 of a 7B model
-# fair       up to 0.25       75 % and more    a sound Int4 below 1B parameters: each weight carries more
-# poor       up to 2          30 % and more    of little use
-# broken     above, or NaN    below            a defect, or another model's weights
-# =========  ===============  ===============  ============================================================
-#
-# Both figures must reach a band. The same bands hold for all bits, because the word says how near the model
-# is to its base. They are our own choice, set by llama.cpp's published figures for Llama-3-8B on
-# WikiText-2: q8_0 .0014 and 97.7 %, q6_K .0055 and 96.0 %, q4_K_M .031 and 91.9 %.
+# The same bands hold for all bits, because the word says how near the model is to its base. They are our own
+# choice, set by llama.cpp's published figures for Llama-3-8B on WikiText-2: q8_0 .0014 and 97.7 %, q6_K .0055
+# and 96.0 %, q4_K_M .031 and 91.9 %. A sound Int8 is excellent; a sound Int4 is good from 7B parameters on,
+# fair below 1B, where each weight carries more.
 
 
 Word = Literal["excellent", "good", "fair", "poor", "broken", "none"]

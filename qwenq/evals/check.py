@@ -365,26 +365,26 @@ def check(
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
 
 
-def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
-    """Return the settings of ``quantised``, a model of ``base``'s shape.
+def require_quantised(model: Checkpoint) -> None:
+    """Refuse a model that is not quantised, or whose weights are random."""
+    if not is_quantised(model.config) and model.foreign is None:
+        raise UsageError(
+            "this model is not quantised, so there is nothing to check",
+            where=model.folder,
+            hint="the quantised model comes first: `qwenq check QUANTISED --against BASE`",
+        )
+    refuse_random(model.config, "accuracy")
 
-    Raises:
-        UsageError: the first is not quantised, the second is, they differ in shape, or weights are random.
-        UnsupportedError: quantised in a way that is not read.
-    """
-    for checkpoint in (quantised, base):
-        refuse_random(checkpoint.config, "accuracy")
+
+def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
+    """Return the settings of ``quantised``, a model of ``base``'s shape; refuse any other pair."""
+    require_quantised(quantised)
+    refuse_random(base.config, "accuracy")
     if is_quantised(base.config):
         raise UsageError(
             "the base is itself quantised",
             where=base.folder,
             hint="name the full-precision model: --against BASE",
-        )
-    if not is_quantised(quantised.config) and quantised.foreign is None:
-        raise UsageError(
-            "this model is not quantised, so there is nothing to check",
-            where=quantised.folder,
-            hint="quantise it first: `qwenq quantize MODEL --bits 4`",
         )
     for key in _SAME_IN_BOTH:
         has, wants = quantised.config.get(key), base.config.get(key)

@@ -25,19 +25,10 @@ from qwenq.statistics import MARGIN, p_phrase
 
 # Decide which differences fail and give the verdict; a row that is not comparable never passes.
 #
-# A condition is ``metric:rule``; several are separated by commas:
-#
-# * ``accuracy:significant`` fails if more items were lost than won and McNemar's test is significant after
-#   Holm's correction for the accuracies under such conditions. Speed, time and energy fail if the intervals
-#   do not overlap, exact figures at any change for the worse.
-# * ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline.
-#   For speeds and times the most favourable ratio that both intervals allow counts, so that noise does not
-#   fail. With fewer than three measurements on either side, all repeats together, noise is unknown and the
-#   row is not judged. Without an interval it is judged, by its ratio alone, only if a condition names it.
-# * ``kl:>0.05``, ``accuracy:<-0.02``, ``same_top:<-0.01``: new − baseline, in nats per token or as a share.
-#
-# ``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` cover all their rows, ``speed.decode`` one
-# kind; ``accuracy@int8`` covers those of one precision.
+# A condition is ``metric:rule``, several are separated by commas: docs/reports.md, "Compare". Of speeds and
+# times the most favourable ratio that both intervals allow counts, so that noise does not fail. With fewer
+# than three measurements on either side noise is unknown, and the row is not judged; without an interval it
+# is judged, by its ratio alone, only if a condition names it.
 
 
 PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
