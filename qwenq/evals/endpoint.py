@@ -7,14 +7,13 @@ import math
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.task import CLOSE, OPEN, Answer, Choose, Chosen, Request, Write, Written
 from qwenq.events import Listener, silent
 from qwenq.http import (
-    FIRST_PAUSE,
     RefusedError,
     Server,
     ServerState,
@@ -54,32 +53,22 @@ class Reply:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server's address and a model's name there.
+    """A server and a model's name there.
 
     Attributes:
-        url: up to and with ``/v1``.
-        model: its name there.
-        key: sent as a bearer token; None: none.
         concurrency: requests under way at a time.
-        timeout: seconds without a byte after which an attempt is given up.
-        pause: seconds before the second attempt.
-        trouble: state that all requests share.
         thinking: sent as ``enable_thinking`` for the chat template; None: left to the server.
     """
 
-    url: str
+    server: Server
     model: str
-    key: str | None = field(default=None, repr=False)
     concurrency: int = CONCURRENCY
-    timeout: float = 300.0
-    pause: float = FIRST_PAUSE
-    trouble: ServerState = field(default_factory=ServerState, repr=False, compare=False)
     thinking: bool | None = None
 
     @property
-    def server(self) -> Server:
-        """Return the server that it is on."""
-        return Server(self.url, self.key, self.timeout, self.pause, self.trouble)
+    def url(self) -> str:
+        """Return the server's address, up to and with ``/v1``."""
+        return self.server.url
 
     def ask(self, request: Request) -> Reply:
         """Return one answer: a text decoded greedily, or scores of letters."""
@@ -107,7 +96,7 @@ class Endpoint:
 
     def without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Return the reply without repetition penalty; a server that refuses the option applies none."""
-        if PENALTY in self.trouble.unknown:
+        if PENALTY in self.server.state.unknown:
             return self.server.ask(path, body)
         try:
             return self.server.ask(path, {**body, PENALTY: 1.0})
@@ -115,7 +104,7 @@ class Endpoint:
             if not refused.concerns(PENALTY):
                 raise
             found = self.server.ask(path, body)
-            self.trouble.lacks(PENALTY, self.url)
+            self.server.state.lacks(PENALTY, self.url)
             return found
 
     def ask_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
@@ -202,9 +191,8 @@ def endpoint_at(
 
     Without a name the model is the only one there. A request that has failed and is retried is a notice.
     """
-    state = ServerState(listener)
-    found = Endpoint(checked_address(url), model or "", checked_key(key), concurrency, trouble=state)
-    return replace(found, model=served_model(found.server, model))
+    server = Server(checked_address(url), checked_key(key), state=ServerState(listener))
+    return Endpoint(server, served_model(server, model), concurrency)
 
 
 # Score the continuations of a prompt by a server's log probabilities: letters of questions with options.
@@ -291,7 +279,7 @@ def _complete(
     endpoint: Endpoint, prompt: str, more: Mapping[str, Any], option: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the reply to a request for one token, and its only choice; a refused option is sent once."""
-    if option in endpoint.trouble.unknown:
+    if option in endpoint.server.state.unknown:
         raise _Absent(f"it refuses {option}")
     body = {"model": endpoint.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": False}
     try:
@@ -299,7 +287,7 @@ def _complete(
     except RefusedError as error:
         if not concerns_logprobs(error.what):
             raise
-        endpoint.trouble.unknown |= {option}
+        endpoint.server.state.unknown |= {option}
         raise _Absent(f"it refuses {option}") from error
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):

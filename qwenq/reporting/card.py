@@ -115,7 +115,7 @@ def _how_asked(rows: list[Measured]) -> str:
     """Return ``letters by logits: MMLU; written answers: GSM8K``."""
     by: dict[str, dict[str, None]] = {"logits": {}, "generation": {}}
     for item in sorted(rows, key=lambda item: task_order(item.row)):
-        by[asked_by(item.row)][_task(item)[1]] = None
+        by[asked_by(item.row)][task_name(item.row)] = None
     parts = {"letters asked by logits": by["logits"], "answers by generation": by["generation"]}
     return "; ".join(f"{how}: {', '.join(tasks)}" for how, tasks in parts.items() if tasks)
 
@@ -125,7 +125,7 @@ def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
     for item in sorted(rows, key=lambda item: task_order(item.row)):
         if (found := cut_of(item.row)) is None:
             continue
-        score = _task(item)[1]
+        score = task_name(item.row)
         heading = f"{score} cut (%)"
         note = made.notes.number(f"{score}: {found.warning}") if found.many else None
         label = collection.label(item.row.model)
@@ -224,14 +224,14 @@ def task_order(row: Row) -> tuple[int, str]:
     return (known.index(task) if task in known else len(known)), task
 
 
-def _task(item: Measured) -> tuple[Any, str]:
-    order = task_order(item.row)
-    return order, TASKS.get(order[1], clean(order[1]))
+def task_name(row: Row) -> str:
+    """Return the name of a row's task as the card's headings have it."""
+    task = str(row.point.get("task"))
+    return TASKS.get(task, clean(task))
 
 
 def _score(item: Measured) -> tuple[Any, str]:
-    order, name = _task(item)
-    return order, f"{name} (%)"
+    return task_order(item.row), f"{task_name(item.row)} (%)"
 
 
 def _length(generating: str, encoding: str, both: str) -> Any:

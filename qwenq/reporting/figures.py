@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qwenq.comparison import Paired
-from qwenq.reporting.card import TASKS, model_bytes
+from qwenq.reporting.card import model_bytes, task_name
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows, point_text
 from qwenq.reporting.losses import bases_of, distinguish, losses
-from qwenq.reporting.text import GIB, clean
+from qwenq.reporting.text import GIB
 
 # Mark the trade-off frontier: the models that no other one beats on both axes.
 #
@@ -142,7 +142,7 @@ def _accuracies(
     for item in collection.of(family, "accuracy"):
         tasks[str(item.row.point.get("task"))].append(item)
     made: list[Series] = []
-    for task, rows in tasks.items():
+    for rows in tasks.values():
         points = [
             Point(x, y * 100, collection.label(row.model), _percent(row.low), _percent(row.high))
             for row in (item.row for item in at_one_point(rows, anywhere=True))
@@ -150,8 +150,8 @@ def _accuracies(
             and (y := row.value) is not None
         ]
         if len(points) > 1:
-            name, tone = TASKS.get(task, clean(task)), f"c{len(made) % 6}"
-            made.append(Series(name, frontier(points, less=less), tone))
+            tone = f"c{len(made) % 6}"
+            made.append(Series(task_name(rows[0].row), frontier(points, less=less), tone))
     return tuple(made)
 
 
@@ -164,10 +164,9 @@ def _balance(collection: Collection, family: str) -> Figure:
     names, lost, won = [], [], []
     bases = bases_of(found, collection)
     for index, (loss, place) in enumerate(zip(found, distinguish(found, collection), strict=True)):
-        task = str(loss.after.point.get("task"))
         against = f" against {collection.label(loss.before.model)}" if len(bases) > 1 else ""
         where = f", {place}" if place else ""
-        names.append(f"{TASKS.get(task, clean(task))}, {collection.label(loss.after.model)}{against}{where}")
+        names.append(f"{task_name(loss.after)}, {collection.label(loss.after.model)}{against}{where}")
         if isinstance(loss.pairing, Paired):
             lost.append(Point(index, -loss.pairing.lost, str(loss.pairing.lost)))
             won.append(Point(index, loss.pairing.won, str(loss.pairing.won)))

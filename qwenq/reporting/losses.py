@@ -16,7 +16,7 @@ from qwenq.comparison import (
     judge_check,
     paired,
 )
-from qwenq.reporting.card import TASKS, cut_of, model_bytes, task_order
+from qwenq.reporting.card import cut_of, model_bytes, task_name, task_order
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
@@ -120,7 +120,7 @@ def loss_table(collection: Collection, family: str) -> Table | None:
     tests = sum(loss.p is not None for loss in found)
     made, places = [], distinguish(found, collection)
     for loss, place in zip(found, places, strict=True):
-        named = [_task(loss), collection.label(loss.after.model)]
+        named = [task_name(loss.after), collection.label(loss.after.model)]
         named += [collection.label(loss.before.model)] if len(bases) > 1 else []
         named += [place or MISSING] if any(places) else []
         words = "not tested"
@@ -283,20 +283,15 @@ def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator
 
     Scores that many cut answers make worthless are named behind it.
     """
-    tested = [
-        TaskComparison(_task(loss), loss.before.value or 0.0, loss.after.value or 0.0, loss.pairing, loss.p)
-        for loss in found
-        if isinstance(loss.pairing, Paired) and loss.p is not None
-    ]
+    tested = []
+    for loss in found:
+        if isinstance(loss.pairing, Paired) and loss.p is not None:
+            scores = loss.before.value or 0.0, loss.after.value or 0.0
+            tested.append(TaskComparison(task_name(loss.after), *scores, loss.pairing, loss.p))
     if tested:
         bases = " and ".join(bases_of(found, collection))
         yield f"against {bases}, {headline(tested, tests, len(found) - len(tested))}"
     for loss in found:
         for row in (loss.before, loss.after):
             if (cut := cut_of(row)) is not None and cut.many:
-                yield f"warning: {_task(loss)}, {collection.label(row.model)}: {cut.warning}"
-
-
-def _task(loss: Loss) -> str:
-    task = str(loss.after.point.get("task"))
-    return TASKS.get(task, clean(task))
+                yield f"warning: {task_name(loss.after)}, {collection.label(row.model)}: {cut.warning}"

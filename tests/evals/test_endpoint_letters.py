@@ -180,7 +180,7 @@ def answer_always(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None
 def test_odd_replies_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch, logprobs: Any) -> None:
     answer_always(monkeypatch, {"choices": [{"text": "A", "logprobs": logprobs}], "usage": None})
     with pytest.raises(UsageError, match="this server does not score 'A', 'B'"):
-        score_letters(Endpoint("http://h/v1", "m"), Choose("?", ("A", "B")))
+        score_letters(Endpoint(http.Server("http://h/v1"), "m"), Choose("?", ("A", "B")))
     answer_always(monkeypatch, {"choices": []})
     with pytest.raises(QwenqError, match="a reply without an answer"):
-        score_letters(Endpoint("http://h/v1", "m"), Choose("?", ("A", "B")))
+        score_letters(Endpoint(http.Server("http://h/v1"), "m"), Choose("?", ("A", "B")))
