@@ -296,35 +296,29 @@ def _made(content: dict[str, Any]) -> Row:
 
 
 def _check_types(row: Row) -> None:
-    """Check the types that the rest of the code relies on: JSON has others."""
-    for name, kinds in _KINDS.items():
-        value = getattr(row, name)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"{name} is {value!r}")
-    strings = (row.model.name, row.model.fingerprint, row.model.precision, row.model.family)
-    if not all(isinstance(value, str) for value in strings):
-        raise TypeError("the model's names are not strings")
-    for count in (row.n, row.model.nbytes, row.model.group_size):
-        if isinstance(count, bool) or not isinstance(count, int | None) or (count or 0) > _MOST:
-            raise TypeError(f"{count!r} is no count")
-    for figure in (row.value, row.low, row.high):
-        if figure is not None and not abs(figure) < _MOST:
-            raise ValueError(f"{figure} is no figure")
+    """Check the types that the rest of the code relies on, and bounds: JSON has others."""
+    for part in (row, row.model):
+        for name in (each.name for each in fields(part) if each.name in _KINDS):
+            value = getattr(part, name)
+            if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
+                raise TypeError(f"{name} is {value!r}")
+            if isinstance(value, int | float) and not abs(value) < _MOST:
+                raise ValueError(f"{value} is no figure")
     if any(isinstance(value, list | dict) for value in row.point.values()):
         raise TypeError("point holds something that is not flat")
 
 
-_NUMBER = (int, float, type(None))
 _MOST = 2**63
 """No figure or count is larger: it would overflow where it is scaled."""
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("metric", "unit", "implementation", "date"), (str,)),
+    **dict.fromkeys(("name", "fingerprint", "precision", "family"), (str,)),
     **dict.fromkeys(("point", "settings", "details"), (dict,)),
-    **dict.fromkeys(("value", "low", "high"), _NUMBER),
-    "n": (int, type(None)),
+    **dict.fromkeys(("value", "low", "high"), (int, float, type(None))),
+    **dict.fromkeys(("n", "nbytes", "group_size"), (int, type(None))),
     "reason": (str, type(None)),
 }
-assert _KINDS.keys() <= {f.name for f in fields(Row)}  # noqa: S101 - a misspelt name would check nothing
+assert _KINDS.keys() <= {f.name for f in (*fields(Row), *fields(Model))}  # noqa: S101 - a misspelt name would check nothing
 
 
 def _end_last_line(path: Path) -> None:

@@ -36,24 +36,14 @@ class Match(NamedTuple):
 
 
 def matched(olds: Sequence[Measured], news: Sequence[Measured]) -> list[Match]:
-    """Return the match of each row of the baseline, in its order."""
-    candidates: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    """Return the match of each row of the baseline, in order; models distinguish rows of one identity."""
+    alike: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    known: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for item in news:
-        candidates[item.row.identity].append(item)
-    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for index, item in enumerate(olds):
-        groups[item.row.identity].append(index)
-    made: dict[int, Match] = {}
-    for identity, indices in groups.items():
-        matches = _match_identity([olds[index] for index in indices], candidates[identity])
-        made.update(zip(indices, matches, strict=True))
-    return [made[index] for index in range(len(olds))]
-
-
-def _match_identity(olds: list[Measured], news: list[Measured]) -> list[Match]:
-    """Match rows that only their models distinguish."""
-    known = {old.row.model.fingerprint for old in olds}
-    found = [_candidates(old, news, known) for old in olds]
+        alike[item.row.identity].append(item)
+    for old in olds:
+        known[old.row.identity].add(old.row.model.fingerprint)
+    found = [_candidates(old, alike[old.row.identity], known[old.row.identity]) for old in olds]
     claims: dict[int, list[Measured]] = defaultdict(list)
     for old, candidates in zip(olds, found, strict=True):
         if old.row.status == "ok" and len(candidates) == 1:

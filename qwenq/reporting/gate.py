@@ -111,6 +111,11 @@ class Verdict:
         return [item for item in self.judged if item.outcome == outcome]
 
     @property
+    def failed(self) -> list[Judged]:
+        """Return the rows that fail the gate."""
+        return [*self.of("regression"), *self.of("not comparable")]
+
+    @property
     def fallback_notice(self) -> list[Judged]:
         """Return rows of both runs under a condition that are too few or too noisy to judge."""
         asked = [item for item in self.of("not judged") if item.condition is not None]
@@ -349,10 +354,9 @@ def text_lines(verdict: Verdict) -> Iterator[str]:
     """Yield lines for a terminal: failures, changes that did not fail, the verdict."""
     passed = verdict.of("passed")
     changed = [item for item in passed if effect(item) not in UNCHANGED]
-    for judged in [*verdict.of("regression"), *verdict.of("not comparable"), *changed]:
+    for judged in [*verdict.failed, *changed]:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
-        parts = (change_text(judged.comparison), effect(judged), _reason(judged))
-        yield f"{'':<15}{'; '.join(part for part in parts if part)}"
+        yield f"{'':<15}{_joined(change_text(judged.comparison), effect(judged), _reason(judged))}"
     if rest := Counter(effect(item) for item in passed if item not in changed):
         kinds = ", ".join(f"{number} {kind}" for kind, number in rest.items())
         yield f"{count(rest.total(), 'rows')} passed: {kinds}"
@@ -397,20 +401,22 @@ def _idle(verdict: Verdict, condition: Condition) -> str:
 
 
 def _reason(judged: Judged) -> str:
-    parts = [f"fails {judged.condition}"] if judged.outcome == "regression" else []
-    return "; ".join([*parts, *([judged.reason] if judged.reason else [])])
+    return _joined(f"fails {judged.condition}" if judged.outcome == "regression" else "", judged.reason)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
     """Return a comment for a pull request: the verdict, what failed, and the rest folded."""
-    failed = [*verdict.of("regression"), *verdict.of("not comparable")]
     parts = [f"### {markdown(verdict.headline)}", f"{markdown(baseline)} → {markdown(new)}"]
     if accuracies := verdict.accuracies:
         parts.append(f"Accuracy: {markdown(accuracies, LONGEST_SENTENCE)}.")
     if warnings := verdict.warnings:
         parts.append("\n".join(f"- Warning: {markdown(line)}" for line in warnings))
-    if failed:
-        parts.append(_table(failed))
+    if verdict.failed:
+        parts.append(_table(verdict.failed))
     if few := verdict.fallback_notice:
         parts.append(f"{count(len(few), 'rows')} could not be judged:")
         parts.append(_table(few))
@@ -454,7 +460,7 @@ def _table(rows: list[Judged]) -> str:
     for judged in rows[:MOST_ROWS]:
         item = judged.comparison
         cells = (judged.outcome if judged.outcome != "not judged" else "", item.name, change_text(item))
-        result = "; ".join(part for part in (effect(judged), _reason(judged)) if part)
+        result = _joined(effect(judged), _reason(judged))
         lines.append(f"| {' | '.join(markdown(cell) for cell in (*cells, result))} |")
     more = [f"\n… and {len(rows) - MOST_ROWS} more."] if len(rows) > MOST_ROWS else []
     return "\n".join([*lines, *more])
@@ -479,8 +485,8 @@ def junit_text(verdict: Verdict) -> str:
         item = judged.comparison
         case = ET.SubElement(suite, "testcase", {"classname": clean(item.row.metric), "name": item.name})
         if tag := tags.get(judged.outcome):
-            message = "; ".join(part for part in (_reason(judged), change_text(item)) if part)
-            ET.SubElement(case, tag, {"message": clean(message or "no condition")})
+            message = _joined(_reason(judged), change_text(item)) or "no condition"
+            ET.SubElement(case, tag, {"message": clean(message)})
     for condition in verdict.idle:
         case = ET.SubElement(suite, "testcase", {"classname": condition.metric, "name": str(condition)})
         tag = "error" if condition in verdict.unjudged else "skipped"
@@ -496,8 +502,8 @@ def github_annotations(verdict: Verdict) -> Iterator[str]:
     """Yield workflow commands that GitHub shows at a change."""
     if _judged_nothing(verdict):
         yield f"::error title=qwenq compare::{_data(verdict.headline)}"
-    for judged in (*verdict.of("regression"), *verdict.of("not comparable")):
-        result = "; ".join(part for part in (change_text(judged.comparison), _reason(judged)) if part)
+    for judged in verdict.failed:
+        result = _joined(change_text(judged.comparison), _reason(judged))
         yield f"::error title={_property(judged.comparison.name)}::{_data(f'{judged.outcome}: {result}')}"
     for condition in verdict.idle:
         level = "error" if condition in verdict.unjudged else "notice"
@@ -526,5 +532,4 @@ def without_commands(lines: Iterable[str]) -> Iterator[str]:
 
 def _judged_nothing(verdict: Verdict) -> bool:
     """Return whether the gate failed only because it had nothing to judge."""
-    failed = verdict.of("regression") or verdict.of("not comparable") or verdict.unjudged
-    return verdict.exit_code == NOT_COMPARABLE and not failed
+    return verdict.exit_code == NOT_COMPARABLE and not verdict.failed and not verdict.unjudged
