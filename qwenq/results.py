@@ -318,7 +318,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("n", "nbytes", "group_size"), (int, type(None))),
     "reason": (str, type(None)),
 }
-assert _KINDS.keys() <= {f.name for f in (*fields(Row), *fields(Model))}  # noqa: S101 - a misspelt name would check nothing
+assert _KINDS.keys() <= {f.name for f in (*fields(Row), *fields(Model))}  # noqa: S101 - misspelt ones check nothing
 
 
 def _end_last_line(path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwenq.published import PublishedRow, published_of
 from qwenq.reporting.collect import ATTENTION, PRECISIONS, Collection, Measured, attention, rank
-from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, pivot
+from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, by_metric, pivot
 from qwenq.reporting.text import clean, count, fixed, format_of
 from qwenq.results import Model, Row, Value
 
@@ -97,8 +97,6 @@ _RESET = "peak of generating alone: the counter is reset after loading, unlike t
 def accuracy_table(collection: Collection, family: str) -> Table | None:
     """Make Quantization | MMLU | CEval (val) | GSM8K | Humaneval; percent of items."""
     rows = collection.of(family, "accuracy")
-    if not rows:
-        return None
     layout = Layout("Quantization", _score, count="items", used=frozenset({"task"}))
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "items answered correctly, with 95 % intervals")
@@ -146,8 +144,6 @@ def _as_the_cards(row: Row) -> bool:
 def speed_table(collection: Collection, family: str) -> Table | None:
     """Make Quantization | Attention | Speed, 2048 tokens (tokens/s) | Speed, 8192 tokens (tokens/s)."""
     rows = collection.of(family, "speed.protocol")
-    if not rows:
-        return None
     layout = Layout(
         "Quantization",
         _length(
@@ -179,8 +175,6 @@ def memory_table(collection: Collection, family: str) -> Table | None:
     rows, how = collection.of(family, "memory.unreset"), _UNRESET
     if not _measured(rows):
         rows, how = collection.of(family, "memory.generate"), _RESET
-    if not rows:
-        return None
     layout = Layout(
         "Quantization Level",
         _length(
@@ -293,17 +287,8 @@ SPLIT = {
 
 def closeness_table(collection: Collection, family: str) -> Table | None:
     """Tabulate how close each model is to the unquantised one, and its bytes."""
-    rows = collection.of(family, *CLOSENESS)
-    if not rows:
-        return None
-    places = {metric: place for place, metric in enumerate(CLOSENESS)}
-    layout = Layout(
-        "Quantization",
-        lambda item: (places[item.row.metric], CLOSENESS[item.row.metric]),
-        names={"text": _text_name},
-        count="tokens",
-    )
-    made = pivot(rows, layout, collection)
+    layout = Layout("Quantization", by_metric(CLOSENESS), names={"text": _text_name}, count="tokens")
+    made = pivot(collection.of(family, *CLOSENESS), layout, collection)
     sizes = {collection.label(model): nbytes for model, nbytes in model_bytes(collection, family).items()}
     heading = "Weights (MB)"
     write = format_of("size", "bytes")
@@ -331,8 +316,6 @@ def split_table(collection: Collection, family: str) -> Table | None:
         if not (twice and metric == "memory.generate")
         for item in _of_prompts_or_answers(collection.of(family, metric), metric)
     ]
-    if not rows:
-        return None
     lengths = {metric: {_length_of(item) for item in rows if item.row.metric == metric} for metric in SPLIT}
     places = list(SPLIT)
 
@@ -381,11 +364,9 @@ def _length_of(item: Measured) -> tuple[int, int]:
 def other_accuracies(collection: Collection, family: str) -> Table | None:
     """Tabulate accuracies by another rule, such as ``accuracy.published``, where any figure differs."""
     found = [item for item in collection.of(family) if item.row.metric.startswith("accuracy.")]
-    main = {_answers(item): item.row.value for item in collection.of(family, "accuracy")}
-    other = {_task_and_rule(item) for item in found if item.row.value != main.get(_answers(item))}
+    main = {item.place: item.row.value for item in collection.of(family, "accuracy")}
+    other = {_task_and_rule(item) for item in found if item.row.value != main.get(item.place)}
     rows = [item for item in found if _task_and_rule(item) in other]
-    if not rows:
-        return None
     layout = Layout("Quantization", _task_and_rule, count="items", used=frozenset({"task"}))
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "percent of the same answers, read by another rule")
@@ -401,15 +382,6 @@ def model_bytes(collection: Collection, family: str) -> dict[Model, int]:
     }
 
 
-def _answers(item: Measured) -> tuple[object, ...]:
-    """Return what an accuracy shares with those of the same answers by other rules."""
-    return (
-        item.row.model,
-        item.run.name,
-        *sorted((key, str(value)) for key, value in item.row.point.items()),
-    )
-
-
 def _task_and_rule(item: Measured) -> tuple[Any, str]:
     task, rule = clean(item.row.point.get("task")), clean(item.row.metric.partition(".")[2])
     return (task, rule), f"{task}, {rule}"
@@ -420,9 +392,6 @@ def _task_and_rule(item: Measured) -> tuple[Any, str]:
 
 def long_context_table(collection: Collection, family: str) -> Table | None:
     """Make Quantization | Dynamic NTK | LogN | 1024 | 2048 …; newer models have neither NTK nor LogN."""
-    rows = collection.of(family, "perplexity.context")
-    if not rows:
-        return None
     layout = Layout(
         "Quantization",
         lambda item: (_count(item.row.point.get("seq_len")), str(item.row.point.get("seq_len"))),
@@ -430,6 +399,6 @@ def long_context_table(collection: Collection, family: str) -> Table | None:
         used=frozenset({"seq_len"}),
         count="tokens",
     )
-    made = pivot(rows, layout, collection)
+    made = pivot(collection.of(family, "perplexity.context"), layout, collection)
     made.caption.insert(0, "perplexity by tokens of context; all lengths score the same text")
     return made.table("long-context", "Long context")

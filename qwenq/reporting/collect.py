@@ -56,6 +56,12 @@ class Measured:
     run: Run
 
     @property
+    def place(self) -> tuple[object, ...]:
+        """Return what figures of different metrics share if they are of one measurement."""
+        point = sorted((key, str(value)) for key, value in self.row.point.items())
+        return (self.row.model, self.run.name, *point)
+
+    @property
     def hardware(self) -> str:
         """Return what computed it, by the row itself, else by its folder."""
         row = self.row  # of an accuracy the device is no part of the point: it decides nothing

@@ -105,6 +105,12 @@ class Layout:
     count: str = "repetitions"
 
 
+def by_metric(titles: dict[str, str]) -> Callable[[Measured], tuple[Any, str]]:
+    """Return the columns of several metrics: their headings, in this order."""
+    places = list(titles)
+    return lambda item: (places.index(item.row.metric), titles[item.row.metric])
+
+
 class Footnotes:
     """Collects sentences; the same sentence has one number."""
 
@@ -144,11 +150,13 @@ class Pivot:
     lines: list[Draft]
     notes: Footnotes
 
-    def table(self, key: str, title: str) -> Table:
-        """Return the table; a cell without a measurement is a dash.
+    def table(self, key: str, title: str) -> Table | None:
+        """Return the table, None without a line; a cell without a measurement is a dash.
 
         A column of which nothing could be measured is left out, and the caption says why.
         """
+        if not self.lines:
+            return None
         full = [
             heading
             for heading in self.columns
