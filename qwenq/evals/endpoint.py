@@ -205,8 +205,8 @@ def endpoint_at(
 # - **echo**: ``echo`` with ``logprobs`` returns the log probability of each token of the text (in vLLM: its
 #   ``prompt_logprobs``). It takes a request for each continuation, and scores any number of tokens.
 #
-# Both are the log softmax over the vocabulary that ``evals.scoring`` computes, so the scores are those of our
-# engine up to the server's dtype. Nothing is guessed: a letter that neither way scores is an error.
+# Both are the log softmax over the vocabulary that ``evals.answering`` computes, so the scores are those of
+# our engine up to the server's dtype. Nothing is guessed: a letter that neither way scores is an error.
 
 
 TOPS = (20, 2000)

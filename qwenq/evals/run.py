@@ -10,6 +10,7 @@ from pathlib import Path
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError, StorageError
 from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, name_of, split_by_cost
+from qwenq.evals.answering import generate_answers, score_choices
 from qwenq.evals.batching import (
     ChoiceTokens,
     RequestTokens,
@@ -22,10 +23,8 @@ from qwenq.evals.batching import (
     require_context,
 )
 from qwenq.evals.endpoint import Reply
-from qwenq.evals.generation import generate_answers
 from qwenq.evals.model import EvalModel, LocalModel, RemoteModel
 from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
-from qwenq.evals.scoring import score_choices
 from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
 from qwenq.events import Advance, Finish, Listener, Start, silent
 from qwenq.runtime.sampling import GREEDY

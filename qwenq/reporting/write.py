@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -123,9 +122,7 @@ def csv_text(report: Report) -> str:
     import pandas as pd
 
     frame = pd.DataFrame([_record(item) for item in report.collection.measured], dtype=object)
-    text = io.StringIO()
-    frame.to_csv(text, index=False, lineterminator="\n")
-    return text.getvalue()
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def _record(item: Measured) -> dict[str, Any]:

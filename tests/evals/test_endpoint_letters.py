@@ -129,8 +129,8 @@ def test_what_a_server_refuses_is_asked_once(serve: Serve) -> None:
 
 def test_continuations_of_several_tokens_are_echoed(serve: Serve, model: LocalModel) -> None:
     """GPQA's, as the harness asks it; our engine adds up the same tokens."""
+    from qwenq.evals.answering import score_choices
     from qwenq.evals.batching import ChoiceTokens, budget_for
-    from qwenq.evals.scoring import score_choices
 
     choices = tuple(f" ({letter})" for letter in "ABCD")
     tokenizer = model.tokenizer

@@ -17,7 +17,7 @@ from tiny_model import write_tiny_model
 
 from qwenq import stopping
 from qwenq.errors import DataError, ModelError, UnsupportedError
-from qwenq.evals import scoring
+from qwenq.evals import answering
 from qwenq.evals.model import LoadOptions, LocalModel, open_eval_model
 from qwenq.evals.rows import base_row, rows_of, verdicts
 from qwenq.evals.run import Answers, TaskPlan, answer, make_plan
@@ -111,7 +111,7 @@ def test_a_complete_run_does_not_load_the_model_again(
 def test_sigterm_finishes_and_records_the_batch_in_progress(
     eval_model: LocalModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, choose, batches = mmlu(data), scoring._choose, []
+    plan, choose, batches = mmlu(data), answering._choose, []
 
     def told(engine: Any, requests: Any, *rest: Any) -> Any:
         batches.append(len(requests))
@@ -119,7 +119,7 @@ def test_sigterm_finishes_and_records_the_batch_in_progress(
             assert stopping.note() == "the items under way are recorded"
         return choose(engine, requests, *rest)
 
-    monkeypatch.setattr(scoring, "_choose", told)
+    monkeypatch.setattr(answering, "_choose", told)
     with pytest.raises(stopping.Terminated):
         ask(eval_model, plan, tmp_path, batch=4)
     assert len(batches) == 3 < len(plan.items) / 4

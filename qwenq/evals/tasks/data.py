@@ -15,8 +15,7 @@ from typing import Any
 
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import DataSource, Item
-from qwenq.evals.tasks.files import AnyPath, Row, check_count, read_records
-from qwenq.evals.tasks.hub import fetch_hub_file, read_hub
+from qwenq.evals.tasks.files import AnyPath, Row, check_count, fetch_hub_file, read_hub, read_records
 
 SAMPLE = Path(__file__).parents[1] / "sample"
 """The suite that ships with qwenq: items written for it, in the benchmarks' layouts."""
