@@ -95,9 +95,11 @@ def check_folders(
 
 @dataclass
 class _Pair:
+    """Both models; ``calibration``: what qwenq.json says of the text that the first was made with."""
+
     quantised: Checkpoint
     base: Checkpoint
-    manifest: dict[str, Any] | None
+    calibration: dict[str, Any]
     notices: list[str] = field(default_factory=list)
 
 
@@ -111,9 +113,9 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
     resolved = resolve_model(quantised)
     packed = open_checkpoint(resolved.folder)
     require_quantised(packed)  # before its base is looked for: that of random weights lies on no disk
-    manifest = _verified_manifest(resolved.folder)
+    calibration = _verified_calibration(resolved.folder)
     folder, notices = _find_base(against, resolved.folder)
-    pair = _Pair(packed, open_checkpoint(folder), manifest)
+    pair = _Pair(packed, open_checkpoint(folder), calibration)
     pair.notices = [*resolved.notices, *packed.notices, *notices, *pair.base.notices]
     quant = require_comparable(packed, pair.base)
     if packed.foreign is None:
@@ -122,18 +124,18 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
     return pair
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return qwenq.json once every file that it lists has the recorded hash; None where it is missing."""
+def _verified_calibration(folder: Path) -> dict[str, Any]:
+    """Return what qwenq.json says of the calibration, once every file that it lists has the recorded hash."""
     import json
 
     from qwenq.models.folders import MANIFEST
     from qwenq.models.integrity import verify_files
 
     if not (folder / MANIFEST).is_file():
-        return None
+        return {}
     verify_files(folder)
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
+    used = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("calibration")
+    return used if isinstance(used, dict) else {}
 
 
 def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
@@ -197,14 +199,13 @@ def _held_out(
     tokenizer = load_tokenizer(pair.base.folder)
     if text.endswith(".safetensors"):
         made = load_calibration(text, checkpoint=pair.base, tokenizer=tokenizer, seq_len=seq_len)
-        held_out = made.held_out
-        if len(held_out) < (samples or 1):
+        if len(made.held_out) < (samples or 1):
             raise UsageError(
-                f"{samples or 1} held-out sequences are needed, this set has {len(held_out)}",
+                f"{samples or 1} held-out sequences are needed, this set has {len(made.held_out)}",
                 where=text,
                 hint="lower --samples, or make a set with more: `qwenq calibrate … --held-out`",
             )
-        return held_out[:samples]
+        return made.held_out[:samples]
     longest = longest_plain(pair.base.config) or SEQ_LEN
     rows, length = samples or SAMPLES, seq_len or min(SEQ_LEN, longest)
     _note_overlap(text, pair, {"held_out": rows, "seq_len": length, "seed": seed})
@@ -234,8 +235,7 @@ def _unused_samples(
     from qwenq.calibration.load import self_text_path
     from qwenq.calibration.sequences import Sizes
 
-    used = (pair.manifest or {}).get("calibration")
-    made_with = used.get("samples") if isinstance(used, dict) else None
+    made_with = pair.calibration.get("samples")
     if text != "self" or not isinstance(made_with, int):
         return 1
     wanted = Sizes(samples=made_with, held_out=rows, seq_len=length)
@@ -247,8 +247,8 @@ def _note_overlap(text: str, pair: _Pair, wanted: dict[str, int]) -> None:
 
     The model's own text cannot: held-out rows have random streams of their own.
     """
-    used = (pair.manifest or {}).get("calibration")
-    if not isinstance(used, dict) or text == "self" or not _same_text(text, used.get("source")):
+    used = pair.calibration
+    if text == "self" or not _same_text(text, used.get("source")):
         return
     if any(used.get(key) != value for key, value in wanted.items()):
         pair.notices.append(
