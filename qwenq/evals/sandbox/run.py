@@ -183,10 +183,8 @@ def _bubblewrap() -> Sandbox:
 
 def _namespaces() -> Sandbox:
     def wrap(command: list[str], limits: Limits) -> list[str]:
-        plan = namespaces.Plan(
-            visible=_visible(), links=_links(), devices=list(_DEVICES), scratch=limits.scratch
-        )
-        return [_python(), "-s", "-S", "-B", "-P", namespaces.__file__, plan.to_json(), *command]
+        plan = {"visible": _visible(), "links": _links(), "devices": _DEVICES, "scratch": limits.scratch}
+        return [_python(), "-s", "-S", "-B", "-P", namespaces.__file__, json.dumps(plan), *command]
 
     return Sandbox(f"Linux namespaces ({os.uname().release})", True, wrap, "/inside")
 
