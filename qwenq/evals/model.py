@@ -270,17 +270,11 @@ def bases_first(eval_models: Sequence[EvalModel]) -> list[EvalModel]:
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model behind an endpoint.
-
-    Attributes:
-        endpoint: its server.
-        quantised: unknown, so it is not compared with a base here.
-        protocol: the default.
-        how: unknown settings.
-    """
+    """A model behind an endpoint; weights and settings are unknown, so it is compared with no base here."""
 
     endpoint: Endpoint
     quantised: ClassVar[bool] = False
+    base: ClassVar[str | None] = None
     protocol: ClassVar[ProtocolName] = "card"
     how: ClassVar[LoadOptions] = LoadOptions("served", "unknown", "served", "unknown", "unknown")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwenq.comparison import choose_base, pair_verdicts
 from qwenq.errors import CorruptFileError, QwenqError
-from qwenq.evals.model import EvalModel, RemoteModel
+from qwenq.evals.model import EvalModel
 from qwenq.evals.run import Answers, TaskPlan
 from qwenq.evals.task import MAIN, Judged, Score
 from qwenq.events import Listener, Notice
@@ -48,7 +48,7 @@ def rows_of(
         details["notes"] = [*plan.notes, *cut_notice(plan, answers)] or None
         if place == 0:
             details["items"] = verdicts(answers.judged)
-            details["base"] = None if isinstance(eval_model, RemoteModel) else eval_model.base
+            details["base"] = eval_model.base
             details["questions"] = answers.questions or None
             if answers.written:
                 details["cut"] = {"answers": answers.cut, "of": answers.written}
@@ -122,7 +122,7 @@ def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | str | No
     Of several precisions `choose_base` takes one, as in reports; of several rows the last counts. Where the
     base was evaluated at another point alone, it is a phrase that says so; None without any evaluation.
     """
-    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
+    if eval_model.base is None or not (run / RESULTS_FILE).exists():
         return None
     task = MAIN, eval_model.base, plan.task.name
     rows = [
