@@ -65,17 +65,11 @@ def guessing_level(row: Row) -> float | None:
 
 @dataclass(frozen=True)
 class Paired:
-    """Verdicts of two models on the same items.
+    """Verdicts of two models on the same items."""
 
-    Attributes:
-        n: items.
-        lost: items that the base answered correctly and the model did not.
-        won: items that the model answered correctly and the base did not.
-    """
-
-    n: int
-    lost: int
-    won: int
+    n: int  # items
+    lost: int  # items that the base answered correctly and the model did not
+    won: int  # items that the model answered correctly and the base did not
 
     @cached_property
     def p(self) -> float:
@@ -177,20 +171,14 @@ def corrected_p(pairings: Sequence[Paired | str | None]) -> list[float | None]:
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """One comparison of a model with its base.
-
-    Attributes:
-        name: of the task.
-        before, after: scores as shares.
-        pairing: item by item.
-        p: McNemar's, corrected by Holm.
-    """
+    """One comparison of a model with its base."""
 
     name: str
+    # before, after: scores as shares
     before: float
     after: float
-    pairing: Paired
-    p: float
+    pairing: Paired  # item by item
+    p: float  # McNemar's, corrected by Holm
 
     @property
     def change(self) -> float:

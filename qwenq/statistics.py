@@ -66,18 +66,13 @@ def mean_of_sequences(values: NDArray[np.float64]) -> Estimate:
 
 @dataclass(frozen=True)
 class PositionMean:
-    """Mean over a range of positions of every sequence.
+    """Mean over a range of positions of every sequence."""
 
-    Attributes:
-        first, last: numbers of tokens before the first and the last prediction.
-        mean: with its interval over sequences.
-        n: predictions.
-    """
-
+    # first, last: numbers of tokens before the first and the last prediction
     first: int
     last: int
-    mean: Estimate
-    n: int
+    mean: Estimate  # with its interval over sequences
+    n: int  # predictions
 
     def to_json(self) -> dict[str, float | None]:
         """Return plain numbers."""
@@ -156,19 +151,14 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of correct items, 0 … 1.
-
-    Attributes:
-        error: standard error.
-        low, high: 95 % interval; None where a subject has a single item, hence no spread.
-        n: items.
-    """
+    """A share of correct items, 0 … 1."""
 
     value: float
-    error: float | None
+    error: float | None  # standard error
+    # low, high: 95 % interval; None where a subject has a single item, hence no spread
     low: float | None
     high: float | None
-    n: int
+    n: int  # items
 
 
 def micro_accuracy(correct: Sequence[bool]) -> Accuracy:
@@ -225,20 +215,15 @@ _FENCE = 3.0
 
 @dataclass(frozen=True)
 class Summary:
-    """A median of repeated measurements.
-
-    Attributes:
-        low, high: 95 % interval of the median; None for a single value.
-        method: how the interval was made.
-        outliers: (index, value), in the order measured; named, not removed.
-    """
+    """A median of repeated measurements."""
 
     median: float
+    # low, high: 95 % interval of the median; None for a single value
     low: float | None
     high: float | None
     n: int
-    method: str | None
-    outliers: tuple[tuple[int, float], ...]
+    method: str | None  # how the interval was made
+    outliers: tuple[tuple[int, float], ...]  # (index, value), in the order measured; named, not removed
 
     @property
     def spread(self) -> float:

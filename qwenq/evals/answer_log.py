@@ -43,38 +43,25 @@ TITLE = 100  # characters, so that a long file name keeps its rank
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One item, asked and judged.
-
-    Attributes:
-        id, subject: the item's.
-        asked: ``batching.request_hash``.
-        prompt_tokens: tokens of the prompt.
-        implementation: the code that ran, see ``Engine.implementation``.
-        tokens: new tokens; 0 where continuations were scored.
-        output: the text, or None for a choice.
-        logprobs, published: of the continuations (see ``task.Chosen``), or None.
-        extracted: the answer that was read from it.
-        correct: the verdict; None where a program has not run yet, or the right answer is not published.
-        also: further verdicts.
-        note: why.
-        stopped: whether the text ended before its limit.
-        sandbox: in which the extracted program ran; None: it has not run, or an old version recorded it.
-    """
+    """One item, asked and judged."""
 
     id: str
     subject: str | None
-    asked: str
+    asked: str  # ``batching.request_hash``
     prompt_tokens: int
-    implementation: str = ""
-    tokens: int = 0
-    output: str | None = None
+    implementation: str = ""  # the code that ran, see ``Engine.implementation``
+    tokens: int = 0  # new tokens; 0 where continuations were scored
+    output: str | None = None  # the text, or None for a choice
+    # logprobs, published: of the continuations (see ``task.Chosen``), or None
     logprobs: tuple[float, ...] | None = None
     published: tuple[float, ...] | None = None
-    extracted: str | None = None
+    extracted: str | None = None  # the answer that was read from it
+    # the verdict; None where a program has not run yet, or the right answer is not published
     correct: bool | None = None
-    also: Mapping[str, bool] = field(default_factory=dict)
+    also: Mapping[str, bool] = field(default_factory=dict)  # further verdicts
     note: str | None = None
-    stopped: bool | None = None
+    stopped: bool | None = None  # whether the text ended before its limit
+    # in which the extracted program ran; None: it has not run, or an old version recorded it
     sandbox: str | None = None
 
 

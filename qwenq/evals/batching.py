@@ -146,16 +146,12 @@ DEEPEST = 100
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Prompts with a common prefix.
+    """Prompts with a common prefix."""
 
-    Attributes:
-        length: of the prefix in tokens; less than any of the prompts, as the last token of each has to be
-            computed. 0: they share nothing.
-        members: indexes of the prompts.
-    """
-
+    # of the prefix in tokens; less than any of the prompts, as the last token of each has to be computed. 0:
+    # they share nothing
     length: int
-    members: tuple[int, ...]
+    members: tuple[int, ...]  # indexes of the prompts
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[PrefixGroup]:
@@ -219,27 +215,16 @@ _PADDING = 31  # slots by which the layout of decode steps may be longer than th
 
 @dataclass
 class Budget:
-    """Limits of one forward pass.
+    """Limits of one forward pass."""
 
-    Attributes:
-        memory: bytes.
-        tokens: new tokens, padding included.
-        rows: sequences in a pass.
-        cached: bytes of keys and values of one token in all layers.
-        computed: bytes that a new token needs while it is computed.
-        logits: bytes that the logits of one row need.
-        arranged: as ``cached``, in the layout of decode steps, which is filled from the other; 0: none.
-        states: bytes of the recurrent states of one row.
-    """
-
-    memory: int
-    tokens: int
-    rows: int
-    cached: int
-    computed: int
-    logits: int
-    arranged: int = 0
-    states: int = 0
+    memory: int  # bytes
+    tokens: int  # new tokens, padding included
+    rows: int  # sequences in a pass
+    cached: int  # bytes of keys and values of one token in all layers
+    computed: int  # bytes that a new token needs while it is computed
+    logits: int  # bytes that the logits of one row need
+    arranged: int = 0  # as ``cached``, in the layout of decode steps, which is filled from the other; 0: none
+    states: int = 0  # bytes of the recurrent states of one row
 
     def rows_that_fit(self, longest: int, capacity: int) -> int:
         """Return how many rows of ``longest`` new tokens fit, in a cache of ``capacity``; at least one."""

@@ -133,20 +133,14 @@ SLAB_ELEMENTS = 1 << 25  # logits of one model at a time: 128 MB in float32 (220
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Both models' predictions of every token but the first of each sequence; arrays [sequences, tokens − 1].
+    """Both models' predictions of all tokens but each sequence's first: arrays [sequences, tokens − 1]."""
 
-    Attributes:
-        kl: KL(base ‖ quantised) of the predicted distributions, in nats.
-        same_top: whether both give the same token the highest probability.
-        nll: −log of the probability that the quantised model gave to the token that came, in nats.
-        base_nll: the same for the base model.
-        top5, top10: share of the 5 and 10 likeliest tokens that both models have in common.
-    """
-
-    kl: NDArray[np.float64]
-    same_top: NDArray[np.bool_]
+    kl: NDArray[np.float64]  # KL(base ‖ quantised) of the predicted distributions, in nats
+    same_top: NDArray[np.bool_]  # whether both give the same token the highest probability
+    # −log of the probability that the quantised model gave to the token that came, in nats
     nll: NDArray[np.float64]
-    base_nll: NDArray[np.float64]
+    base_nll: NDArray[np.float64]  # the same for the base model
+    # top5, top10: share of the 5 and 10 likeliest tokens that both models have in common
     top5: NDArray[np.float64]
     top10: NDArray[np.float64]
 

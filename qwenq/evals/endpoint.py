@@ -38,31 +38,21 @@ generation_config.json, which has 1.1 in Qwen's chat models."""
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer with the facts that are recorded.
+    """A whole answer with the facts that are recorded."""
 
-    Attributes:
-        answer: a text, cut before what stops it, or the log probabilities of continuations.
-        prompt_tokens: of the prompt, as they were counted; 0: unknown, as the text's tokens may be.
-        how: the code that ran, or the way in which a server scored letters.
-    """
-
-    answer: Answer
-    prompt_tokens: int
-    how: str = ""
+    answer: Answer  # a text, cut before what stops it, or the log probabilities of continuations
+    prompt_tokens: int  # of the prompt, as they were counted; 0: unknown, as the text's tokens may be
+    how: str = ""  # the code that ran, or the way in which a server scored letters
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server and a model's name there.
-
-    Attributes:
-        concurrency: requests under way at a time.
-        thinking: sent as ``enable_thinking`` for the chat template; None: left to the server.
-    """
+    """A server and a model's name there."""
 
     server: Server
     model: str
-    concurrency: int = CONCURRENCY
+    concurrency: int = CONCURRENCY  # requests under way at a time
+    # sent as ``enable_thinking`` for the chat template; None: left to the server
     thinking: bool | None = None
 
     @property

@@ -89,25 +89,16 @@ class LoadOptions:
 
 @dataclass
 class LocalModel:
-    """A checkpoint that is evaluated on this machine.
+    """A checkpoint that is evaluated on this machine."""
 
-    Attributes:
-        checkpoint: where its weights are.
-        model: its identity in rows of results.
-        tokenizer: its own.
-        how: settings that it runs with; device, dtype and attention are resolved, not ``auto``.
-        notices: lines for the user.
-        base: fingerprint of the model that it was quantised from, where known, see ``assign_bases``.
-        thinking: whether it thinks before it answers a chat.
-    """
-
-    checkpoint: Checkpoint
-    model: Model
+    checkpoint: Checkpoint  # where its weights are
+    model: Model  # its identity in rows of results
     tokenizer: Tokenizer
-    how: LoadOptions
-    notices: list[str] = field(default_factory=list)
+    how: LoadOptions  # settings that it runs with; device, dtype and attention are resolved, not ``auto``
+    notices: list[str] = field(default_factory=list)  # lines for the user
+    # fingerprint of the model that it was quantised from, where known, see ``assign_bases``
     base: str | None = None
-    thinking: bool = False
+    thinking: bool = False  # whether it thinks before it answers a chat
 
     @property
     def quantised(self) -> bool:

@@ -51,15 +51,10 @@ class Switches:
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A text that is scored.
+    """A text that is scored."""
 
-    Attributes:
-        name: a label; not a path.
-        tokens: int64 [windows, longest].
-    """
-
-    name: str
-    tokens: Tensor
+    name: str  # a label; not a path
+    tokens: Tensor  # int64 [windows, longest]
 
     @property
     def fingerprint(self) -> str:

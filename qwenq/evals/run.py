@@ -33,28 +33,17 @@ from qwenq.stopping import finishing
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task's items with the settings that a model is asked with.
+    """A task's items with the settings that a model is asked with."""
 
-    Attributes:
-        task: a benchmark under a protocol.
-        items: in their order; at least one.
-        shots: number of examples; None: the protocol's default, given or not.
-        limit: items of each subject at most; None: all, also where the limit was larger.
-        subjects: only these; empty: all.
-        source: of the items.
-        notes: notices for the user.
-        max_new_tokens: the limit of written answers; None: the protocol's own.
-        thinking: whether the model thinks before it answers; the text behind its thoughts is judged.
-    """
-
-    task: Task
-    items: Sequence[Item]
-    shots: int | None = None
-    limit: int | None = None
-    subjects: tuple[str, ...] = ()
-    source: DataSource = field(default_factory=DataSource)
-    notes: tuple[str, ...] = ()
-    max_new_tokens: int | None = None
+    task: Task  # a benchmark under a protocol
+    items: Sequence[Item]  # in their order; at least one
+    shots: int | None = None  # number of examples; None: the protocol's default, given or not
+    limit: int | None = None  # items of each subject at most; None: all, also where the limit was larger
+    subjects: tuple[str, ...] = ()  # only these; empty: all
+    source: DataSource = field(default_factory=DataSource)  # of the items
+    notes: tuple[str, ...] = ()  # notices for the user
+    max_new_tokens: int | None = None  # the limit of written answers; None: the protocol's own
+    # whether the model thinks before it answers; the text behind its thoughts is judged
     thinking: bool = False
 
     def request(self, item: Item) -> Request:
@@ -64,25 +53,15 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class Answers:
-    """All verdicts of a model on a task.
+    """All verdicts of a model on a task."""
 
-    Attributes:
-        judged: in the order of the items.
-        implementations: code that ran, each once; several where a run was continued elsewhere.
-        recorded: items that were not asked again.
-        questions: a hash of all requests, the same for every model; empty: unknown.
-        sandboxes: that programs ran in, each once.
-        cut: written answers that reached their limit of tokens before they ended.
-        written: generated answers; the others are letters scored by logits.
-    """
-
-    judged: list[tuple[Item, Judgement]]
-    implementations: tuple[str, ...]
-    recorded: int
-    questions: str = ""
-    sandboxes: tuple[str, ...] = ()
-    cut: int = 0
-    written: int = 0
+    judged: list[tuple[Item, Judgement]]  # in the order of the items
+    implementations: tuple[str, ...]  # code that ran, each once; several where a run was continued elsewhere
+    recorded: int  # items that were not asked again
+    questions: str = ""  # a hash of all requests, the same for every model; empty: unknown
+    sandboxes: tuple[str, ...] = ()  # that programs ran in, each once
+    cut: int = 0  # written answers that reached their limit of tokens before they ended
+    written: int = 0  # generated answers; the others are letters scored by logits
 
 
 def make_plan(

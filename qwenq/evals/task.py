@@ -28,19 +28,12 @@ SYSTEM = "You are a helpful assistant."
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question."""
 
-    Attributes:
-        id: unique in the task: ``abstract_algebra/12``, ``HumanEval/3``.
-        subject: the group that it is averaged with; None where the task has no subjects.
-        data: the row of the data file.
-        shots: rows shown before it, in order.
-    """
-
-    id: str
-    subject: str | None
-    data: Mapping[str, str]
-    shots: tuple[Mapping[str, str], ...] = ()
+    id: str  # unique in the task: ``abstract_algebra/12``, ``HumanEval/3``
+    subject: str | None  # the group that it is averaged with; None where the task has no subjects
+    data: Mapping[str, str]  # the row of the data file
+    shots: tuple[Mapping[str, str], ...] = ()  # rows shown before it, in order
 
 
 @dataclass(frozen=True)
@@ -65,16 +58,13 @@ Request = Choose | Write
 
 @dataclass(frozen=True)
 class Chosen:
-    """Answer to ``Choose``.
+    """Answer to ``Choose``."""
 
-    Attributes:
-        logprobs: float32 log softmax over the vocabulary, summed over each continuation's tokens.
-        published: the published base scripts' score: softmax over the vocabulary, then over the choices, both
-            in the model's own dtype. Near choices tie there, and the first of them wins. Empty where a server
-            gave the log probabilities, as its dtype is unknown.
-    """
-
+    # float32 log softmax over the vocabulary, summed over each continuation's tokens
     logprobs: tuple[float, ...]
+    # the published base scripts' score: softmax over the vocabulary, then over the choices, both in the
+    # model's own dtype. Near choices tie there, and the first of them wins. Empty where a server gave the log
+    # probabilities, as its dtype is unknown
     published: tuple[float, ...]
 
 
@@ -108,55 +98,37 @@ Answer = Chosen | Written
 
 @dataclass(frozen=True)
 class Judgement:
-    """Verdict on an answer.
+    """Verdict on an answer."""
 
-    Attributes:
-        correct: the task's main metric.
-        extracted: the final answer found in the text; None: nothing was found.
-        also: further verdicts by metric name, such as ``published`` or ``flexible``.
-        note: a reason, such as the sandbox's verdict on a program.
-        known: whether the right answer is published; else ``correct`` means nothing.
-    """
-
-    correct: bool
-    extracted: str | None
+    correct: bool  # the task's main metric
+    extracted: str | None  # the final answer found in the text; None: nothing was found
+    # further verdicts by metric name, such as ``published`` or ``flexible``
     also: Mapping[str, bool] = field(default_factory=dict)
-    note: str | None = None
-    known: bool = True
+    note: str | None = None  # a reason, such as the sandbox's verdict on a program
+    known: bool = True  # whether the right answer is published; else ``correct`` means nothing
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share of correct items under one metric.
+    """A share of correct items under one metric."""
 
-    Attributes:
-        metric: ``accuracy``, or ``accuracy.published``, ``accuracy.flexible`` …
-        value: micro or macro average, as the protocol defines it.
-        macro: whether subjects count alike, whatever their size.
-        verdicts: what is averaged: one an item, but for tasks that judge parts of an answer.
-        parts: value by subject; empty where the task has none.
-        categories: value by category, as the protocol groups subjects and averages them.
-    """
-
-    metric: str
-    value: float
-    macro: bool
-    verdicts: Sequence[bool]
+    metric: str  # ``accuracy``, or ``accuracy.published``, ``accuracy.flexible`` …
+    value: float  # micro or macro average, as the protocol defines it
+    macro: bool  # whether subjects count alike, whatever their size
+    verdicts: Sequence[bool]  # what is averaged: one an item, but for tasks that judge parts of an answer
+    # value by subject; empty where the task has none
     parts: Mapping[str, float] = field(default_factory=dict)
+    # value by category, as the protocol groups subjects and averages them
     categories: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Source of benchmark files.
+    """Source of benchmark files."""
 
-    Attributes:
-        folder: holds ``mmlu/``, ``ceval/``, ``gsm8k/`` … in the original layouts; None: the hub.
-        sample: the suite that ships with qwenq, which is not the benchmark.
-    """
-
+    # holds ``mmlu/``, ``ceval/``, ``gsm8k/`` … in the original layouts; None: the hub
     folder: Path | None = None
-    sample: bool = False
+    sample: bool = False  # the suite that ships with qwenq, which is not the benchmark
 
 
 # Average verdicts over items (micro) or over subjects (macro).

@@ -34,17 +34,12 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
+    """A run folder."""
 
-    Attributes:
-        name: the folder's own name; never its path, which may name a machine or its owner.
-        environment: what it was measured on (``qwenq.environment``).
-        kernels: instructions of all its figures of a CPU; empty where they differ. A point that was never
-            begun names none, and stands in the line of the others.
-    """
-
-    name: str
-    environment: dict[str, Any]
+    name: str  # the folder's own name; never its path, which may name a machine or its owner
+    environment: dict[str, Any]  # what it was measured on (``qwenq.environment``)
+    # instructions of all its figures of a CPU; empty where they differ. A point that was never begun names
+    # none, and stands in the line of the others
     kernels: str = ""
 
 

@@ -105,21 +105,14 @@ def _similarity(old: Measured, new: Measured) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class Metric:
-    """How two values of a metric are compared.
+    """How two values of a metric are compared."""
 
-    Attributes:
-        relation: ``ratio``: new / baseline; ``difference``: new − baseline.
-        better: direction of an improvement.
-        paired: tested item by item.
-        noisy: differs between runs of the same code; a difference is real if the intervals do not overlap.
-        machine: comparable on one machine only.
-    """
-
-    relation: Literal["ratio", "difference"]
-    better: Literal["up", "down"]
-    paired: bool = False
+    relation: Literal["ratio", "difference"]  # ``ratio``: new / baseline; ``difference``: new − baseline
+    better: Literal["up", "down"]  # direction of an improvement
+    paired: bool = False  # tested item by item
+    # differs between runs of the same code; a difference is real if the intervals do not overlap
     noisy: bool = False
-    machine: bool = False
+    machine: bool = False  # comparable on one machine only
 
 
 METRICS: dict[str, Metric] = {

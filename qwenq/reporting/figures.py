@@ -56,17 +56,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Marks that belong together.
-
-    Attributes:
-        tone: which colour: a precision, or ``c0`` … ``c5``, ``lost``, ``won``.
-        dashed: a line for comparison.
-    """
+    """Marks that belong together."""
 
     name: str
     points: tuple[Point, ...]
-    tone: str
-    dashed: bool = False
+    tone: str  # which colour: a precision, or ``c0`` … ``c5``, ``lost``, ``won``
+    dashed: bool = False  # a line for comparison
 
     @property
     def joined(self) -> tuple[Point, ...]:
@@ -76,25 +71,19 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """One plot.
+    """One plot."""
 
-    Attributes:
-        key: file name and anchor.
-        kind: ``points``, of which the trade-off frontier is joined; ``lines``; ``stack``: bars whose x is the
-            category's index; ``balance``: bars to the left and right of zero.
-        categories: of bars, top to bottom.
-        log_y: whether y is on a logarithmic scale.
-    """
-
-    key: str
+    key: str  # file name and anchor
+    # ``points``, of which the trade-off frontier is joined; ``lines``; ``stack``: bars whose x is the
+    # category's index; ``balance``: bars to the left and right of zero
     kind: Kind
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
     caption: str = ""
-    categories: tuple[str, ...] = ()
-    log_y: bool = False
+    categories: tuple[str, ...] = ()  # of bars, top to bottom
+    log_y: bool = False  # whether y is on a logarithmic scale
 
 
 def figures_of(collection: Collection, family: str) -> Iterator[Figure]:

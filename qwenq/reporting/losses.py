@@ -28,20 +28,14 @@ from qwenq.statistics import ALPHA, format_p
 
 @dataclass(frozen=True)
 class Loss:
-    """One accuracy beside that of the unquantised model.
+    """One accuracy beside that of the unquantised model."""
 
-    Attributes:
-        before, after: unquantised, quantised.
-        pairing: item by item; or why there is none.
-        p: corrected by Holm for all losses of this family; None without a pairing.
-        run: that ``after`` was measured in.
-    """
-
+    # before, after: unquantised, quantised
     before: Row
     after: Row
-    pairing: Paired | str
-    p: float | None = None
-    run: str = ""
+    pairing: Paired | str  # item by item; or why there is none
+    p: float | None = None  # corrected by Holm for all losses of this family; None without a pairing
+    run: str = ""  # that ``after`` was measured in
 
     @property
     def change(self) -> float:

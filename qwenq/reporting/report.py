@@ -25,14 +25,10 @@ from qwenq.reporting.text import LONGEST_COMMAND, clean
 
 @dataclass(frozen=True)
 class Section:
-    """Everything on one unquantised model and what was made of it.
-
-    Attributes:
-        slug: what the names of its plots begin with; no other section's.
-    """
+    """Everything on one unquantised model and what was made of it."""
 
     family: str
-    slug: str
+    slug: str  # what the names of its plots begin with; no other section's
     summary: tuple[str, ...]
     tables: tuple[Table, ...]
     figures: tuple[Figure, ...]
@@ -40,19 +36,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What all forms are written from.
+    """What all forms are written from."""
 
-    Attributes:
-        title: of the page and of the Markdown.
-        commands: exact commands that made the rows, in order; empty where no run recorded them.
-        dates: of the first and the last row.
-    """
-
-    title: str
+    title: str  # of the page and of the Markdown
     collection: Collection
     sections: tuple[Section, ...]
-    commands: tuple[str, ...]
-    dates: tuple[str, ...]
+    commands: tuple[str, ...]  # exact commands that made the rows, in order; empty where no run recorded them
+    dates: tuple[str, ...]  # of the first and the last row
 
 
 def make_report(collection: Collection, title: str) -> Report:

@@ -16,22 +16,16 @@ MISSING = "–"
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure or label.
+    """One figure or label."""
 
-    Attributes:
-        text: as shown, without its interval.
-        value: what it is sorted by: the figure as measured, or the label; None where there is none.
-        low, high: bounds as shown; both or neither.
-        note: number of the footnote, where there is one.
-        mark: ``significant`` for a significant loss; else empty.
-    """
-
-    text: str
+    text: str  # as shown, without its interval
+    # what it is sorted by: the figure as measured, or the label; None where there is none
     value: float | str | None = None
+    # low, high: bounds as shown; both or neither
     low: str | None = None
     high: str | None = None
-    note: int | None = None
-    mark: str = ""
+    note: int | None = None  # number of the footnote, where there is one
+    mark: str = ""  # ``significant`` for a significant loss; else empty
 
 
 @dataclass(frozen=True)
@@ -44,24 +38,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-        key: its name in ``results.json`` and the page's anchor.
-        title: its heading.
-        headers: of all columns.
-        labels: how many columns on the left are labels.
-        caption: what holds for all its figures.
-        notes: footnotes; number 1 is the first.
-    """
-
-    key: str
-    title: str
-    headers: tuple[str, ...]
-    labels: int
+    key: str  # its name in ``results.json`` and the page's anchor
+    title: str  # its heading
+    headers: tuple[str, ...]  # of all columns
+    labels: int  # how many columns on the left are labels
     lines: tuple[Line, ...]
-    caption: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    caption: tuple[str, ...] = ()  # what holds for all its figures
+    notes: tuple[str, ...] = ()  # footnotes; number 1 is the first
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -86,23 +71,17 @@ class Table:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows become a table.
+    """How rows become a table."""
 
-    Attributes:
-        first: heading of the first column, which names the model.
-        column: the column that a row belongs to: something to order by, and its heading.
-        labels: keys of ``point`` that always have a column, with its heading.
-        used: keys of ``point`` that the columns stand for, which are no labels.
-        names: how a value of a key is written; otherwise as it is.
-        count: what a row's ``n`` counts.
-    """
-
-    first: str
+    first: str  # heading of the first column, which names the model
+    # the column that a row belongs to: something to order by, and its heading
     column: Callable[[Measured], tuple[Any, str]]
+    # keys of ``point`` that always have a column, with its heading
     labels: dict[str, str] = field(default_factory=dict)
-    used: frozenset[str] = frozenset()
+    used: frozenset[str] = frozenset()  # keys of ``point`` that the columns stand for, which are no labels
+    # how a value of a key is written; otherwise as it is
     names: dict[str, Callable[[Value], str]] = field(default_factory=dict)
-    count: str = "repetitions"
+    count: str = "repetitions"  # what a row's ``n`` counts
 
 
 def by_metric(titles: dict[str, str]) -> Callable[[Measured], tuple[Any, str]]:
@@ -136,18 +115,12 @@ class Draft:
 
 @dataclass
 class Pivot:
-    """Rows on their way to a table; lines and columns may be added before it is made.
+    """Rows on their way to a table; lines and columns may be added before it is made."""
 
-    Attributes:
-        headers: of the label columns.
-        columns: headings of the figure columns, in order.
-        lines: their cells are found by heading.
-    """
-
-    headers: list[str]
-    columns: list[str]
+    headers: list[str]  # of the label columns
+    columns: list[str]  # headings of the figure columns, in order
     caption: list[str]
-    lines: list[Draft]
+    lines: list[Draft]  # their cells are found by heading
     notes: Footnotes
 
     def table(self, key: str, title: str) -> Table | None:

@@ -79,17 +79,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Format:
-    """How the values of a metric are shown.
+    """How the values of a metric are shown."""
 
-    Attributes:
-        unit: what stands in a heading.
-        scale: shown = value × scale.
-        write: a scaled number as text.
-    """
-
-    unit: str
-    scale: float
-    write: Callable[[float], str]
+    unit: str  # what stands in a heading
+    scale: float  # shown = value × scale
+    write: Callable[[float], str]  # a scaled number as text
 
     def __call__(self, value: float) -> str:
         """Return the value as it is shown."""

@@ -35,38 +35,25 @@ class Program:
     For HumanEval: ``solution`` = prompt + completion, ``entry_points`` = (entry_point,), ``prelude`` = prompt
     (its helpers are used by some tests; its last function has only a docstring as yet), ``tests`` = test +
     ``"\\ncheck(entry_point)"``. One after the other they are the program that openai/human-eval runs.
-
-    Attributes:
-        id: unique in a run.
-        solution: source that the model wrote, whole.
-        entry_points: functions of the solution that the tests call.
-        tests: trusted source; passes by reaching its end.
-        prelude: trusted source run before the tests, beside them, not beside the solution.
     """
 
-    id: str
-    solution: str
-    entry_points: tuple[str, ...]
-    tests: str
-    prelude: str = ""
+    id: str  # unique in a run
+    solution: str  # source that the model wrote, whole
+    entry_points: tuple[str, ...]  # functions of the solution that the tests call
+    tests: str  # trusted source; passes by reaching its end
+    prelude: str = ""  # trusted source run before the tests, beside them, not beside the solution
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one process in the sandbox.
+    """Limits of one process in the sandbox."""
 
-    Attributes:
-        seconds: of processor time, rounded up, so that load on the machine changes no verdict. By the clock a
-            program may take ``WALL`` times as long, for those that sleep.
-        memory: bytes of address space.
-        scratch: bytes of its /tmp, and of any file.
-        open_files: descriptors.
-    """
-
+    # of processor time, rounded up, so that load on the machine changes no verdict. By the clock a program
+    # may take ``WALL`` times as long, for those that sleep
     seconds: float = 3.0
-    memory: int = 1 << 30
-    scratch: int = 16 << 20
-    open_files: int = 64
+    memory: int = 1 << 30  # bytes of address space
+    scratch: int = 16 << 20  # bytes of its /tmp, and of any file
+    open_files: int = 64  # descriptors
 
     WALL = 4
 
@@ -78,19 +65,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a program.
+    """Outcome of a program."""
 
-    Attributes:
-        passed: the tests ran to their end.
-        reason: ``passed``; ``failed``: an assertion of the tests; ``raised``: another exception, in the
-            solution or because of what it returned; ``timeout``; ``memory``; ``died``: its process
-            ended.
-        detail: one line to read; the solution influences it, so it is never parsed.
-    """
-
-    passed: bool
+    passed: bool  # the tests ran to their end
+    # ``passed``; ``failed``: an assertion of the tests; ``raised``: another exception, in the solution or
+    # because of what it returned; ``timeout``; ``memory``; ``died``: its process ended
     reason: Reason
-    detail: str = ""
+    detail: str = ""  # one line to read; the solution influences it, so it is never parsed
 
 
 # Find a sandbox that works here: each is tried on a program before it is used.
@@ -110,19 +91,12 @@ Wrap = Callable[[list[str], Limits], list[str]]
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A way to start a confined process.
+    """A way to start a confined process."""
 
-    Attributes:
-        implementation: its name and version, for the records.
-        isolated: False for ``--unsafe-code``.
-        wrap: a Python command line → the command that runs it confined.
-        package_root: the process's path to ``qwenq/evals/sandbox/inside``.
-    """
-
-    implementation: str
-    isolated: bool
-    wrap: Wrap
-    package_root: str
+    implementation: str  # its name and version, for the records
+    isolated: bool  # False for ``--unsafe-code``
+    wrap: Wrap  # a Python command line → the command that runs it confined
+    package_root: str  # the process's path to ``qwenq/evals/sandbox/inside``
 
     def command(self, role: str, limits: str, scratch: Limits, *more: str) -> list[str]:
         """Return the command of the process in this role (``inside.__main__``)."""
