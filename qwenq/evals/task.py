@@ -199,56 +199,35 @@ class Task:
     """A benchmark under one protocol: copy ``tasks/gsm8k.py`` for a new one.
 
     In templates, ``{options}`` are the lines of a row's options, and ``{subject}`` is the item's in words.
-
-    Attributes:
-        name: ``mmlu``, ``gsm8k`` …
-        protocol: whose prompts, extraction and averages it uses; ``card`` asks in a chat.
-        version: raised whenever prompts, extraction or averages change: older records are not used then.
-        load: items of a source, of these subjects (none: all), each with this many examples.
-        question: template of the item, which the prompt ends with.
-        judge: the judgement on an item's answer; it runs no code.
-        shots: default number of examples.
-        allowed_shots: numbers of examples that the protocol has a prompt for.
-        header: template that the prompt begins with.
-        shot: template of an example.
-        alone: template of the item where no example is shown; empty: as with examples.
-        option: template of an option's line.
-        fill: what the templates are filled with.
-        system: the chat's first message; None: there is none.
-        max_new_tokens: limit of a written answer.
-        until: strings that end a written answer.
-        choices: template of the continuations to choose from, one a letter; empty: the answer is written.
-        average: scores, the main one first.
-        subjects: all of the benchmark's; empty: it has none.
-        comment: further notices on a set of items.
-        program: the sandbox's program for an item and the extracted code; None: nothing has to be run.
-        reference: the benchmark's own solution of an item, where there are programs.
-        spare: references that may fail before the data or the sandbox counts as broken.
     """
 
-    name: str
-    protocol: ProtocolName
-    version: int
+    name: str  # ``mmlu``, ``gsm8k`` …
+    protocol: ProtocolName  # whose prompts, extraction and averages it uses; ``card`` asks in a chat
+    version: int  # raised whenever prompts, extraction or averages change: older records are not used then
+    # items of a source, of these subjects (none: all), each with this many examples
     load: Callable[[DataSource, Sequence[str], int], list[Item]]
-    question: str
-    judge: Callable[[Item, Any], Judgement]
-    shots: int = 0
-    allowed_shots: Sequence[int] = (0,)
-    header: str = ""
-    shot: str = ""
-    alone: str = ""
-    option: str = "{letter}. {text}"
-    fill: Fill = dict
-    system: str | None = SYSTEM
-    max_new_tokens: int = 512
-    until: tuple[str, ...] = ()
+    question: str  # template of the item, which the prompt ends with
+    judge: Callable[[Item, Any], Judgement]  # the judgement on an item's answer; it runs no code
+    shots: int = 0  # default number of examples
+    allowed_shots: Sequence[int] = (0,)  # numbers of examples that the protocol has a prompt for
+    header: str = ""  # template that the prompt begins with
+    shot: str = ""  # template of an example
+    alone: str = ""  # template of the item where no example is shown; empty: as with examples
+    option: str = "{letter}. {text}"  # template of an option's line
+    fill: Fill = dict  # what the templates are filled with
+    system: str | None = SYSTEM  # the chat's first message; None: there is none
+    max_new_tokens: int = 512  # limit of a written answer
+    until: tuple[str, ...] = ()  # strings that end a written answer
+    # template of the continuations to choose from, one a letter; empty: the answer is written
     choices: str = ""
-    average: Callable[[Judged], list[Score]] = score_all
-    subjects: Collection[str] = ()
-    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []
+    average: Callable[[Judged], list[Score]] = score_all  # scores, the main one first
+    subjects: Collection[str] = ()  # all of the benchmark's; empty: it has none
+    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []  # further notices on a set of items
+    # the sandbox's program for an item and the extracted code; None: nothing has to be run
     program: Callable[[Item, str], Program] | None = None
+    # the benchmark's own solution of an item, where there are programs
     reference: Callable[[Item], str] | None = None
-    spare: int = 0
+    spare: int = 0  # references that may fail before the data or the sandbox counts as broken
 
     @property
     def needs_sandbox(self) -> bool:

@@ -27,43 +27,29 @@ class Dataset:
 
     A folder of ``--data`` holds it as ``files``, else as the hub's parquet files or archive. Without a folder
     it is read from the hub.
-
-    Attributes:
-        name: of the benchmark.
-        folder: below that of ``--data``; empty: its name.
-        make: the checked item of a row; the subject is that of the file, None where rows name theirs. An item
-            without an id gets its subject, or the split, and its number there.
-        counts: published number of scored rows by subject (None: unknown); without subjects by None.
-        hub: id of its data set on the hub.
-        config: configuration there; with ``{subject}`` there is one for each.
-        files: original files, of which the first that is there counts; templates of split and subject.
-        read: rows of one of these files.
-        split: the scored one; on the hub several may be joined by ``+``.
-        examples: the split of the worked examples.
-        hub_file: a file of the hub that is read instead of its parquet files: an original, or a zip of them.
-        package: Python package whose folder ``data`` holds the originals.
-        total: of all subjects, where the numbers by subject are unknown.
-        numbered_as_a_whole: an item's number is that of its row in the file, not in its subject.
-        least: rows that every subject has; a file with fewer is truncated.
-        sampled: whether the sample suite has it.
     """
 
-    name: str
+    name: str  # of the benchmark
+    # the checked item of a row; the subject is that of the file, None where rows name theirs. An item without
+    # an id gets its subject, or the split, and its number there
     make: Callable[[Row, str | None], Item]
+    # published number of scored rows by subject (None: unknown); without subjects by None
     counts: Mapping[str, int | None] | Mapping[None, int | None]
-    hub: str
-    config: str | None = None
+    hub: str  # id of its data set on the hub
+    config: str | None = None  # configuration there; with ``{subject}`` there is one for each
+    # original files, of which the first that is there counts; templates of split and subject
     files: tuple[str, ...] = ("{split}.jsonl",)
-    read: Callable[[AnyPath], list[Row]] = read_records
-    split: str = "test"
-    examples: str = "dev"
+    read: Callable[[AnyPath], list[Row]] = read_records  # rows of one of these files
+    split: str = "test"  # the scored one; on the hub several may be joined by ``+``
+    examples: str = "dev"  # the split of the worked examples
+    # a file of the hub that is read instead of its parquet files: an original, or a zip of them
     hub_file: str = ""
-    package: str = ""
-    total: int | None = None
-    numbered_as_a_whole: bool = False
-    least: int = 1
-    sampled: bool = False
-    folder: str = ""
+    package: str = ""  # Python package whose folder ``data`` holds the originals
+    total: int | None = None  # of all subjects, where the numbers by subject are unknown
+    numbered_as_a_whole: bool = False  # an item's number is that of its row in the file, not in its subject
+    least: int = 1  # rows that every subject has; a file with fewer is truncated
+    sampled: bool = False  # whether the sample suite has it
+    folder: str = ""  # below that of ``--data``; empty: its name
 
     def load(self, source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
         """Return all items of these subjects, each with the first examples of its own."""
