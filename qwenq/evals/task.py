@@ -238,10 +238,14 @@ class Task:
         """Return all items, validated, with examples of a number that this protocol has a prompt for."""
         wanted = self.shots if shots is None else shots
         if wanted not in self.allowed_shots:
+            allowed = list(self.allowed_shots)
+            taken = " or ".join(map(str, allowed))
+            if len(allowed) > 2 and allowed == list(range(allowed[0], allowed[-1] + 1)):
+                taken = f"{allowed[0]} to {allowed[-1]}"
             raise UsageError(
                 f"{self.name} under the {self.protocol} protocol cannot show {wanted} examples",
                 where="--shots",
-                hint=f"it takes {_spoken(self.allowed_shots)}; leave the option out for {self.shots}",
+                hint=f"it takes {taken}; leave the option out for {self.shots}",
             )
         return self.load(source, tuple(subjects), wanted)
 
@@ -281,9 +285,3 @@ class Task:
 def letters_of(row: Mapping[str, str]) -> list[str]:
     """Return the letters of a row's options."""
     return [letter for letter in LETTERS if letter in row]
-
-
-def _spoken(numbers: Sequence[int]) -> str:
-    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]} to {numbers[-1]}"
-    return " or ".join(map(str, numbers))

@@ -255,13 +255,9 @@ def _add_published(
     label = f"{PRECISIONS.get(row.precision.lower(), row.precision)}, published"
     cells = {heading: Cell(fixed(digits)(value), value) for heading, value in shown.items()}
     names = [label, *(labels.get(header, "") for header in made.headers[1:])]
-    place = sum(_rank(line.labels[0]) <= rank(row.precision.lower()) for line in made.lines)
+    ranks = [rank(line.labels[0].partition(",")[0]) for line in made.lines]  # of "Int4, groups of 64"
+    place = sum(one <= rank(row.precision.lower()) for one in ranks)
     made.lines.insert(place, Draft(names, cells, published=True, note=note))
-
-
-def _rank(label: str) -> int:
-    """Return the place of a line by its label, ``Int4, groups of 64`` or ``Int4, published``."""
-    return rank(label.partition(",")[0])
 
 
 # Make the tables that a card does not have: closeness to the base; speed and memory in parts.

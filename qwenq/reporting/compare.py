@@ -349,9 +349,10 @@ def _difference(before: Row, after: Row) -> Comparison:
         return replace(made, pairing=pairing)  # `corrected` decides whether it is real
     if metric.noisy:
         kindest = _kindest(before, after, metric)
-        overlap = intervals_overlap(before, after)
-        why = "" if overlap is not None else "measured once: without an interval, noise is unknown"
-        return replace(made, real=None if overlap is None else not overlap, why=why, kindest=kindest)
+        if (overlap := intervals_overlap(before, after)) is None:
+            why = "measured once: without an interval, noise is unknown"
+            return replace(made, real=None, why=why, kindest=kindest)
+        return replace(made, real=not overlap, kindest=kindest)
     return made
 
 

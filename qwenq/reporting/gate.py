@@ -207,7 +207,9 @@ def _judge(item: Comparison, conditions: Sequence[Condition]) -> Judged:
 def _apply(item: Comparison, asked: list[Condition]) -> Judged:
     """Judge by the first condition that is violated, else the first of unknown result, else pass."""
     noisy = item.metric is not None and item.metric.noisy
-    if noisy and (few := _fewest(item)) < LEAST:
+    # A row without a count was measured once.
+    few = min(1 if row is None or row.n is None else row.n for row in (item.before, item.after))
+    if noisy and few < LEAST:
         why = f"too few measurements to judge: {few}, at least {LEAST} are needed"
         return Judged(item, "not judged", asked[0], why)
     named = [condition for condition in asked if condition.metric == item.row.metric]
@@ -224,11 +226,6 @@ def _apply(item: Comparison, asked: list[Condition]) -> Judged:
             if violated is wanted:
                 return Judged(item, outcome, condition, item.why, answered)
     return Judged(item, "passed", asked[0], item.why, answered)
-
-
-def _fewest(item: Comparison) -> int:
-    """Return the number of measurements of the side with fewer; a row without a count was measured once."""
-    return min(1 if row is None or row.n is None else row.n for row in (item.before, item.after))
 
 
 _CONDITION = re.compile(

@@ -188,7 +188,10 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
         [names.label(item.row.model), *(fact.get(key) or MISSING for key in varying)]
         for item, fact in zip(rows, facts, strict=True)
     ]
-    caption += [] if several else _computed_in(dtypes)
+    if len(set(dtypes.values())) == 1 and not several:
+        caption.append(f"{' and '.join(dtypes)} computed in {next(iter(dtypes.values()))}")
+    elif dtypes and not several:
+        caption.append("computed in: " + "; ".join(f"{label} {dtype}" for label, dtype in dtypes.items()))
     places = [(tuple(label), heading) for label, heading in zip(labels, headings, strict=True)]
     by_run = len(set(places)) < len(places)
     notes = Footnotes()
@@ -269,13 +272,6 @@ def _dtype(item: Measured) -> str:
 
     shown = isinstance(dtype, str) and item.row.model.precision not in (*PLAIN, "served")
     return clean(dtype) if shown else ""
-
-
-def _computed_in(dtypes: dict[str, str]) -> list[str]:
-    if len(set(dtypes.values())) == 1:
-        return [f"{' and '.join(dtypes)} computed in {next(iter(dtypes.values()))}"]
-    shown = "; ".join(f"{label} {dtype}" for label, dtype in dtypes.items())
-    return [f"computed in: {shown}"] if dtypes else []
 
 
 def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:
