@@ -133,27 +133,19 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of the baseline and its match in the new run.
+    """A row of the baseline and its match in the new run."""
 
-    Attributes:
-        before, after: the two rows; one of them may be missing.
-        change: ratio or difference, as the metric defines it.
-        real: whether the difference is more than noise; None if that is unknown.
-        why: why the rows are not comparable, or why `real` is unknown; otherwise empty.
-        comparable: both figures are of the same measurement.
-        pairing, p: of accuracies; p is corrected, see `corrected`.
-        kindest: the most favourable ratio that both intervals allow.
-    """
-
+    # before, after: the two rows; one of them may be missing
     before: Row | None
     after: Row | None
-    comparable: bool = False
-    change: float | None = None
-    real: bool | None = None
-    why: str = ""
+    comparable: bool = False  # both figures are of the same measurement
+    change: float | None = None  # ratio or difference, as the metric defines it
+    real: bool | None = None  # whether the difference is more than noise; None if that is unknown
+    why: str = ""  # why the rows are not comparable, or why `real` is unknown; otherwise empty
+    # pairing, p: of accuracies; p is corrected, see `corrected`
     pairing: Paired | None = None
     p: float | None = None
-    kindest: float | None = None
+    kindest: float | None = None  # the most favourable ratio that both intervals allow
 
     @property
     def row(self) -> Row:

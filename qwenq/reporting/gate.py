@@ -75,36 +75,26 @@ class Condition:
 
 @dataclass(frozen=True)
 class Judged:
-    """A comparison and the gate's judgement.
-
-    Attributes:
-        condition: the one that decided, else the first that applies; None if no condition applies.
-        answered: all conditions that could be judged by this row.
-    """
+    """A comparison and the gate's judgement."""
 
     comparison: Comparison
     outcome: Outcome
+    # the one that decided, else the first that applies; None if no condition applies
     condition: Condition | None = None
     reason: str = ""
-    answered: tuple[Condition, ...] = ()
+    answered: tuple[Condition, ...] = ()  # all conditions that could be judged by this row
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gate's judgement of a whole run.
+    """The gate's judgement of a whole run."""
 
-    Attributes:
-        judged: every row.
-        idle: conditions that judged no row.
-        blind: idle conditions whose rows the baseline did measure: they were too few or too noisy.
-        strict: whether an idle condition is a failure, because the user named it.
-    """
-
-    judged: tuple[Judged, ...]
+    judged: tuple[Judged, ...]  # every row
     conditions: tuple[Condition, ...]
-    idle: tuple[Condition, ...]
+    idle: tuple[Condition, ...]  # conditions that judged no row
+    # idle conditions whose rows the baseline did measure: they were too few or too noisy
     blind: tuple[Condition, ...]
-    strict: bool
+    strict: bool  # whether an idle condition is a failure, because the user named it
 
     def of(self, outcome: Outcome) -> list[Judged]:
         """Return the rows with an outcome."""
