@@ -140,14 +140,14 @@ class Pivot:
         shown = full or self.columns
         lines = [self._cells(draft, shown) for draft in self.lines]
         used = sorted({cell.note for cells in lines for cell in cells if cell.note})
-        numbers = {None: None, **{old: new for new, old in enumerate(used, 1)}}
+        numbers: dict[int | None, int] = {old: new for new, old in enumerate(used, 1)}
         return Table(
             key,
             title,
             (*self.headers, *shown),
             len(self.headers),
             tuple(
-                Line(tuple(replace(cell, note=numbers[cell.note]) for cell in cells), draft.published)
+                Line(tuple(replace(cell, note=numbers.get(cell.note)) for cell in cells), draft.published)
                 for draft, cells in zip(self.lines, lines, strict=True)
             ),
             tuple(caption),
@@ -172,6 +172,8 @@ def without_unit(heading: str) -> str:
 
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     """Make lines by model and by what varies within a column; the rest goes to the caption."""
+    if not rows:
+        return Pivot([], [], [], [], Footnotes())
     hardware = hardware_names(names.measured)
     dtypes: dict[str, str] = {}  # by label
     several = False  # of one model: its lines have to say which
