@@ -297,7 +297,8 @@ def _made(content: dict[str, Any]) -> Row:
 
 def _check_types(row: Row) -> None:
     """Check the types that the rest of the code relies on, and bounds: JSON has others."""
-    for part in (row, row.model):
+    parts: tuple[Row | Model, ...] = (row, row.model)
+    for part in parts:
         for name in (each.name for each in fields(part) if each.name in _KINDS):
             value = getattr(part, name)
             if isinstance(value, bool) or not isinstance(value, _KINDS[name]):

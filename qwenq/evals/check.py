@@ -351,11 +351,11 @@ def check(
     else:
         plain, measured = quantised, _comparable_modules(quantised, quantised.foreign.format, base, listener)
     with counted(listener, step) as progress:
-        decoders = [BlockwiseDecoder(model, torch.device(device), dtype) for model in (base, plain)]
-        if notice := decoders[0].fallback_notice:  # both have the same heads
-            listener(Notice(notice))
+        before, after = (BlockwiseDecoder(model, torch.device(device), dtype) for model in (base, plain))
+        if before.fallback_notice:  # both have the same heads
+            listener(Notice(before.fallback_notice))
         with torch.inference_mode():
-            scores, modules = _measure(*decoders, quant, held_out, measured, progress)
+            scores, modules = _measure(before, after, quant, held_out, measured, progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
 
 
