@@ -359,15 +359,7 @@ def evaluate(
     how, team = LoadOptions(device, dtype, engine, attention, kernel, thinking), team or ALONE
     with _shown(progress if team.is_rank0 else False) as listener:
         rows = open_and_evaluate(
-            served or given,
-            chosen,
-            how,
-            folder,
-            listener,
-            command,
-            team,
-            batch=batch,
-            unsafe_code=unsafe_code,
+            served or given, chosen, how, folder, listener, command, team, batch, unsafe_code=unsafe_code
         )
     return Results(rows, folder)
 

@@ -87,8 +87,8 @@ def open_and_evaluate(
     listener: Listener,
     command: str,
     team: Team,
-    *,
     batch: int | None,
+    *,
     unsafe_code: bool,
 ) -> list[Row]:
     """Open models and evaluate them; ranks but the first ask their share and return no rows.

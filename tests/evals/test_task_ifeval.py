@@ -85,7 +85,7 @@ def test_prompts_and_instructions_are_scored_strictly_and_loosely(source: DataSo
     assert [verdict.correct for _, verdict in judged] == [True, True, False]
     assert judged[2][1].also["loose"]
     assert judged[2][1].note == "not followed: startend:end_checker"
-    scores = {score.metric: (score.value, score.n) for score in CARD.scores(judged)}
+    scores = {score.metric: (score.value, len(score.verdicts)) for score in CARD.scores(judged)}
     assert scores == {
         "accuracy": (2 / 3, 3),
         "accuracy.loose": (1.0, 3),
