@@ -120,7 +120,7 @@ def test_the_four_scores_are_rows_of_a_run(
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
     ran = Shell("eval", monkeypatch, capsys)(
         *("--endpoint", server.url, "--tasks", "ifeval", "--data", tmp_path, "--limit", 3),
-        *("--out", tmp_path / "run"),
+        *("--batch", 1, "--out", tmp_path / "run"),  # one at a time: in their order
     )
     assert ran.code == 0, ran.err
     assert server.seen[0]["messages"] == [{"role": "user", "content": "Which lamp shines? 0"}]
