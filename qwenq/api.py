@@ -345,7 +345,7 @@ def evaluate(
     """
     from qwenq.distributed import ALONE
     from qwenq.evals.model import LoadOptions
-    from qwenq.evals.suite import open_and_evaluate, request_of, run_folder
+    from qwenq.evals.suite import open_and_evaluate, run_folder
     from qwenq.recipe import EvalRecipe, Recipe
 
     given, chosen_tasks = _names(models), (tasks,) if isinstance(tasks, str) else tuple(tasks)
@@ -354,12 +354,13 @@ def evaluate(
     asked |= {"protocol": protocol, "thinking": thinking, "dtype": dtype, "sample": sample, "limit": limit}
     asked |= {"shots": shots, "max_new_tokens": max_new_tokens, "data": None if data is None else str(data)}
     chosen = Recipe().override(eval=asked).eval or EvalRecipe()
-    wanted = request_of(chosen, batch, unsafe_code=unsafe_code)
     served = None if endpoint is None else (endpoint, model)
     folder = run_folder(out, given, served and (model or "served"))
     how, team = LoadOptions(device, dtype, engine, attention, kernel, thinking), team or ALONE
     with _shown(progress if team.is_rank0 else False) as listener:
-        rows = open_and_evaluate(served or given, wanted, how, folder, listener, command, team)
+        rows = open_and_evaluate(
+            served or given, chosen, how, folder, listener, command, team, batch, unsafe_code=unsafe_code
+        )
     return Results(rows, folder)
 
 
