@@ -8,7 +8,7 @@ the events of ``qwenq.events``. Nothing heavy is imported before a function is c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -50,6 +50,11 @@ def _shown(progress: Progress) -> Iterator[Listener]:
             yield bar
     else:
         yield silent
+
+
+def _notify(listener: Listener, lines: Iterable[str]) -> None:
+    for line in dict.fromkeys(lines):
+        listener(Notice(line))
 
 
 def _names(models: Name | Sequence[Name] | None) -> list[str | None]:
@@ -128,11 +133,14 @@ class LoadedModel:
     """A model that is ready to run.
 
     Attributes:
+        name, precision: such as "Qwen3-8B" and "bf16" or "int4".
         engine: runs the network; ``engine.implementation`` names the kernels.
         tokenizer: of the same model.
-        thinking: whether it thinks before it answers, by its chat template's default.
+        thinking: whether it thinks before it answers a chat.
     """
 
+    name: str
+    precision: str
     engine: Engine
     tokenizer: Tokenizer
     thinking: bool = False
@@ -170,23 +178,37 @@ class LoadedModel:
         self,
         system: str | None = None,
         *,
-        max_new_tokens: int = 512,
-        temperature: float = 0.7,
-        top_p: float = 0.8,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_p: float | None = None,
         seed: int = 0,
     ) -> Conversation:
         """Begin a conversation; its ``ask(question)`` yields the answer piece by piece.
 
+        Args:
+            system: the system message; None: the chat template's own.
+            max_new_tokens: of an answer; None: 512, or 32768 where the model thinks.
+            temperature, top_p: None: 0.7 and 0.8, or 0.6 and 0.95 where the model thinks.
+            seed: of the random numbers.
+
         Raises:
             UsageError: a base model.
         """
-        from qwenq.runtime.chat import Conversation, Session
+        from qwenq.runtime.chat import ANSWER, THOUGHTS, Conversation, Session
         from qwenq.runtime.sampling import Sampling
 
-        sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed)
-        session = Session(self.engine)
+        tokens, heat, mass = (THOUGHTS, 0.6, 0.95) if self.thinking else (ANSWER, 0.7, 0.8)
+        sampling = Sampling(
+            temperature=heat if temperature is None else temperature,
+            top_p=mass if top_p is None else top_p,
+            seed=seed,
+        )
         return Conversation(
-            session, self.tokenizer, system=system, sampling=sampling, max_new_tokens=max_new_tokens
+            Session(self.engine),
+            self.tokenizer,
+            system=system,
+            sampling=sampling,
+            max_new_tokens=tokens if max_new_tokens is None else max_new_tokens,
         )
 
 
@@ -200,40 +222,51 @@ def load(
     attention: str = "auto",
     head: Literal["as-is", "int8"] = "as-is",
     thinking: Literal["auto", "on", "off"] = "auto",
+    for_chat: bool = False,
     progress: Progress = True,
 ) -> LoadedModel:
     """Load a model, quantised or not, to run it; None is the bundled one. The options are `qwenq chat`'s.
+
+    Args:
+        for_chat: refuse a base model before its weights are read.
 
     Raises:
         QwenqError: no such model, device, kernel, …, or not enough memory.
     """
     from qwenq.models.checkpoint import open_checkpoint
+    from qwenq.models.identity import model_name, precision_of
     from qwenq.models.machine import resolve_device
     from qwenq.models.opening import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
     from qwenq.runtime import engine as engines
-    from qwenq.runtime.chat import thinking_in_chat
+    from qwenq.runtime.chat import require_chat, thinking_in_chat
 
     resolve_device(device)  # before a download
-    resolved = resolve_model(None if model is None else str(model))
-    tokenizer, thinks = load_tokenizer(resolved.folder), False
-    if tokenizer.template is not None or thinking != "auto":
-        tokenizer, thinks = thinking_in_chat(tokenizer, thinking)
-    checkpoint = open_checkpoint(resolved.folder)
-    runner = engines.load(
-        checkpoint,
-        device=device,
-        dtype=dtype,
-        engine=engine,
-        kernel=kernel,
-        attention=attention,
-        head=head,
-        real_vocab=tokenizer.vocab_size,
-    )
+    given = None if model is None else str(model)
     with _shown(progress) as listener:
-        for notice in (*resolved.notices, *checkpoint.notices, *runner.notes):
-            listener(Notice(notice))
-    return LoadedModel(runner, tokenizer, thinks)
+        resolved = resolve_model(given)
+        _notify(listener, resolved.notices)
+        tokenizer, thinks = load_tokenizer(resolved.folder), False
+        if for_chat:
+            require_chat(tokenizer)
+        if tokenizer.template is not None or thinking != "auto":
+            tokenizer, thinks = thinking_in_chat(tokenizer, thinking)
+        checkpoint = open_checkpoint(resolved.folder)
+        _notify(listener, checkpoint.notices)
+        runner = engines.load(
+            checkpoint,
+            device=device,
+            dtype=dtype,
+            engine=engine,
+            kernel=kernel,
+            attention=attention,
+            head=head,
+            real_vocab=tokenizer.vocab_size,
+        )
+        _notify(listener, runner.notes)
+    return LoadedModel(
+        model_name(given), precision_of(checkpoint, runner.dtype), runner, tokenizer, thinks
+    )
 
 
 def check(
