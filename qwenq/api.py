@@ -264,9 +264,7 @@ def load(
             real_vocab=tokenizer.vocab_size,
         )
         _notify(listener, runner.notes)
-    return LoadedModel(
-        model_name(given), precision_of(checkpoint, runner.dtype), runner, tokenizer, thinks
-    )
+    return LoadedModel(model_name(given), precision_of(checkpoint, runner.dtype), runner, tokenizer, thinks)
 
 
 def check(

@@ -70,6 +70,7 @@ def chat(
     ] = "as-is",
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show answers and errors alone.")] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also show kernels, attention, dtype and device.")
     ] = False,
@@ -101,7 +102,7 @@ def chat(
         head=head,
         thinking=thinking,
         for_chat=True,
-        progress=note_events,
+        progress=False if quiet else note_events,
     )
     if system is not None:
         system = without_surrogates(system)  # as Python passes on bytes of a command line that are not text
@@ -109,12 +110,14 @@ def chat(
     conversation = loaded.chat(
         system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    say(_first_line(loaded))
+    if not quiet:
+        say(_first_line(loaded))
     if verbose:
         dtype = str(loaded.engine.dtype).removeprefix("torch.")
         say(f"{loaded.engine.implementation}, {dtype} on {loaded.engine.device}")
     _talk(conversation)
-    typer.echo(summary(conversation.timing), err=True)
+    if not quiet:
+        typer.echo(summary(conversation.timing), err=True)
 
 
 def _first_line(loaded: LoadedModel) -> str:
