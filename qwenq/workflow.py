@@ -214,7 +214,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     page = None
     if recipe.eval is not None or recipe.profile is not None:
         page = Path(recipe.report.folder) / name / "index.html"
-        steps.append(_report(recipe, folder, page, [step.makes for step in made.values()]))
+        steps.append(_report(recipe, folder, page))
     if recipe.gate.baseline is not None:
         steps.append(_gate(recipe.gate.baseline, folder, recipe.gate.fail_on))
     return Chain(recipe, tuple(steps), folder, page)
@@ -321,10 +321,10 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
     return Step("profile", ("profile", *names, *arguments), folder / RESULTS_FILE, reads)
 
 
-def _report(recipe: Recipe, folder: Path, page: Path, quantised: list[Path]) -> Step:
+def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
+    """Return the report; it finds the models' cards by the commands of the rows, and skips edited ones."""
     title = () if recipe.report.title is None else ("--title", recipe.report.title)
-    cards = [text for model in quantised for text in ("--card", str(model))]
-    arguments = ("report", str(folder), "--out", str(page.parent), *title, *cards)
+    arguments = ("report", str(folder), "--out", str(page.parent), *title)
     return Step("report", arguments, page, (folder / RESULTS_FILE,))
 
 
