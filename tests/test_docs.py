@@ -276,7 +276,7 @@ def test_released_recipes_are_qwens_settings(name: str) -> None:
         "scale_search": "none",
         "damp": 0.01,
         "asymmetric_calibration": 0.0,
-        "refine": False,
+        "coordinate_descent": False,
     }
 
 

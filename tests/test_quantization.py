@@ -46,7 +46,7 @@ FAMILIES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("qwen2", "float16", {"tie_word_embeddings": False}, {"bits": 4, "sym": False, "any_engine": True}),
     ("qwen2", "bfloat16", {}, {"bits": 4, "group_size": -1, "dtype": "bfloat16"}),
     ("qwen3", "bfloat16", {"tie_word_embeddings": False}, {"bits": 8, "group_size": 32, "act_order": "none"}),
-    ("qwen3", "float32", {}, {"bits": 4, "scale_search": "none", "refine": False}),
+    ("qwen3", "float32", {}, {"bits": 4, "scale_search": "none", "coordinate_descent": False}),
 ]
 
 

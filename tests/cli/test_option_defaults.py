@@ -127,17 +127,6 @@ def test_numbers_by_name(typed: list[str], value: object) -> None:
         assert isinstance(CliRunner().invoke(app, ["--limit", wrong]).exception, UsageError)
 
 
-def test_the_older_name_of_a_key_still_loads(tmp_path: Path) -> None:
-    from qwenq.recipe import read_recipe
-
-    path = tmp_path / "old.toml"
-    path.write_text("[quantize]\ndrift = 0.25\n")
-    assert read_recipe(path).quantize.asymmetric_calibration == 0.25
-    path.write_text("[quantize]\ndrift = 0.25\nasymmetric_calibration = 0.5\n")
-    with pytest.raises(UsageError, match=r"older name of quantize\.asymmetric_calibration"):
-        read_recipe(path)
-
-
 def test_a_recipe_made_in_python_is_checked() -> None:
     from qwenq.recipe import QuantizeRecipe
 
