@@ -73,28 +73,25 @@ def convert(
         of_folders = {"--zeros": zeros, "--to": to, "--store-head": store_head}
         _write_random(src, dst, seed, shard_bytes, of_folders)
         return
-    from qwenq.conversion import convert as run
+    from qwenq import api
     from qwenq.models.opening import resolve_model
     from qwenq.storage import readable_bytes
 
-    resolved = resolve_model(src)
-    found = list(resolved.notices)
-    with show_events(found.append, quiet=quiet) as plain, with_details(plain, verbose) as listener:
-        done = run(
-            resolved.folder,
+    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+        done = api.convert(
+            src,
             dst,
             zeros=zeros,
             to=to,
             store_head=store_head,
             max_shard_bytes=shard_bytes,
-            listener=listener,
+            progress=listener,
         )
-    notes(found)
     for change in done.changes or ["nothing but the shards changed"]:
         typer.echo(f"changed: {change}")
     files = "1 file" if len(done.files) == 1 else f"{len(done.files)} files"
     typer.echo(f"wrote {done.folder}: {done.tensors} tensors, {readable_bytes(done.total_bytes)} in {files}")
-    next_commands(*with_model(dst, named_base(resolved.folder)))
+    next_commands(*with_model(dst, named_base(resolve_model(src).folder)))
 
 
 def _write_random(

@@ -25,7 +25,6 @@ from qwenq.cli.options import (
     RowsAsJson,
     RunFolder,
     Verbose,
-    given_models,
     recipe_options,
 )
 from qwenq.cli.printing import note, print_rows, stop_notice, table_console, typed_command, wrapped
@@ -88,6 +87,7 @@ def evaluate(
     processes share the items.
     """
     from qwenq import api
+    from qwenq.api.measurements import each_once
     from qwenq.cli.progress import EvalProgress, with_details
     from qwenq.distributed import process_group
     from qwenq.models.opening import refuse_random_weights
@@ -136,7 +136,7 @@ def evaluate(
     else:
         print_table(found.folder, found.rows)
         beside = () if out is not None else ("--out", found.folder)
-        bases = [] if endpoint is not None else _with_bases(given_models(models), found.rows)
+        bases = [] if endpoint is not None else _with_bases(each_once(models), found.rows)
         next_commands(*([*one, *beside] for one in bases), ("report", found.folder))
 
 
@@ -144,11 +144,12 @@ def _show(
     id_: str, out: Path | None, models: list[str] | None, served: str | None, chosen: dict[str, Any]
 ) -> None:
     """Print one recorded item in full."""
+    from qwenq.api.measurements import each_once
     from qwenq.evals.answer_log import show_item
     from qwenq.evals.suite import run_folder, source_of
 
     source = source_of(chosen.get("data"), chosen.get("sample", False))
-    typer.echo(show_item(run_folder(out, given_models(models), served), id_, source))
+    typer.echo(show_item(run_folder(out, each_once(models), served), id_, source))
 
 
 def _typed(context: typer.Context) -> list[str]:

@@ -105,11 +105,6 @@ def recipe_options(
     return decorate
 
 
-def given_models(models: list[str] | None) -> list[str | None]:
-    """Return the models that were named, each once; None is the bundled model."""
-    return [*dict.fromkeys(models)] if models else [None]
-
-
 def default_shown(setting: Setting, default: str | None = None) -> str:
     """Return a setting's default as the help shows it: as it would be typed."""
     if default is not None or setting.shown:

@@ -65,22 +65,20 @@ def plan(
 
     Bytes on disk, memory, tensor parallelism, the bound on its speed.
     """
-    from qwenq.models.machine import memory_limit
-    from qwenq.planner.estimates import gpu as find_gpu
-    from qwenq.planner.plan import PlanOptions, find_model, make_plan
+    from qwenq import api
 
-    options = PlanOptions(
-        bits=tuple(listed_numbers(bits, "--bits", "4,8")),
+    result = api.plan(
+        model,
+        weights=weights,
+        bits=listed_numbers(bits, "--bits", "4,8"),
         context=context,
         batch=batch,
-        gpus=tuple(map(find_gpu, listed_names(gpu, "--gpu"))) if gpu else (),
-        tensor_parallel=tuple(listed_numbers(tp, "--tp")),
+        gpus=listed_names(gpu, "--gpu") if gpu else (),
+        tensor_parallel=listed_numbers(tp, "--tp"),
         group_size=None if group_size == "auto" else _group_size(group_size),
         samples=samples,
         seq_len=seq_len,
-        ram=memory_limit(),
     )
-    result = make_plan(find_model(model, weights), options)
     if as_json:
         print_json(result.as_dict())
         return

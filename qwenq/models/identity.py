@@ -60,7 +60,7 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
 
 
 def precision_of(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
-    """Return ``int4``, ``awq-int4`` and the like; of unquantised weights that of ``dtype``, such as ``bf16``."""
+    """Return ``int4``, ``awq-int4`` and the like; of unquantised weights the short name of ``dtype``."""
     if checkpoint.foreign is not None:
         return checkpoint.foreign.format.precision
     if is_quantised(checkpoint.config):

@@ -261,7 +261,8 @@ def test_from_python_and_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert api.report(runs, tmp_path / "report", cards=[folder]) == tmp_path / "report" / "index.html"
+    page = api.report(runs, tmp_path / "report", cards=[folder], progress=False)
+    assert page == tmp_path / "report" / "index.html"
     assert "### Accuracy" in (folder / "README.md").read_text()
     register()
     command = typer.main.get_command(app)

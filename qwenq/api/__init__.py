@@ -1,0 +1,26 @@
+"""Offer every command of qwenq as a function: ``import qwenq`` re-exports what is public here.
+
+The functions have the defaults, the checks and the errors (``qwenq.errors``) of the command line.
+``progress`` is True (a bar in a terminal or a notebook, notices as lines), False, or a function that receives
+the events of ``qwenq.events``. Nothing heavy is imported before a function is called.
+"""
+
+from qwenq.api.measurements import Results, check, compare, evaluate, perplexity, profile, report
+from qwenq.api.models import LoadedModel, calibrate, convert, for_source, load, plan, quantize
+
+__all__ = [
+    "LoadedModel",
+    "Results",
+    "calibrate",
+    "check",
+    "compare",
+    "convert",
+    "evaluate",
+    "for_source",
+    "load",
+    "perplexity",
+    "plan",
+    "profile",
+    "quantize",
+    "report",
+]
