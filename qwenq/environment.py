@@ -17,9 +17,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-# Find the versions of the packages that decide a result, for manifests.
-
-
 __version__ = "0.1.0"
 
 _PACKAGES = ("qwenq", "torch", "transformers", "triton", "safetensors", "tokenizers", "numpy")
@@ -34,12 +31,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-# Describe the machine of a measurement: versions, processor, memory, GPUs; nothing that names its owner.
-#
-# Nothing heavy is loaded for it: torch is used only where the process has it already, else NVIDIA's library
-# if it is installed. Unknown facts are left out, never guessed.
 
 
 # Flags of /proc/cpuinfo that decide how fast a CPU multiplies.

@@ -352,10 +352,6 @@ def state(path: Path) -> str:
 
 
 # Run the steps of a recipe, each in a child process, and none of them twice.
-#
-# A step's memory and crashes stay in its process; what counts is what it wrote. A journal beside the
-# results lists the steps that ended, under a fingerprint of all that decides them: command, version, files
-# read.
 
 
 JOURNAL, VERDICT = "journal.jsonl", "gate"

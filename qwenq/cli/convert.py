@@ -21,9 +21,6 @@ from qwenq.models.folders import local_path
 if TYPE_CHECKING:
     from qwenq.models.tokenizer import Tokenizer
 
-# ``qwenq convert``: rewrite a model folder in another layout.
-
-
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 

@@ -26,6 +26,8 @@ from qwenq.cli.options import (
     RunFolder,
     Verbose,
     recipe_options,
+    server_decides,
+    typed_options,
 )
 from qwenq.cli.printing import note, print_rows, stop_notice, table_console, typed_command, wrapped
 from qwenq.errors import UsageError
@@ -36,9 +38,6 @@ if TYPE_CHECKING:
 
     from qwenq.comparison import Paired
     from qwenq.results import Row
-
-# ``qwenq eval``: benchmarks, item by item, and whether the difference between two models is significant.
-
 
 _LOCAL = ("dtype", "device", "engine", "attention", "kernel")
 """Options that decide how a model runs on this machine."""
@@ -94,12 +93,9 @@ def evaluate(
 
     refuse_random_weights(weights)
     chosen, prompts = given["eval"], _batch(batch)
-    if endpoint is not None and (local := _typed(context)):
-        raise UsageError(
-            "the server decides how it runs its model",
-            where=f"--{local[0]}",
-            hint="leave this option out, and set it on the server",
-        )
+    local = [name for name in typed_options(context) if name in _LOCAL]
+    if endpoint is not None and local:
+        raise server_decides(local[0])
     if show is not None:
         _show(show, out, models, endpoint and (model or "served"), chosen)
         return
@@ -150,13 +146,6 @@ def _show(
 
     source = source_of(chosen.get("data"), chosen.get("sample", False))
     typer.echo(show_item(run_folder(out, each_once(models), served), id_, source))
-
-
-def _typed(context: typer.Context) -> list[str]:
-    """Return those of _LOCAL that were typed, be it with their default."""
-    sources = ((name, context.get_parameter_source(name)) for name in _LOCAL)
-    # Compared by its name: typer uses either its bundled click or the installed one.
-    return [name for name, source in sources if source is not None and source.name != "DEFAULT"]
 
 
 def _batch(text: str) -> int | None:

@@ -105,6 +105,22 @@ def recipe_options(
     return decorate
 
 
+def typed_options(context: typer.Context) -> list[str]:
+    """Return the names of the options that were typed, be it with their default."""
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    # Compared by its name: typer uses either its bundled click or the installed one.
+    return [name for name, source in sources if source is not None and source.name == "COMMANDLINE"]
+
+
+def server_decides(option: str) -> UsageError:
+    """Return the error of an option that would decide how a served model runs."""
+    return UsageError(
+        "the server decides how it runs its model",
+        where=f"--{option}",
+        hint="leave this option out, and set it on the server",
+    )
+
+
 def default_shown(setting: Setting, default: str | None = None) -> str:
     """Return a setting's default as the help shows it: as it would be typed."""
     if default is not None or setting.shown:

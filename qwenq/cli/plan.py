@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from qwenq.runtime.doctor import Part
 
-# ``qwenq plan``: memory, disk and speed of a model, before anything is downloaded.
-
 
 @app.command()
 def plan(

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from qwenq.models.tokenizer import Tokenizer
     from qwenq.quantization import Quantised
 
-# ``qwenq quantize``: a model in, a checked GPTQ checkpoint out.
-
 
 @app.command()
 @recipe_options(

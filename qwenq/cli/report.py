@@ -16,8 +16,6 @@ from qwenq.errors import UsageError, visible
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
 from qwenq.stopping import is_child
 
-# ``qwenq report``: run folders in; a model card, a page, and data out.
-
 
 @app.command()
 @recipe_options("report.title")

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from qwenq.recipe import Recipe
     from qwenq.workflow import Chain
 
-# ``qwenq run``: all steps of a recipe.
-
 
 @app.command()
 @recipe_options("gate.baseline", "gate.fail_on", "--reports=report.folder")
