@@ -65,7 +65,17 @@ def test_options_reach_the_config(quantize: QuantizeShell, calibration: Path) ->
             "--scale-search",
             "mse",
         ),
-        *("--damp", 0.05, "--no-coordinate-descent", "--dtype", "float32", "--calibration", calibration, "--out", "q"),
+        *(
+            "--damp",
+            0.05,
+            "--no-coordinate-descent",
+            "--dtype",
+            "float32",
+            "--calibration",
+            calibration,
+            "--out",
+            "q",
+        ),
     )
     assert ran.code == 0, ran.err
     said = json.loads(Path("q/config.json").read_text())["quantization_config"]
@@ -73,7 +83,11 @@ def test_options_reach_the_config(quantize: QuantizeShell, calibration: Path) ->
     assert said["checkpoint_format"] == "gptq_v2"  # GPTQModel refuses free zero points in the first format
     assert wanted.items() <= said.items()
     recipe = json.loads(Path("q/qwenq.json").read_text())["recipe"]["quantize"]
-    assert (recipe["scale_search"], recipe["coordinate_descent"], recipe["act_order"]) == ("mse", False, "none")
+    assert (recipe["scale_search"], recipe["coordinate_descent"], recipe["act_order"]) == (
+        "mse",
+        False,
+        "none",
+    )
 
 
 def test_a_recipe_file_with_options_over_it(
