@@ -8,8 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenq.api.progress import Progress, notify, shown
-from qwenq.events import Listener, counted
+from qwenq.api.progress import Progress, shown
+from qwenq.events import Listener, counted, notify
 
 if TYPE_CHECKING:
     from torch import Tensor

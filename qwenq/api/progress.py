@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
-from qwenq.events import Listener, Notice, ProgressBar, silent
+from qwenq.events import Listener, ProgressBar, silent
 
 Progress = bool | Listener | None
 
@@ -20,9 +20,3 @@ def shown(progress: Progress) -> Iterator[Listener]:
             yield bar
     else:
         yield silent
-
-
-def notify(listener: Listener, lines: Iterable[str]) -> None:
-    """Report lines as notices, each of them once."""
-    for line in dict.fromkeys(lines):
-        listener(Notice(line))

@@ -16,7 +16,7 @@ import typer
 
 from qwenq.cli.printing import bar_on, note, percent, say, to_standard_output
 from qwenq.errors import visible
-from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rough_time
+from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rich_bar, rough_time
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
 
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 _PLAIN_STEPS = 10
 _PLAIN_SECONDS = 2.0  # quick steps are not worth a line
 _EVAL_SECONDS = 10.0  # between two plain lines of an evaluation
-_ESTIMATE_SECONDS = 3600.0  # rich's default of half a minute knows no time left where one step takes longer
 
 
 @contextmanager
@@ -123,18 +122,9 @@ def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def _bar(*columns: ProgressColumn, stderr: bool = True) -> Bar:
-    """Return a bar that is cleared at its end; the columns follow its label."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
 
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        *columns,
-        console=Console(stderr=stderr),
-        transient=True,
-        speed_estimate_period=_ESTIMATE_SECONDS,
-    )
+    return rich_bar(Console(stderr=stderr), *columns)
 
 
 def _plain(label: str, unit: str) -> Callable[[int, int], None]:
