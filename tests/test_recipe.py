@@ -144,11 +144,6 @@ def test_a_bad_option_names_the_command_line() -> None:
     assert caught.value.where == "the command line"
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.toml")), ids=lambda path: path.name)
-def test_recipes_that_come_along_are_sound(path: Path) -> None:
-    assert read_recipe(path)
-
-
 @pytest.mark.parametrize(
     ("text", "says"),
     [

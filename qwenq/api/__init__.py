@@ -1,4 +1,4 @@
-"""Offer every command of qwenq as a function: ``import qwenq`` re-exports what is public here.
+"""Offer what the commands do as functions: ``import qwenq`` re-exports what is public here.
 
 The functions have the defaults, the checks and the errors (``qwenq.errors``) of the command line.
 ``progress`` is True (a bar in a terminal or a notebook, notices as lines), False, or a function that receives

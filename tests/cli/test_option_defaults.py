@@ -106,27 +106,6 @@ def test_calibrate_shows_the_sizes_of_a_set() -> None:
     assert f"{DEFAULT_SAMPLES} × {DEFAULT_SEQ_LEN} tokens by default" in text
 
 
-@pytest.mark.parametrize(
-    ("typed", "value"),
-    [
-        (["--limit", "20"], 20),
-        (["--limit", "mmlu=20, gsm8k=150"], {"mmlu": 20, "gsm8k": 150}),
-    ],
-)
-def test_numbers_by_name(typed: list[str], value: object) -> None:
-    app, seen = typer.Typer(), []
-
-    @app.command()
-    @recipe_options("eval.*")
-    def command(*, given: Given) -> None:
-        seen.append(Recipe().override(eval=given["eval"]).eval)
-
-    assert CliRunner().invoke(app, typed).exit_code == 0
-    assert seen[0].limit == value
-    for wrong in ("mmlu=20,mmlu=3", "=20"):
-        assert isinstance(CliRunner().invoke(app, ["--limit", wrong]).exception, UsageError)
-
-
 def test_a_recipe_made_in_python_is_checked() -> None:
     from qwenq.recipe import QuantizeRecipe
 

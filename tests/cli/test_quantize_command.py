@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
-import pytest
 from quantize_shell import TEXT, QuantizeShell
-
-from qwenq.cli import main
 
 
 def test_a_run_says_its_choices_each_layer_and_what_came_of_it(
@@ -99,15 +95,6 @@ def test_a_recipe_file_with_options_over_it(
     assert ran.code == 0, ran.err
     said = json.loads(Path("q/config.json").read_text())["quantization_config"]
     assert (said["bits"], said["sym"]) == (8, False)
-
-
-def test_debug_shows_the_traceback(quantize: QuantizeShell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenq.errors import UsageError
-
-    monkeypatch.setenv("QWENQ_DEBUG", "1")
-    monkeypatch.setattr(sys, "argv", ["qwenq", "quantize", str(quantize.model), "--bits", "3"])
-    with pytest.raises(UsageError):
-        main()
 
 
 def test_a_source_that_is_named_here_is_not_held_to_what_the_recipe_says_of_its_own(
