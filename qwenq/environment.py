@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -83,7 +83,18 @@ def decisive(found: Mapping[str, Any], device: object = None, threads: object = 
         device: that computed; with ``cpu`` the GPUs are left out.
         threads: of the row itself; None: those of ``found``.
     """
-    return dict(_decisive(found, device, threads))
+    cpu, gpus = found.get("cpu"), found.get("gpus")
+    facts = cpu if isinstance(cpu, dict) else {"model": cpu}
+    features = facts.get("features")
+    named = {
+        "processor": _text(facts.get("model")),
+        "cores": _text(facts.get("cores")),
+        "threads": _text(facts.get("threads") if threads is None else threads),
+        "instruction sets": " ".join(sorted(map(str, features))) if isinstance(features, list) else UNKNOWN,
+    }
+    if not str(device).startswith("cpu"):
+        named["GPUs"] = "; ".join(map(_gpu_text, gpus)) or "none" if isinstance(gpus, list) else UNKNOWN
+    return named
 
 
 def difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:
@@ -91,19 +102,6 @@ def difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     differing = (key for key in {**before, **after} if before.get(key) != after.get(key))
     facts = (f"{key} {after.get(key, UNKNOWN)} instead of {before.get(key, UNKNOWN)}" for key in differing)
     return ", ".join(facts)
-
-
-def _decisive(found: Mapping[str, Any], device: object, threads: object) -> Iterator[tuple[str, str]]:
-    cpu = found.get("cpu")
-    facts = cpu if isinstance(cpu, dict) else {"model": cpu}
-    yield "processor", _text(facts.get("model"))
-    yield "cores", _text(facts.get("cores"))
-    yield "threads", _text(facts.get("threads") if threads is None else threads)
-    features = facts.get("features")
-    yield "instruction sets", " ".join(sorted(map(str, features))) if isinstance(features, list) else UNKNOWN
-    gpus = found.get("gpus")
-    if not str(device).startswith("cpu"):
-        yield "GPUs", "; ".join(map(_gpu_text, gpus)) or "none" if isinstance(gpus, list) else UNKNOWN
 
 
 def _gpu_text(gpu: Any) -> str:

@@ -69,17 +69,8 @@ def require_packages(recipe: Recipe) -> None:
             )
 
 
-def validate_recipe(recipe: Recipe) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        UsageError: says which key, and what it may be.
-    """
-    for what, hint in _contradictions(recipe):
-        raise UsageError(what, where="the recipe", hint=hint)
-
-
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield what contradicts itself in a recipe, and what it may be."""
     for key, name in (("model", recipe.model), ("gate.baseline", recipe.gate.baseline)):
         if name is not None and name.startswith("-"):  # a step would take it for an option of its own
             yield f"{key} = {name!r} is an option, not a name", f"write ./{name}, if that is its folder"
@@ -205,7 +196,8 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     steps = list(made.values())
     if (recipe.eval or recipe.profile) and recipe.weights == "stored":
         steps += [_record(precision, step, folder) for precision, step in made.items()]
-    validate_recipe(recipe)
+    for what, hint in _contradictions(recipe):
+        raise UsageError(what, where="the recipe", hint=hint)
     require_packages(recipe)
     if recipe.eval is not None:
         steps += [*_evaluate(recipe, folder, plain, quantised)]

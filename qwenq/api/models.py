@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -344,8 +343,11 @@ def calibrate(
     given = {key: None if value == "auto" else value for key, value in sizes.items()}
     options: dict[str, Any] = {"seed": seed, "split": split, "column": column, **given}
     with shown(progress) as listener:
-        make = random_set if weights == "random" else partial(_text_tokens, thinking, device)
-        made = make(None if model is None else str(model), str(source), listener, **options)
+        name = None if model is None else str(model)
+        if weights == "random":
+            made = random_set(name, str(source), listener, **options)
+        else:
+            made = _text_tokens(name, str(source), thinking, device, listener, **options)
         if out is not None:
             made = save_or_keep(made, Path(out), force=force)
         notify(listener, made.manifest.notices)
@@ -353,7 +355,7 @@ def calibrate(
 
 
 def _text_tokens(
-    thinking: str, device: str, model: str | None, source: str, listener: Listener, **options: Any
+    model: str | None, source: str, thinking: str, device: str, listener: Listener, **options: Any
 ) -> CalibrationSet:
     from qwenq.calibration import load_calibration
     from qwenq.calibration.load import calibration_tokenizer

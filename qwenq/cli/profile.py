@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -87,23 +87,16 @@ def profile(
     """
     from qwenq import api
 
-    given_options = typed_options(typed)
-    _refuse_stray(endpoint, given_options)
-    precisions: dict[str, Any] = (
-        {"precision": listed_names(precision, "--precision")} if "precision" in given_options else {}
-    )
-    load: dict[str, Any] = {
-        "concurrency": listed_numbers(concurrency, "--concurrency", "1,4,16"),
-        "input": input,
-    }
+    _refuse_stray(endpoint, typed_options(typed))
     progress = ProfileProgress(as_json=as_json, quiet=quiet)
     with stop_notice("what is measured is kept"), with_details(progress, verbose) as listener:
         found = api.profile(
             models,
             **given[""],
             **given["profile"],
-            **precisions,
-            **load,
+            precision=listed_names(precision, "--precision"),
+            concurrency=listed_numbers(concurrency, "--concurrency", "1,4,16"),
+            input=input,
             output=output,
             context=listed_numbers(context, "--context", "1,1024"),
             kernel=kernel,

@@ -19,8 +19,6 @@ from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
     from qwenq.calibration import CalibrationSet
-    from qwenq.models.tokenizer import Tokenizer
-    from qwenq.quantization import Quantised
 
 
 @app.command()
@@ -86,12 +84,8 @@ def quantize(
     except Terminated as stop:  # by a signal that only another process may have had
         raise typer.Exit(128 + signal.SIGTERM) from stop
     if not as_json:
-        _show_next(result, chosen, out)
-
-
-def _show_next(result: Quantised, recipe: Recipe, out: Path | None) -> None:
-    base = None if recipe.weights == "random" else recipe.model or "bundled"
-    next_commands(*with_model(out or Path(result.folder.name), base))
+        base = None if chosen.weights == "random" else chosen.model or "bundled"
+        next_commands(*with_model(out or Path(result.folder.name), base))
 
 
 def _recipe(file: Path | None, model: str | None, given: Given) -> Recipe:
@@ -148,6 +142,8 @@ def calibrate(
     """
     from qwenq import api
     from qwenq.models.folders import local_path
+    from qwenq.models.opening import resolve_model
+    from qwenq.models.tokenizer import load_tokenizer
 
     existed = local_path(out, "--out").exists() and not force
     wanted = {**given[""], **given["calibration"], **given["quantize"]}
@@ -158,25 +154,22 @@ def calibrate(
         return
     random = wanted.get("weights") == "random"
     first = made.tokens[0, : 2 * _PREVIEW].tolist()
-    preview = " ".join(map(str, first)) if random else _tokenizer(model).decode(first)
+    if random:
+        preview = " ".join(map(str, first))
+    else:
+        preview = load_tokenizer(resolve_model(model).folder).decode(first)
     typer.echo(_describe(made, out, preview[:_PREVIEW], unchanged=existed))
     next_commands(("quantize", model, *(("--weights", "random") if random else ()), "--calibration", out))
 
 
-def _tokenizer(model: str | None) -> Tokenizer:
-    from qwenq.models.opening import resolve_model
-    from qwenq.models.tokenizer import load_tokenizer
-
-    return load_tokenizer(resolve_model(model).folder)
-
-
 def _describe(made: CalibrationSet, out: Path, preview: str, *, unchanged: bool) -> str:
     facts = made.manifest
+    rest = "" if facts.source_read_to_end else ", the rest of the source was not read"
     lines = {
         "source": f"{facts.source}{_TEMPLATES[facts.template]}",
         "sequences": f"{facts.samples} × {facts.seq_len} tokens = {made.tokens.numel():,}",
         "held out": f"{facts.held_out} × {facts.seq_len}, from {facts.held_out_from}",
-        "documents": f"{facts.documents:,} used of {facts.documents_read:,} read{_where_it_stopped(made)}"
+        "documents": f"{facts.documents:,} used of {facts.documents_read:,} read{rest}"
         if facts.documents is not None and facts.documents_read is not None
         else None,
         "seed": str(facts.seed),
@@ -185,7 +178,3 @@ def _describe(made: CalibrationSet, out: Path, preview: str, *, unchanged: bool)
         "file": f"{out}{' (existed, unchanged)' if unchanged else ''}",
     }
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items() if value is not None)
-
-
-def _where_it_stopped(made: CalibrationSet) -> str:
-    return "" if made.manifest.source_read_to_end else ", the rest of the source was not read"

@@ -48,31 +48,9 @@ def test_text_files_are_calibration_and_the_name_is_made_up(quantize: QuantizeSh
 
 
 def test_options_reach_the_config(quantize: QuantizeShell, calibration: Path) -> None:
-    ran = quantize(
-        *(
-            "--bits",
-            8,
-            "--group-size",
-            -1,
-            "--asym",
-            "--any-engine",
-            "--act-order",
-            "none",
-            "--scale-search",
-            "mse",
-        ),
-        *(
-            "--damp",
-            0.05,
-            "--no-coordinate-descent",
-            "--dtype",
-            "float32",
-            "--calibration",
-            calibration,
-            "--out",
-            "q",
-        ),
-    )
+    grid = ("--bits", 8, "--group-size", -1, "--asym", "--any-engine", "--scale-search", "mse")
+    solver = ("--act-order", "none", "--damp", 0.05, "--no-coordinate-descent", "--dtype", "float32")
+    ran = quantize(*grid, *solver, "--calibration", calibration, "--out", "q")
     assert ran.code == 0, ran.err
     said = json.loads(Path("q/config.json").read_text())["quantization_config"]
     wanted = {"bits": 8, "group_size": -1, "sym": False, "static_groups": False, "damp_percent": 0.05}
