@@ -269,7 +269,8 @@ def test_released_recipes_are_qwens_settings(name: str) -> None:
 
 FAMILIES = (
     "qwen2.5-7b-instruct", "qwen2.5-0.5b-instruct", "qwen2.5-math-7b-instruct", "deepseek-r1-distill-qwen-7b",
-    "qwen3-8b", "qwen3-0.6b", "qwen3-4b-instruct-2507", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.5-27b", "demo",
+    "qwen3-8b", "qwen3-0.6b", "qwen3-4b-instruct-2507", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.5-27b",
+    "demo",
 )  # fmt: skip
 
 
