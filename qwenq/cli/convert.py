@@ -13,7 +13,7 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed, Verbose
-from qwenq.cli.printing import note, notes, print_json, table_console
+from qwenq.cli.printing import note, print_json, table_console
 from qwenq.cli.progress import show_events, with_details
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
@@ -192,10 +192,9 @@ def _open(tokenizer: str | None) -> tuple[Tokenizer, str]:
     if tokenizer is not None and (file := local_path(tokenizer, "--tokenizer")).is_file():
         return load_tokenizer(file), tokenizer
     resolved = resolve_model(tokenizer)
-    if tokenizer is not None:
-        notes(resolved.notices)
-    else:
-        note("no --tokenizer given: using the bundled model's")
+    said = resolved.notices if tokenizer is not None else ["no --tokenizer given: using the bundled model's"]
+    for line in said:
+        note(line)
     return load_tokenizer(resolved.folder), str(resolved.folder)
 
 
