@@ -51,6 +51,8 @@ def environment() -> dict[str, Any]:
     Keys: ``versions``, ``python``, ``os``, ``cpu``, ``memory_bytes``, ``gpus``, ``date``.
     ``gpus`` is None where no library could be asked, and empty without a GPU.
     """
+    import psutil
+
     found = versions()
     return {
         "date": date.today().isoformat(),
@@ -58,7 +60,7 @@ def environment() -> dict[str, Any]:
         "python": found["python"],
         "os": _system(),
         "cpu": _cpu(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": int(psutil.virtual_memory().total),
         "gpus": _gpus(),
     }
 
@@ -124,18 +126,14 @@ def _system() -> str:
 def _cpu() -> dict[str, Any]:
     """Return model, features that matter for arithmetic, usable cores, and threads of torch."""
     torch = sys.modules.get("torch")
+    flags = (_cpu_line("flags") or _cpu_line("Features") or "").split()
     return {
         "model": _cpu_line("model name") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
-        "features": _features(),
+        "features": [name for name in FEATURES if name in flags],
         "cores": _usable_cores(),
         "threads": torch.get_num_threads() if torch is not None else None,
     }
-
-
-def _features() -> list[str]:
-    flags = (_cpu_line("flags") or _cpu_line("Features") or "").split()
-    return [name for name in FEATURES if name in flags]
 
 
 def _usable_cores() -> int | None:
@@ -153,12 +151,6 @@ def _cpu_line(name: str) -> str | None:
             if key.strip() == name:
                 return value.strip()
     return None
-
-
-def _memory_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)
 
 
 def _gpus() -> list[dict[str, Any]] | None:

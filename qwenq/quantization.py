@@ -485,6 +485,8 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
 def _publish(
     job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
+    blocks = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
+    kept = {f"{prefix}.{name}": reason for prefix, block in blocks for name, reason in block.items()}
     manifest = {
         "format": "qwenq-1",
         "made_by": f"qwenq {__version__}",
@@ -499,7 +501,7 @@ def _publish(
         "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
         **({"mixed_bits": job.mixed.to_json()} if job.mixed else {}),
         **expert_coverage(modules),
-        **({"not_quantised": kept} if (kept := _kept(job)) else {}),
+        **({"not_quantised": kept} if kept else {}),
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
@@ -522,12 +524,6 @@ def _where_it_loads(folder: Path) -> str:
     said = f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
     untested = " (by its layout: no test here runs this model type in them)"
     return said + untested if by_inspection(written.config) else said
-
-
-def _kept(job: Job) -> dict[str, str]:
-    """Return every parameter of two dimensions or more in a block that is not quantised, and why."""
-    prefixes = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
-    return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}
 
 
 def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from qwenq import api
 from qwenq.calibration.load import DEFAULT_HELD_OUT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 from qwenq.cli import app as app_module
 from qwenq.cli.app import app
@@ -104,6 +106,22 @@ def test_calibrate_shows_the_sizes_of_a_set() -> None:
         assert f"[default: {value};" in found[name].help
     text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert f"{DEFAULT_SAMPLES} × {DEFAULT_SEQ_LEN} tokens by default" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        *((name, name) for name in ("calibrate", "check", "convert", "perplexity", "plan", "profile")),
+        ("chat", "load"),
+        ("eval", "evaluate"),
+    ],
+)
+def test_a_function_has_the_defaults_of_its_command(command: str, function: str) -> None:
+    found = options(command)
+    shown = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)  # noqa: E731
+    for name, parameter in inspect.signature(getattr(api, function)).parameters.items():
+        if name in found and found[name].default is not None and parameter.default is not None:
+            assert shown(parameter.default) == shown(found[name].default), name
 
 
 def test_a_recipe_made_in_python_is_checked() -> None:
