@@ -422,7 +422,7 @@ def report(
     from qwenq.publishing.measured import fill_cards
     from qwenq.reporting.write import write_report
 
-    folders = [Path(name) for name in each_once(runs) if name]
+    folders = [Path(name) for name in ([runs] if isinstance(runs, str | Path) else runs)]
     page = write_report(folders, Path(out or Path("reports") / folders[0].resolve().name), title)
     with shown(progress) as listener:
         named = None if cards is None else [Path(name) for name in cards]
