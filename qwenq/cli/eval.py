@@ -99,13 +99,6 @@ def evaluate(
     if show is not None:
         _show(show, out, models, endpoint and (model or "served"), chosen)
         return
-    how: dict[str, Any] = {
-        "device": device,
-        "engine": engine,
-        "attention": attention,
-        "kernel": kernel,
-        "batch": prompts,
-    }
     with process_group(device) as team:
         kept = stop_notice("answers are kept", team.world) if team.is_rank0 else nullcontext()
         with (
@@ -116,7 +109,11 @@ def evaluate(
             found = api.evaluate(
                 models,
                 **chosen,
-                **how,
+                device=device,
+                engine=engine,
+                attention=attention,
+                kernel=kernel,
+                batch=prompts,
                 unsafe_code=unsafe_code,
                 endpoint=endpoint,
                 model=model,
