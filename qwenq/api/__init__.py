@@ -6,17 +6,17 @@ the events of ``qwenq.events``. Nothing heavy is imported before a function is c
 """
 
 from qwenq.api.measurements import Results, check, compare, evaluate, perplexity, profile, report
-from qwenq.api.models import LoadedModel, calibrate, convert, for_source, load, plan, quantize
+from qwenq.api.models import LoadedModel, calibrate, chosen_recipe, convert, load, plan, quantize
 
 __all__ = [
     "LoadedModel",
     "Results",
     "calibrate",
     "check",
+    "chosen_recipe",
     "compare",
     "convert",
     "evaluate",
-    "for_source",
     "load",
     "perplexity",
     "plan",

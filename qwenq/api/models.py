@@ -26,20 +26,29 @@ if TYPE_CHECKING:
 Name = str | Path
 
 
-def for_source(recipe: Recipe, source: str | None) -> Recipe:
-    """Return a recipe without the settings that describe its own source of text, where another is given."""
-    from qwenq.models.folders import local_path
+def chosen_recipe(
+    recipe: Recipe | Name | None, top: dict[str, Any], calibration: dict[str, Any], quantize: dict[str, Any]
+) -> Recipe:
+    """Return a recipe, by itself or by its file, with the given keys (those that are not None) in it.
 
-    changes: dict[str, Any] = {}
-    if source is None:
-        return recipe
-    if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
-        changes |= {"samples": "auto", "seq_len": "auto", "column": None}
-    if source == "self" or local_path(source, "--calibration").is_file():
-        changes["split"] = None
-    if source == "self":
-        changes["column"] = None
-    return replace(recipe, calibration=replace(recipe.calibration, **changes))
+    Settings that describe the recipe's own source of text go where another source is given.
+    """
+    from qwenq.models.folders import local_path
+    from qwenq.recipe import Recipe, read_recipe
+    from qwenq.workflow import find_recipe
+
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe() if recipe is None else read_recipe(find_recipe(Path(recipe)))
+    own: dict[str, Any] = {}
+    if (source := calibration.get("source")) is not None:
+        if Path(source).suffix == ".safetensors":  # a saved set has its own sizes
+            own |= {"samples": "auto", "seq_len": "auto", "column": None}
+        if source == "self" or local_path(source, "--calibration").is_file():
+            own["split"] = None
+        if source == "self":
+            own["column"] = None
+    recipe = replace(recipe, calibration=replace(recipe.calibration, **own))
+    return recipe.override(top, calibration=calibration, quantize=quantize)
 
 
 def quantize(
@@ -74,17 +83,11 @@ def quantize(
         QwenqError: see ``qwenq.errors``; finished layers are kept, the same call continues.
     """
     from qwenq.quantization import quantize as run
-    from qwenq.recipe import Recipe, read_recipe
-    from qwenq.workflow import find_recipe
 
-    if recipe is None:
-        base = Recipe()
-    else:
-        base = recipe if isinstance(recipe, Recipe) else read_recipe(find_recipe(Path(recipe)))
     source = None if calibration is None else str(calibration)
     text = {"source": source, "samples": samples, "seq_len": seq_len}
     top = {"model": model and str(model), "weights": weights}
-    chosen = for_source(base, source).override(top, calibration=text, quantize=settings)
+    chosen = chosen_recipe(recipe, top, text, settings)
     with shown(progress) as listener:
         return run(chosen, Path(out) if out else None, listener, device=device, resume=resume)
 

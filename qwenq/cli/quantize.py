@@ -14,7 +14,6 @@ from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
 from qwenq.cli.printing import note
 from qwenq.cli.progress import show_events, with_details
-from qwenq.recipe import Recipe
 from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
@@ -60,10 +59,12 @@ def quantize(
     The result is read back from the disk and compared with the base before it gets its name. Under torchrun
     all processes work on the one model.
     """
-    from qwenq.cli.progress import quantize_listener, with_details
+    from qwenq import api
+    from qwenq.cli.progress import quantize_listener
     from qwenq.distributed import process_group
 
-    chosen = _recipe(recipe, model, given)
+    top = {**given[""], "model": model}
+    chosen = api.chosen_recipe(recipe, top, given["calibration"], given["quantize"])
     try:
         with process_group(device) as team:
             if not team.is_rank0:
@@ -86,18 +87,6 @@ def quantize(
     if not as_json:
         base = None if chosen.weights == "random" else chosen.model or "bundled"
         next_commands(*with_model(out or Path(result.folder.name), base))
-
-
-def _recipe(file: Path | None, model: str | None, given: Given) -> Recipe:
-    """Return the recipe file, if any, with the command line's options on top."""
-    from qwenq.api import for_source
-    from qwenq.recipe import Recipe, read_recipe
-    from qwenq.workflow import find_recipe
-
-    base = read_recipe(find_recipe(file)) if file else Recipe()
-    base = for_source(base, given["calibration"].get("source"))
-    top = {**given.pop(""), "model": model}
-    return base.override(top, **given)
 
 
 # ``qwenq calibrate``: make the token sequences once, so that several quantisations share them.
