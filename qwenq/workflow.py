@@ -43,8 +43,35 @@ ENGINES = ("fast", "transformers")
 inherit its memory as a peak of their own."""
 
 
+def _require_sound(recipe: Recipe, file: Path) -> None:
+    """Require conditions and tasks that there are, files that are there, and no contradiction."""
+    from qwenq.evals.tasks.registry import get_task, protocol_names
+    from qwenq.reporting.gate import asked_by
+
+    for what, hint in _contradictions(recipe):
+        raise UsageError(what, where=file, hint=hint)
+    key, wanted = "gate.fail_on", recipe.eval
+    try:
+        asked_by(recipe.gate.fail_on)
+        key = "eval.tasks"
+        for task in wanted.tasks if wanted else ():
+            get_task(task, protocol_names(task)[0] if wanted.protocol == "auto" else wanted.protocol)
+    except UsageError as error:
+        error.where = f"{file}, {key}"
+        raise
+    if wanted and "ifeval" in wanted.tasks:
+        from qwenq.evals.tasks.ifeval import require_packages
+
+        require_packages()  # they are no ordinary dependencies of qwenq
+
+
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield what contradicts itself in a recipe, and what it may be."""
+    """Yield what contradicts itself in a recipe or names no file, and what it may be."""
+    data = recipe.eval.data if recipe.eval else None
+    for key, path in (("calibration.source", recipe.calibration.source), ("eval.data", data)):
+        if path is not None and _is_path(path) and not Path(path).expanduser().exists():
+            hint = "paths in a recipe are taken from the folder that qwenq is started in"
+            yield f"{key} = {path!r}: no such file or folder", hint
     for key, name in (("model", recipe.model), ("gate.baseline", recipe.gate.baseline)):
         if name is not None and name.startswith("-"):  # a step would take it for an option of its own
             yield f"{key} = {name!r} is an option, not a name", f"write ./{name}, if that is its folder"
@@ -57,6 +84,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"eval.limit: {task!r} is not asked for", f"eval.tasks are {', '.join(recipe.eval.tasks)}"
     if recipe.profile is not None:
         yield from _contradictory_points(recipe)
+
+
+def _is_path(name: str) -> bool:
+    """Return whether it is a path, not a word such as ``self`` or the ``owner/name`` of a hub dataset."""
+    return name.startswith((".", "/", "~")) or Path(name).suffix != "" or name.count("/") > 1
 
 
 def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -170,12 +202,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     steps = list(made.values())
     if (recipe.eval or recipe.profile) and recipe.weights == "stored":
         steps += [_record(precision, step, folder) for precision, step in made.items()]
-    for what, hint in _contradictions(recipe):
-        raise UsageError(what, where="the recipe", hint=hint)
-    if recipe.eval is not None and "ifeval" in recipe.eval.tasks:
-        from qwenq.evals.tasks.ifeval import require_packages
-
-        require_packages()  # no ordinary dependency of qwenq
+    _require_sound(recipe, file)
     if recipe.eval is not None:
         steps += [*_evaluate(recipe, folder, plain, quantised)]
     if recipe.profile is not None:

@@ -83,8 +83,9 @@ def test_names_of_attentions_and_engines_are_those_of_profile() -> None:
 
     assert set(ATTENTIONS) == {"auto", *BACKENDS}
     require_known(ATTENTIONS, ENGINES, "auto")
-    script = "import sys; from qwenq.cli.run import checked; from pathlib import Path\n"
-    script += "from qwenq.workflow import steps_of; steps_of(checked(Path(sys.argv[1])), Path(sys.argv[1]))\n"
+    script = "import sys; from qwenq.recipe import read_recipe; from pathlib import Path\n"
+    script += "from qwenq.workflow import steps_of\n"
+    script += "steps_of(read_recipe(Path(sys.argv[1])), Path(sys.argv[1]))\n"
     script += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script, str(ROOT / "recipes" / "demo.toml")], cwd=ROOT, check=True)
 
