@@ -50,16 +50,17 @@ def _require_sound(recipe: Recipe, file: Path) -> None:
 
     for what, hint in _contradictions(recipe):
         raise UsageError(what, where=file, hint=hint)
-    key, wanted = "gate.fail_on", recipe.eval
+    key, tasks = "gate.fail_on", recipe.eval.tasks if recipe.eval else ()
+    protocol = recipe.eval.protocol if recipe.eval else "auto"
     try:
         asked_by(recipe.gate.fail_on)
         key = "eval.tasks"
-        for task in wanted.tasks if wanted else ():
-            get_task(task, protocol_names(task)[0] if wanted.protocol == "auto" else wanted.protocol)
+        for task in tasks:
+            get_task(task, protocol_names(task)[0] if protocol == "auto" else protocol)
     except UsageError as error:
         error.where = f"{file}, {key}"
         raise
-    if wanted and "ifeval" in wanted.tasks:
+    if "ifeval" in tasks:
         from qwenq.evals.tasks.ifeval import require_packages
 
         require_packages()  # they are no ordinary dependencies of qwenq
