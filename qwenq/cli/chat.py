@@ -70,7 +70,9 @@ def chat(
     ] = "as-is",
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show answers alone, and notes about them.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show answers alone, and notes about them.")
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also show kernels, attention, dtype and device.")
     ] = False,
