@@ -34,7 +34,7 @@ RELIABILITY := tests/test_workflow_execute.py tests/test_crash.py tests/reliabil
 
 FUZZ_SECONDS ?= 600
 
-.PHONY: wheels help install install-locked demo gate test test-slow reliability fuzz interop interop-vllm llama llmcompressor lint format clean
+.PHONY: wheels help install install-locked demo gate test test-slow reliability fuzz interop interop-vllm llama llmcompressor autoround lint format clean
 
 help:
 	@echo 'make demo       install, quantise the bundled model to Int8 and Int4, check, evaluate, profile, report'
@@ -46,7 +46,7 @@ help:
 	@echo 'make interop    load the result with transformers and GPTQModel, in an environment of their own'
 	@echo 'make interop-vllm  the same with the CPU build of vLLM; Linux on x86-64'
 	@echo 'make llama      compile the server that the tests of --endpoint ask; minutes'
-	@echo 'make llmcompressor  the environment of a peer that benchmarks/quantize_vs_peers.py races'
+	@echo 'make llmcompressor, make autoround  environments of peers that benchmarks/quantize_vs_peers.py races'
 	@echo 'make wheels     compile wheels for Linux on x86-64 and Arm, and macOS on Arm, into dist/'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make install    only make .venv, with everything'
@@ -90,11 +90,11 @@ llama: .venv-llama/.complete
 	.venv-llama/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	@touch $@
 
-llmcompressor: .venv-llmcompressor/.complete
+llmcompressor autoround: %: .venv-%/.complete
 
-.venv-llmcompressor/.complete: benchmarks/llmcompressor.txt
-	$(PYTHON) -m venv .venv-llmcompressor
-	.venv-llmcompressor/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
+.venv-%/.complete: benchmarks/%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --requirement $<
 	@touch $@
 
 # Wheels for every platform that releases have, compiled here by Zig: dist/qwenq-…-py3-none-PLATFORM.whl
@@ -127,7 +127,7 @@ format: .venv/.dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv .venv-interop .venv-vllm .venv-llama .venv-llmcompressor build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-interop .venv-vllm .venv-llama .venv-llmcompressor .venv-autoround build .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # The stamps: what is installed is installed again when the pins or the requirements change.
 # pip is what comes last into an environment: one that was cut off before it is made again.

@@ -2,14 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from _common import markdown_table, measured_on, turns_of
 
 QWENQ, GPTQMODEL, LLMCOMPRESSOR, ROUND_TO_NEAREST = "qwenq", "GPTQModel", "llm-compressor", "round to nearest"
-PEERS = {GPTQMODEL: "gptqmodel", LLMCOMPRESSOR: "llmcompressor"}
-"""Their packages, by which ratios are called after them."""
+AUTOROUND, AUTOROUND_LIGHT = "AutoRound", "AutoRound light"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A contender other than qwenq.
+
+    Attributes:
+        package: its distribution, which names the script that runs it, too.
+        target: of the Makefile, which makes its environment.
+        key: what its ratios are called after.
+        arguments: of its script, besides those of all.
+    """
+
+    package: str
+    target: str
+    key: str
+    arguments: tuple[str, ...] = ()
+
+
+PEERS = {
+    GPTQMODEL: Peer("gptqmodel", "interop", "gptqmodel"),
+    LLMCOMPRESSOR: Peer("llmcompressor", "llmcompressor", "llmcompressor"),
+    AUTOROUND: Peer("auto_round", "autoround", "autoround", ("200",)),
+    AUTOROUND_LIGHT: Peer("auto_round", "autoround", "autoround_light", ("50",)),
+}
+"""AutoRound's number is that of the steps for a block: 200 are its default, 50 its recipe `light`."""
 PHASES = {"calibration": "reading the tokens", "layers": "layers", "write": "writing", "check": "the check"}
 """Of a run of qwenq, as its JSON names them, in words."""
 JUDGED = {"gap": "perplexity", "gap_without_unk": "perplexity_without_unk", "kl": "kl"}
@@ -35,7 +61,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Qwenq's medians over each peer's; a gap is the perplexity above the unquantised model's."""
     tools, base = {row["tool"] for row in rows}, rows[0]
     found: dict[str, float] = {}
-    for peer, package in PEERS.items():
+    for peer, its in PEERS.items():
         if {QWENQ, peer} <= tools:
             judged = {name: key for name, key in JUDGED.items() if key in rows[1]}
             pairs = {
@@ -44,7 +70,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
             }
             ours, theirs = pairs["time"]
             pairs["time_without_check"] = [ours - median(seconds_of_check(rows)), theirs]
-            found |= {f"{name}_vs_{package}": round(a / b, 3) for name, (a, b) in pairs.items()}
+            found |= {f"{name}_vs_{its.key}": round(a / b, 3) for name, (a, b) in pairs.items()}
     return found
 
 
@@ -66,7 +92,8 @@ def table(rows: list[dict[str, Any]], found: dict[str, float], facts: dict[str, 
 
 def peers_of(facts: dict[str, Any]) -> str:
     """All that were raced, with their versions."""
-    return " and ".join(version_of(peer, facts) for peer in PEERS if f"versions_{PEERS[peer]}" in facts)
+    named = {its.package: peer for peer, its in reversed(PEERS.items()) if f"versions_{its.package}" in facts}
+    return " and ".join(version_of(peer, facts) for peer in reversed(named.values()))
 
 
 def lines(rows: list[dict[str, Any]]) -> str:
@@ -89,31 +116,32 @@ def lines(rows: list[dict[str, Any]]) -> str:
 def comparison(found: dict[str, float], facts: dict[str, Any]) -> str:
     """Return the ratios in words; nothing of a peer that was not measured."""
     said = []
-    for peer, package in PEERS.items():
-        if f"time_vs_{package}" in found:
+    for peer, its in PEERS.items():
+        if f"time_vs_{its.key}" in found:
             time, bare, memory, added = (
-                f"{found[f'{name}_vs_{package}']:.2f}"
+                f"{found[f'{name}_vs_{its.key}']:.2f}"
                 for name in ("time", "time_without_check", "memory", "gap")
             )
             said.append(
                 f"qwenq beside {version_of(peer, facts)}: {time} of its time ({bare} without the check, "
                 f"which it does not have), {memory} of its memory, {added} of the perplexity that it added"
-                f"{_beyond(found, package)}."
+                f"{_beyond(found, its.key)}."
             )
     return " ".join(said)
 
 
-def _beyond(found: dict[str, float], package: str) -> str:
+def _beyond(found: dict[str, float], key: str) -> str:
     """Return what perplexity alone does not show, where it was measured."""
-    if f"kl_vs_{package}" not in found:
+    if f"kl_vs_{key}" not in found:
         return ""
-    unmarked, divergence = (found[f"{name}_vs_{package}"] for name in ("gap_without_unk", "kl"))
+    unmarked, divergence = (found[f"{name}_vs_{key}"] for name in ("gap_without_unk", "kl"))
     return f" ({unmarked:.2f} without the text's marks `<unk>`), {divergence:.2f} of its KL divergence"
 
 
 def version_of(peer: str, facts: dict[str, Any]) -> str:
     """Name and version."""
-    return f"{peer} {facts[f'versions_{PEERS[peer]}'].get(PEERS[peer])}"
+    package = PEERS[peer].package
+    return f"{peer} {facts[f'versions_{package}'].get(package)}"
 
 
 def whereabouts(rows: list[dict[str, Any]]) -> str:

@@ -1,13 +1,13 @@
-"""Decode speed of a mixture of experts beside that of a dense model which reads as many bytes a token.
+"""Decode speed of a mixture of experts or a hybrid beside that of a dense model of as many bytes a token.
 
-    python benchmarks/decode_moe.py                                        # Int4, 6 layers
-    python benchmarks/decode_moe.py --precision int8
+    python benchmarks/decode_moe.py                                        # Int4, 6 layers of Qwen3-30B-A3B
     python benchmarks/decode_moe.py --precision bf16 --layers 4
+    python benchmarks/decode_moe.py --model qwen3.5-0.8b --layers 24
 
-Both have random weights. The mixture's layers are Qwen3-30B-A3B's (hidden 2048, 8 of 128 experts of 768, 32
-heads and 4 of keys and values, of 128), fewer of them, under a small vocabulary; the dense model's MLP is as
-wide as the active experts together. They take turns in one process, one token at a time. Writes
-``reports/benchmarks/moe_decode.json`` and ``moe_decode.md``, one row for each precision.
+Both have random weights. The layers are those of the named model, fewer of them, under a small vocabulary.
+The dense one has the attention of Qwen3 with the same heads, and an MLP so wide that both read the same bytes
+(of a mixture: as wide as the active experts together). They take turns in one process, one token at a time.
+Writes ``reports/benchmarks/moe_decode.json`` and ``moe_decode.md``, one row for each model and precision.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ from _common import (
 )
 
 VOCABULARY, START, TURNS = 4096, 64, 9
-DENSE = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]}
+DENSE = {"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": False}
+SAME = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps",
+        "rope_theta", "max_position_embeddings", "torch_dtype", "num_hidden_layers",
+        "vocab_size")  # fmt: skip
+MULTIPLE = 128  # of the dense MLP's width: whole groups
 BITS = {"int4": 4, "int8": 8, "bf16": None}
 BAR = 0.7  # of the dense kernels' bytes a second
 
@@ -40,6 +44,7 @@ BAR = 0.7  # of the dense kernels' bytes a second
 def parse_options() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="qwen3-30b-a3b", help="a name of the catalogue")
     parser.add_argument("--precision", choices=BITS, default="int4")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--steps", type=int, default=40, help="of each turn")
@@ -48,13 +53,23 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def configs(layers: int) -> dict[str, dict[str, Any]]:
+def configs(model: str, layers: int) -> dict[str, dict[str, Any]]:
     """Return config.json of both models."""
     from qwenq.models.catalogue import config_for
+    from qwenq.models.shapes import ModelShape
 
-    mixed = {**config_for("qwen3-30b-a3b"), "num_hidden_layers": layers, "vocab_size": VOCABULARY}
-    active = mixed["num_experts_per_tok"] * mixed["moe_intermediate_size"]
-    return {"mixture": mixed, "dense": {**mixed, **DENSE, "intermediate_size": active}}
+    def read_by_layer(config: dict[str, Any]) -> float:
+        shape = ModelShape.from_config(config)
+        return (shape.active_parameters - shape.embedding_parameters) / layers
+
+    measured = {**config_for(model), "num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    measured["tie_word_embeddings"] = False
+    dense = (
+        {key: measured[key] for key in SAME} | DENSE | {"num_hidden_layers": layers, "intermediate_size": 0}
+    )
+    missing = read_by_layer(measured) - read_by_layer({**dense, "intermediate_size": MULTIPLE})
+    width = MULTIPLE + missing / (3 * dense["hidden_size"])  # gate, up and down
+    return {"measured": measured, "dense": {**dense, "intermediate_size": round(width / MULTIPLE) * MULTIPLE}}
 
 
 def engine_of(config: dict[str, Any], bits: int | None) -> Any:
@@ -75,7 +90,8 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(options.threads)
     engines = {
-        name: engine_of(config, BITS[options.precision]) for name, config in configs(options.layers).items()
+        name: engine_of(config, BITS[options.precision])
+        for name, config in configs(options.model, options.layers).items()
     }
     capacity = START + options.steps + 1
     caches = {name: engine.new_cache(1, capacity) for name, engine in engines.items()}
@@ -97,8 +113,8 @@ def race(options: argparse.Namespace) -> dict[str, Any]:
         "held_bytes": {name: weight_bytes(engine) for name, engine in engines.items()},
         "seconds": {name: found[1:] for name, found in seconds.items()},  # the first is a warm-up
         "copy_bytes_per_s": copy_bandwidth(torch.device("cpu")),
-        "implementation": engines["mixture"].implementation,
-        "notes": list(engines["mixture"].notes),
+        "implementation": engines["measured"].implementation,
+        "notes": list(engines["measured"].notes),
     }
 
 
@@ -106,9 +122,10 @@ def row_of(options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]
     """Return a row of the report."""
     read, turns = found["bytes_per_token"], found["seconds"]
     speeds = {name: read[name] / median(turns[name]) for name in read}
-    pairs = zip(turns["mixture"], turns["dense"], strict=True)
-    ratios = sorted(read["mixture"] / mixed * dense / read["dense"] for mixed, dense in pairs)
+    pairs = zip(turns["measured"], turns["dense"], strict=True)
+    ratios = sorted(read["measured"] / ours * dense / read["dense"] for ours, dense in pairs)
     return {
+        "model": options.model,
         "precision": options.precision,
         "layers": options.layers,
         **found,
@@ -122,18 +139,34 @@ def row_of(options: argparse.Namespace, found: dict[str, Any]) -> dict[str, Any]
     }
 
 
+def named(row: dict[str, Any]) -> tuple[str, str]:
+    """Return what a row is of."""
+    return row["model"], row["precision"]
+
+
 def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """Return the report in Markdown."""
-    header = ["", "layers", "held GB", "MB a token", "tokens/s", "GB/s", "dense: tokens/s", "dense: GB/s"]
+    header = [
+        "",
+        "precision",
+        "layers",
+        "held GB",
+        "MB a token",
+        "tokens/s",
+        "GB/s",
+        "dense: tokens/s",
+        "dense: GB/s",
+    ]
     header += ["share of dense", "lowest and highest turn", "load"]
     lines = [
         [
+            row["model"],
             row["precision"],
             str(row["layers"]),
-            f"{row['held_bytes']['mixture'] / 1e9:.2f}",
-            f"{row['bytes_per_token']['mixture'] / 1e6:.0f}",
-            f"{row['tokens_per_s']['mixture']:.1f}",
-            f"{row['bytes_per_s']['mixture'] / 1e9:.1f}",
+            f"{row['held_bytes']['measured'] / 1e9:.2f}",
+            f"{row['bytes_per_token']['measured'] / 1e6:.0f}",
+            f"{row['tokens_per_s']['measured']:.1f}",
+            f"{row['bytes_per_s']['measured'] / 1e9:.1f}",
             f"{row['tokens_per_s']['dense']:.1f}",
             f"{row['bytes_per_s']['dense'] / 1e9:.1f}",
             f"{row['share_of_dense']:.2f}",
@@ -143,10 +176,11 @@ def table(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
         for row in rows
     ]
     return (
-        f"# Decoding a mixture of experts on a CPU\n\n{markdown_table(header, lines)}\n"
-        "Layers of Qwen3-30B-A3B's shape, random weights, batch 1, beside a dense model of the same "
-        "attention whose MLP is as wide as the active experts together. Share of dense: of its bytes a "
-        f"second, the median of {TURNS} alternating turns; the bar is {BAR}. Load: of the machine, before "
+        f"# Decoding mixtures of experts and hybrids on a CPU\n\n{markdown_table(header, lines)}\n"
+        "Layers of the named model's shape, random weights, batch 1, beside a dense model with Qwen3's "
+        "attention and an MLP so wide that both read the same bytes a token. Share of dense: of its bytes a "
+        f"second, the median of {TURNS} alternating turns; the bar is {BAR} for the mixture. "
+        "Load: of the machine, before "
         f"the run; speeds are of it alone where it is near 0. {shared(rows, facts, 'threads')} threads of "
         f"{shared(rows, facts, 'cpu')}; torch {shared(rows, facts, 'versions', 'torch')}; "
         f"{measured_on(rows, facts)}.\n"
@@ -160,15 +194,16 @@ def main() -> None:
         print(json.dumps(race(options)))
         return
     report = REPORTS / "moe_decode.json"
-    asked = ("--precision", options.precision, "--layers", str(options.layers), "--steps", str(options.steps))
+    asked = ["--model", options.model, "--precision", options.precision]
+    asked += ["--layers", str(options.layers), "--steps", str(options.steps)]
     command = [sys.executable, Path(__file__), "--child", *asked, "--threads", str(options.threads)]
     row = row_of(options, run_child(command, options.threads).json())
     rows = json.loads(report.read_text())["rows"] if report.exists() else []
-    rows = [old for old in rows if old["precision"] != row["precision"]] + [row]
-    rows.sort(key=lambda row: list(BITS).index(row["precision"]))
+    rows = [old for old in rows if named(old) != named(row)] + [row]
+    rows.sort(key=lambda row: (row["model"], list(BITS).index(row["precision"])))
     facts = machine()
     text = table(rows, facts)
-    ratios = {row["precision"]: row["share_of_dense"] for row in rows}
+    ratios = {", ".join(named(row)): row["share_of_dense"] for row in rows}
     write_report("moe_decode", {"environment": facts, "rows": rows, "ratios": ratios}, text)
     print(text)
 

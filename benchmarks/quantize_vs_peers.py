@@ -1,6 +1,6 @@
 """Quantise the same model on the same tokens with qwenq, its peers and by rounding to nearest, taking turns.
 
-    make interop llmcompressor       # once: the environments that hold GPTQModel and llm-compressor
+    make interop llmcompressor autoround    # once: the environments that hold the peers
     python benchmarks/quantize_vs_peers.py --data FOLDER --repeats 3
 
 FOLDER holds ``c4/*.jsonl`` (a ``text`` a line) to calibrate on and ``wikitext2/*.txt`` to evaluate on. Every
@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,17 @@ from _common import (
     versions,
     write_report,
 )
-from _quantize_report import GPTQMODEL, LLMCOMPRESSOR, PEERS, QWENQ, ROUND_TO_NEAREST, ratios, table
+from _quantize_report import GPTQMODEL, PEERS, QWENQ, ROUND_TO_NEAREST, ratios, table
 
 HERE = Path(__file__).resolve().parent
-INTEROP_PYTHON = ROOT / ".venv-interop" / "bin" / "python"
-LLMCOMPRESSOR_PYTHON = ROOT / ".venv-llmcompressor" / "bin" / "python"
+
+
+def peer_python(tool: str) -> Path:
+    """Return the interpreter that a peer is installed for."""
+    return ROOT / f".venv-{PEERS[tool].target}" / "bin" / "python"
+
+
+INTEROP_PYTHON = peer_python(GPTQMODEL)
 SHOWN = ("wall_s", "peak_rss_mib", "perplexity", "kl")
 
 
@@ -67,28 +74,11 @@ def qwenq_command(bench: Bench, out: Path) -> Command:
     return [*command, *settings, "--calibration", bench.calibration, "--out", out]
 
 
-def gptqmodel_command(bench: Bench, out: Path) -> Command:
+def peer_command(bench: Bench, out: Path, tool: str) -> Command:
     """Its defaults."""
-    return _peer_command(bench, GPTQMODEL, out)
-
-
-def llmcompressor_command(bench: Bench, out: Path) -> Command:
-    """Its defaults."""
-    return _peer_command(bench, LLMCOMPRESSOR, out)
-
-
-def _peer_command(bench: Bench, tool: str, out: Path) -> Command:
-    script, sizes = (
-        HERE / f"_{PEERS[tool]}_quantize.py",
-        (str(bench.options.bits), str(bench.options.group_size)),
-    )
-    return [peer_python(bench.options, tool), script, bench.model, bench.calibration, out, *sizes]
-
-
-def peer_python(options: argparse.Namespace, tool: str) -> Path:
-    """Return the interpreter that a peer is installed for."""
-    found: Path = options.interop_python if tool == GPTQMODEL else options.llmcompressor_python
-    return found
+    peer, sizes = PEERS[tool], (str(bench.options.bits), str(bench.options.group_size))
+    script = HERE / f"_{peer.package}_quantize.py"
+    return [peer_python(tool), script, bench.model, bench.calibration, out, *sizes, *peer.arguments]
 
 
 def rtn_command(bench: Bench, out: Path) -> Command:
@@ -99,8 +89,7 @@ def rtn_command(bench: Bench, out: Path) -> Command:
 
 CONTENDERS: dict[str, Callable[[Bench, Path], Command]] = {
     QWENQ: qwenq_command,
-    GPTQMODEL: gptqmodel_command,
-    LLMCOMPRESSOR: llmcompressor_command,
+    **{tool: partial(peer_command, tool=tool) for tool in PEERS},
     ROUND_TO_NEAREST: rtn_command,
 }
 
@@ -117,8 +106,6 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-samples", type=int, default=40)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON, help="has GPTQModel")
-    parser.add_argument("--llmcompressor-python", type=Path, default=LLMCOMPRESSOR_PYTHON)
     parser.add_argument("--model", type=Path, help="another model's folder")
     parser.add_argument("--out", type=Path, default=REPORTS, help="folder of the report")
     parser.add_argument("--report", default="quantize", help="name of the report's files")
@@ -211,9 +198,9 @@ def environment(bench: Bench) -> dict[str, Any]:
         **machine(),
         "versions": versions(sys.executable, ["qwenq", "torch", "transformers", "safetensors", "numpy"]),
         **{
-            f"versions_{package}": versions(peer_python(options, peer), [package, "torch", "transformers"])
-            for peer, package in PEERS.items()
-            if peer in options.only
+            f"versions_{peer.package}": versions(peer_python(tool), [peer.package, "torch", "transformers"])
+            for tool, peer in PEERS.items()
+            if tool in options.only
         },
         "threads": options.threads,
         "model": bench.model.name,
@@ -228,9 +215,9 @@ def environment(bench: Bench) -> dict[str, Any]:
 def main() -> None:
     """Prepare, measure, report."""
     options = parse_options()
-    for peer, target in ((GPTQMODEL, "interop"), (LLMCOMPRESSOR, "llmcompressor")):
-        if peer in options.only and not peer_python(options, peer).exists():
-            sys.exit(f"{peer_python(options, peer)} is missing: run `make {target}`")
+    for tool in PEERS.keys() & set(options.only):
+        if not peer_python(tool).exists():
+            sys.exit(f"{peer_python(tool)} is missing: run `make {PEERS[tool].target}`")
     with tempfile.TemporaryDirectory() as folder:
         model = options.model.resolve() if options.model else resolve_bundled()
         bench = Bench(options, model, Path(folder))

@@ -1,10 +1,10 @@
 """Multiply by a matrix that is not quantised, by the faster unit of the CPU.
 
 Each way multiplies the same numbers, adds in float32 and rounds the sum to the dtype of the activations once;
-they differ in the order of the additions. Up to some dozen rows of bfloat16 are multiplied in C, which reads
-the matrix at the memory's speed; more by torch, or by a float32 copy where the CPU prefers float32: with AVX2
-alone (512 rows, 576 × 576 to 49,152 × 576, 2 threads), torch's product of bfloat16 took 3.9 to 5.2 times as
-long as that.
+they differ in the order of the additions. Up to some dozen rows are multiplied in C, which reads the matrix
+at the memory's speed; more by torch, or, of bfloat16, by a float32 copy where the CPU prefers float32: with
+AVX2 alone (512 rows, 576 × 576 to 49,152 × 576, 2 threads), torch's product of bfloat16 took 3.9 to 5.2 times
+as long as that.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ from torch.nn import functional
 from qwenq.compute import cpu, linear
 
 _MANY_ROWS, _MANY_ROWS_FLOAT32 = 48, 32
-"""From so many rows on, torch's product of bfloat16, or of a float32 copy, is faster than the one in C."""
+"""From so many rows on, torch's product of bfloat16, or one in float32, is faster than the one in C."""
 
 _OUTPUTS_AT_ONCE = 4096  # bounds the float32 copy
-_PACKED_FOR = 32
-"""Rows that oneDNN packs for; the layout is the same from 2 to 512 rows, another for one."""
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -35,35 +33,30 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         ValueError: the shapes, dtypes or devices do not fit. On a CPU, x may be float32 over bfloat16.
     """
     _check(x, weight, bias)
-    if x.device.type != "cpu" or weight.dtype is not torch.bfloat16:
+    if x.device.type != "cpu" or weight.dtype not in linear.DTYPES:
         return functional.linear(x, weight, bias)
-    rows = x.shape[:-1].numel()
-    if rows >= _MANY_ROWS_FLOAT32 and cpu.float32_is_faster():
-        return _by_float32(x, weight, bias)
-    if 0 < rows < _MANY_ROWS and x.dtype is weight.dtype and (layer := linear.plain(weight)) is not None:
+    rows, alike = x.shape[:-1].numel(), x.dtype is weight.dtype
+    in_float32 = weight.dtype is torch.float32 or cpu.float32_is_faster()
+    many = rows >= (_MANY_ROWS_FLOAT32 if in_float32 else _MANY_ROWS)
+    if alike and rows and not many and (layer := linear.plain(weight)) is not None:
         return _few_rows(x, layer, bias)
-    return functional.linear(x, weight, bias) if x.dtype is weight.dtype else _by_float32(x, weight, bias)
+    if not alike or (many and in_float32 and weight.dtype is torch.bfloat16):
+        return _by_float32(x, weight, bias)
+    if many and weight.dtype is torch.float32 and weight.is_contiguous() and _has_onednn():
+        return _by_onednn(x, weight, bias)
+    return functional.linear(x, weight, bias)
 
 
-def packable(weight: Tensor) -> bool:
-    """Return whether products are faster with the matrix in oneDNN's blocks from the start.
+def _has_onednn() -> bool:
+    """Return whether oneDNN's product of float32 is faster than that of torch's library, MKL.
 
-    Libraries copy a float32 matrix into blocks as they multiply, which takes longer than the products with up
-    to a few dozen rows. Measured with AVX-512, where oneDNN has kernels for it.
+    It took 0.80 to 0.95 of its time (64 to 2048 rows, 576 × 576 to 49,152 × 576) with AVX-512.
     """
-    here = weight.device.type == "cpu" and weight.dtype is torch.float32 and cpu.vectorises_512_bits()
-    return here and torch.backends.mkldnn.is_available()
+    return cpu.vectorises_512_bits() and torch.backends.mkldnn.is_available()
 
 
-def pack(weight: Tensor) -> Tensor:
-    """Return a ``packable`` [out, in] in oneDNN's blocks; ``to_dense`` brings it back."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKED_FOR)
-    return packed
-
-
-def multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``x @ weight.T + bias`` of a weight that was packed; a row's result depends on no other row."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return found
 
 

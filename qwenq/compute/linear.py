@@ -1,4 +1,4 @@
-"""Multiply few rows by weights as they lie in memory: 4 and 8 bits scaled by group, or bfloat16.
+"""Multiply few rows by weights as they lie in memory: 4 and 8 bits scaled by group, or plain numbers.
 
 A decode step reads every weight once, at the memory's speed (``csrc/linear.c``, ``csrc/dense.c``). The
 reference is one product of plain numbers, of what ``unpack`` gives; it is also what is faster for many rows.
@@ -19,7 +19,8 @@ GROUP_SIZES = (128, 64, 32)
 """Columns that may share a scale, the longest first."""
 LINEAR_FIELDS = ("weights", "scales", "columns", "outputs", "group_size", "bits", "scales_float16")
 """What C reads of a layer, int64 each."""
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+"""As C numbers them."""
 _LINE = 64  # bytes: a step of weights begins at a cache line
 
 
@@ -29,9 +30,10 @@ class PackedWeights:
 
     Attributes:
         weights: uint8 [blocks, steps, 32 outputs, 4 columns]; with 4 bits the columns 4 … 7 of a step lie in
-            the high nibbles. With 16 bits, bfloat16 [outputs, columns].
-        scales: [blocks, groups, 32] float16, or float32 where float16 would round them; of 16 bits, empty.
-        bits: 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16.
+            the high nibbles. Plain numbers: bfloat16 or float32 [outputs, columns].
+        scales: [blocks, groups, 32] float16, or float32 where float16 would round them; of plain numbers,
+            empty.
+        bits: 4 or 8, integers that are unsigned, around 2^(bits - 1); or 16 or 32, plain numbers.
         columns, outputs, group_size: of the weight.
         fields: ``LINEAR_FIELDS``, kept alive for C.
     """
@@ -89,11 +91,12 @@ def pack(integers: Tensor, scales: Tensor, bits: int) -> PackedWeights:
 def plain(weight: Tensor) -> PackedWeights | None:
     """Return a matrix that is not quantised for C, as it lies; None: C does not multiply it here."""
     outputs, columns = weight.shape
-    here = weight.device.type == "cpu" and weight.dtype is torch.bfloat16 and weight.is_contiguous()
+    here = weight.device.type == "cpu" and weight.dtype in DTYPES and weight.is_contiguous()
     if not here or columns % GROUP_SIZES[-1] or not columns or cpu.unsupported_reason():
         return None
-    values = weight.data_ptr(), 0, columns, outputs, GROUP_SIZES[-1], 16, 0
-    return PackedWeights(weight, weight[:0], 16, columns, outputs, GROUP_SIZES[-1], torch.tensor(values))
+    bits = 8 * weight.itemsize
+    values = weight.data_ptr(), 0, columns, outputs, GROUP_SIZES[-1], bits, 0
+    return PackedWeights(weight, weight[:0], bits, columns, outputs, GROUP_SIZES[-1], torch.tensor(values))
 
 
 def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) -> Tensor:
@@ -105,7 +108,7 @@ def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) 
     Raises:
         ValueError: another shape, dtype or device than C reads.
     """
-    if x.dtype not in _DTYPES or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != layer.columns:
+    if x.dtype not in DTYPES or x.device.type != "cpu" or x.dim() != 2 or x.shape[1] != layer.columns:
         raise ValueError(
             f"x is {x.dtype} {list(x.shape)} on {x.device}, not float32 or bfloat16 "
             f"[rows, {layer.columns}] on the CPU"
@@ -113,7 +116,7 @@ def multiply(x: Tensor, layer: PackedWeights, dtype: torch.dtype | None = None) 
     x, rows = x.contiguous(), len(x)
     y = torch.empty(rows, layer.outputs, dtype=dtype or x.dtype)
     workspace = torch.empty(activation_bytes(rows, layer.columns), dtype=torch.uint8)
-    cpu.call("linear", layer.fields, x, y, workspace, rows, _DTYPES[x.dtype], _DTYPES[y.dtype])
+    cpu.call("linear", layer.fields, x, y, workspace, rows, DTYPES[x.dtype], DTYPES[y.dtype])
     return y
 
 
@@ -123,10 +126,10 @@ def unpack(layer: PackedWeights, dtype: torch.dtype) -> Tensor:
     Raises:
         ValueError: another dtype.
     """
-    if dtype not in _DTYPES:
+    if dtype not in DTYPES:
         raise ValueError(f"weights are unpacked to float32 or bfloat16, not to {dtype}")
     weight = torch.empty(layer.columns, layer.outputs, dtype=dtype)
-    cpu.call("quantised_unpack", layer.fields, weight, _DTYPES[dtype])
+    cpu.call("quantised_unpack", layer.fields, weight, DTYPES[dtype])
     return weight
 
 

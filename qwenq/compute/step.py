@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import cpu
-from qwenq.compute.linear import PackedWeights, activation_bytes
+from qwenq.compute.linear import DTYPES, PackedWeights, activation_bytes
 
 STRETCH = 256
 """Slots of a cache that attention takes together, as in C."""
@@ -64,7 +64,7 @@ class StepBlock:
         mlps: gate_up, down; of a mixture, those of each expert, with the same sizes and group sizes.
         vectors: float32: attention_norm [hidden], mlp_norm [hidden], qkv_bias [(heads + 2 kv_heads) · d] or
             None, qk_norm [heads + kv_heads, d] or None.
-        router: bfloat16 [experts, hidden]; None: the block is no mixture.
+        router: [experts, hidden], of the result's dtype; None: the block is no mixture.
     """
 
     linears: tuple[PackedWeights, PackedWeights]
@@ -154,7 +154,7 @@ class DecodeStep:
         held.run(
             cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
             keys=keys.data_ptr(), values=values.data_ptr(), slots=slots, layer_stride=keys.stride(0),
-            y=y.data_ptr(), y_bfloat16=int(self._dtype is torch.bfloat16), splits=max(lengths) // STRETCH + 1,
+            y=y.data_ptr(), dtype=DTYPES[self._dtype], splits=max(lengths) // STRETCH + 1,
         )  # fmt: skip
         return y
 

@@ -439,25 +439,23 @@ class CompiledStep:
     @staticmethod
     def unsupported_reason(spec: DecoderSpec, blocks: Sequence[Block]) -> str | None:
         """Return why C cannot run these blocks, in words that follow "because"; None: it can."""
-        if spec.shape.linear_attention is not None:
-            return "it has no linear attention"
-        reason = compute.unsupported_reason(_shape(spec))
+        recurrent = spec.shape.linear_attention is not None
+        reason = "it has no linear attention" if recurrent else compute.unsupported_reason(_shape(spec))
+        if reason is not None:
+            return reason
         qkv = {id(block.linears[0]) for block in blocks}
         for linear in (linear for block in blocks for linear in block.linears):
-            if reason or not isinstance(linear, CpuNative | Dense) or linear.layer is None:
-                return (
-                    reason
-                    or f"C multiplies bfloat16 and {CpuNative.name}, and a linear layer is {linear.name}"
-                )
+            if not isinstance(linear, CpuNative | Dense) or linear.layer is None:
+                return f"C multiplies {CpuNative.name}, bfloat16 and float32, and a layer is {linear.name}"
             if isinstance(linear, CpuNative) and (linear.order is not None or linear.offsets is not None):
                 return "weights have columns in activation order, or zero points off the middle"
             if linear.bias is not None and id(linear) not in qkv:
                 return "there are biases behind attention or in the MLP"
         for block in blocks:
-            kinds = [(layer.bits == 16, layer.group_size) for layer in map(_layer, block.mlp.linears)]
+            kinds = [(layer.bits >= 16, layer.group_size) for layer in map(_layer, block.mlp.linears)]
             if len({*kinds[::2]}) > 1 or len({*kinds[1::2]}) > 1:
                 return "the experts of a block have groups of unlike size"
-        return reason
+        return None
 
     def __call__(self, x: Tensor, cache: KVCache, rope: Rope) -> Tensor:
         """Run one embedded token of each row, [batch, hidden]; the cache's lengths stay as they are.

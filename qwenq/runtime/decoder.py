@@ -90,13 +90,11 @@ class Decoder:
         self.embedding = weights.tensor("model.embed_tokens.weight")
         self.blocks = _load_blocks(weights, self.spec)
         self.norm = _load_norm(weights, self.spec, "model.norm")
-        self.head: Linear = (
-            Dense(self.embedding, shared=True) if checkpoint.tied else weights.linear("lm_head")
-        )
+        self.head: Linear = Dense(self.embedding) if checkpoint.tied else weights.linear("lm_head")
         if head == "int8":
             self.head = Int8Head.of(self.head)
         self._choose_steps()
-        compilable = dtype is torch.bfloat16 and self.kernel in (CpuNative.name, Dense.name)
+        compilable = dtype is not torch.float16 and self.kernel in (CpuNative.name, Dense.name)
         if compilable and self.has_step_layout and self.compiled is None:
             reason = CompiledStep.unsupported_reason(self.spec, self.blocks)
             self.notes = (*self.notes, f"the faster compiled decode step is not used because {reason}")

@@ -34,13 +34,15 @@ def near(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -
     width=st.one_of(st.integers(1, 300), st.integers(1, 10).map(lambda lines: 32 * lines)),
     outs=st.integers(1, 100),
     with_bias=st.booleans(),
-    wide=st.booleans(),
+    dtypes=st.sampled_from(
+        [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.float32,) * 2]
+    ),
 )
 def test_any_rows_are_summed_in_float32_and_rounded_once(
-    name: str, rows: int, width: int, outs: int, with_bias: bool, wide: bool
+    name: str, rows: int, width: int, outs: int, with_bias: bool, dtypes: tuple[torch.dtype, torch.dtype]
 ) -> None:
-    x = drawn(rows, rows, width, dtype=torch.float32 if wide else torch.bfloat16)
-    weight, bias = drawn(1, outs, width), drawn(2, outs).to(x.dtype) if with_bias else None
+    x, weight = drawn(rows, rows, width, dtype=dtypes[0]), drawn(1, outs, width, dtype=dtypes[1])
+    bias = drawn(2, outs).to(x.dtype) if with_bias else None
     with pytest.MonkeyPatch.context() as patch:
         if name == "torch":
             patch.setenv(cpu.VARIABLE, name)
@@ -56,29 +58,13 @@ def test_a_matrix_of_many_outputs_is_widened_by_parts(monkeypatch: pytest.Monkey
     near(dense.multiply(x, weight, bias), x, weight, bias)
 
 
-def test_a_packed_matrix_multiplies_as_it_does_unpacked() -> None:
-    weight, x, bias = (drawn(*sizes, dtype=torch.float32) for sizes in ((0, 96, 64), (1, 3, 64), (2, 96)))
-    if not dense.packable(weight):
-        pytest.skip("no packed matrices on this CPU")
-    packed = dense.pack(weight)
-    assert torch.equal(packed.to_dense(), weight)
-    near(dense.multiply_packed(x, packed, bias), x, weight, bias)
-
-
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("width", [32, 96, 576])
-def test_a_row_does_not_depend_on_the_others(variant: str, width: int) -> None:
-    x, weight = drawn(0, 31, width), drawn(1, 70, width)
+def test_a_row_does_not_depend_on_the_others(variant: str, width: int, dtype: torch.dtype) -> None:
+    x, weight = drawn(0, 31, width, dtype=dtype), drawn(1, 70, width, dtype=dtype)
     alone = torch.cat([dense.multiply(row, weight) for row in x.split(1)])
     for rows in (2, 3, 8, 17, 31):
         assert torch.equal(dense.multiply(x[:rows], weight), alone[:rows]), variant
-
-
-def test_what_is_packed_follows_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not dense.packable(drawn(0, 96, 64).to("meta"))
-    assert not dense.packable(drawn(0, 96, 64))
-    lower("avx2", monkeypatch)
-    if cpu.variants_here()[0].name != "avx2":
-        assert not dense.packable(drawn(0, 96, 64).float())
 
 
 @pytest.mark.parametrize(

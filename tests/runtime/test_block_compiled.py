@@ -29,7 +29,7 @@ FAMILIES = (
 def engine_of(
     family: str, quant: QuantConfig | None = INT4, dtype: str = "bfloat16", **changes: object
 ) -> FastEngine:
-    """An engine; without ``quant``, of weights in bfloat16."""
+    """An engine; without ``quant``, of weights that bfloat16 holds."""
     sizes = {"hidden_size": 128, "head_dim": 32, **changes}
     if quant is None:
         _, wide = small_model(family, **{"intermediate_size": 128, **sizes})
@@ -39,6 +39,12 @@ def engine_of(
         made = load(quantised_model(family, quant, **sizes), device="cpu", dtype=dtype)
     assert isinstance(made, FastEngine)
     return made
+
+
+def in_torch(engine: FastEngine) -> FastEngine:
+    """Let an engine's steps be torch's."""
+    engine.decoder.compiled = None
+    return engine
 
 
 def steps(engine: FastEngine, prompts: list[list[int]], count: int, seed: int = 3) -> torch.Tensor:
@@ -58,15 +64,20 @@ def test_compiled_steps_are_nearer_to_float32_than_steps_in_torch(
     engine = engine_of(family, quant)
     assert engine.implementation.endswith("decode steps compiled for this CPU")
     assert not [note for note in engine.notes if "not used" in note]
-    exact = steps(engine_of(family, quant, dtype="float32"), prompts, 5)
-    found = steps(engine, prompts, 5)
-    in_torch = engine_of(family, quant)
-    assert in_torch.decoder.compiled is not None
-    in_torch.decoder.compiled = None
-    called = steps(in_torch, prompts, 5)
+    exact = steps(in_torch(engine_of(family, quant, dtype="float32")), prompts, 5)
+    found, called = steps(engine, prompts, 5), steps(in_torch(engine_of(family, quant)), prompts, 5)
     error, rounding = ((logits - exact).norm() / exact.norm() for logits in (found, called))
     assert error < NEAR
     assert error < 1.1 * rounding
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiled_steps_of_float32_equal_steps_in_torch(family: str) -> None:
+    prompts = [random_ids(length, length) for length in (3, 1, 17)]
+    engine = engine_of(family, None, dtype="float32")
+    assert engine.implementation.endswith("decode steps compiled for this CPU")
+    found = steps(engine, prompts, 5)
+    torch.testing.assert_close(found, steps(in_torch(engine), prompts, 5), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 9, CpuNative.many_rows - 1, CpuNative.many_rows])
@@ -103,7 +114,7 @@ def test_rows_that_share_experts_or_have_their_own_equal_rows_alone(
 def test_slots_at_the_edges_of_registers(length: int) -> None:
     """Scores are summed for 64 and then for 16 slots at a time; the last are filled up."""
     ids = random_ids(length, 1)
-    exact, found = engine_of("qwen2-tied", dtype="float32"), engine_of("qwen2-tied")
+    exact, found = in_torch(engine_of("qwen2-tied", dtype="float32")), engine_of("qwen2-tied")
     for engine in (exact, found):
         cache = engine.new_cache(1, 80)
         engine.prefill([ids], cache)

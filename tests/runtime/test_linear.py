@@ -1,4 +1,4 @@
-"""Plain linear layers: packed or by blocks, they multiply as ``torch.nn.functional.linear`` does."""
+"""Plain linear layers multiply as ``torch.nn.functional.linear`` does, in any dtype and of any shape."""
 
 from __future__ import annotations
 
@@ -6,13 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwenq.compute import dense
 from qwenq.runtime.linear import Dense
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}
-packs = pytest.mark.skipif(
-    not dense.packable(torch.zeros(1, 1)), reason="weights are packed on CPUs with AVX-512"
-)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -20,13 +16,11 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize(("out_features", "in_features"), [(384, 96), (1187, 64), (5, 3)])
 @pytest.mark.parametrize("lead", [(1,), (2,), (32,), (33,), (2, 7), (1, 1), (0,)])
 def test_products_are_exact_enough(
     dtype: torch.dtype,
-    shared: bool,
     with_bias: bool,
     out_features: int,
     in_features: int,
@@ -35,7 +29,7 @@ def test_products_are_exact_enough(
     weight, x = random(out_features, in_features, dtype=dtype), random(*lead, in_features, dtype=dtype)
     bias = random(out_features, dtype=dtype) if with_bias else None
     exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
-    found = Dense(weight, bias, shared=shared)(x)
+    found = Dense(weight, bias)(x)
     assert found.dtype == dtype
     torch.testing.assert_close(
         found.double(), exact, atol=TOLERANCE[dtype] * in_features**0.5, rtol=TOLERANCE[dtype]
@@ -44,26 +38,12 @@ def test_products_are_exact_enough(
 
 def test_an_input_may_be_a_slice_of_something_wider() -> None:
     weight, wide = random(128, 64), random(6, 96)
-    for layer in (Dense(weight), Dense(weight, shared=True)):
-        torch.testing.assert_close(layer(wide[:, 16:80]), wide[:, 16:80] @ weight.t(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(Dense(weight)(wide[:, 16:80]), wide[:, 16:80] @ weight.t(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weight_can_be_had_back(dtype: torch.dtype) -> None:
+def test_the_weight_is_not_copied(dtype: torch.dtype) -> None:
     weight, bias = random(48, 40, dtype=dtype), random(48, dtype=dtype)
     layer = Dense(weight, bias)
-    assert torch.equal(layer.weight, weight)
+    assert layer.weight is weight
     assert layer.nbytes == (48 * 40 + 48) * dtype.itemsize
-
-
-def test_a_shared_weight_is_not_copied() -> None:
-    weight = random(512, 64)
-    assert Dense(weight, shared=True).weight is weight
-
-
-@packs
-def test_a_packed_row_does_not_depend_on_the_others() -> None:
-    layer, x = Dense(random(192, 96)), random(40, 96)
-    alone = torch.cat([layer(row) for row in x.split(1)])
-    for rows in (2, 3, 8, 17, 40):
-        assert torch.equal(layer(x[:rows]), alone[:rows])

@@ -59,7 +59,7 @@ Activations activations_at(void *workspace, long rows, const Linear *layer) {
 // The row as the first of its own.
 Activations activations_of(const Activations *x, long row) {
     Activations one = *x;
-    one.high += row * x->columns * (x->bits == 16 ? (PAIRS ? 2 : 4) : BYTE_PRODUCTS ? 1 : 2);
+    one.high += row * x->columns * (x->bits >= 16 ? (dense_dtype(x->bits) == BFLOAT16 ? 2 : 4) : BYTE_PRODUCTS ? 1 : 2);
     one.low += row * x->columns;
     one.scales += row * x->groups;
     one.sums += row * x->groups;
@@ -68,7 +68,7 @@ Activations activations_of(const Activations *x, long row) {
 
 // Keep a group of a row's activations in the form in which they are multiplied.
 void put_group(const Activations *to, long row, long group, const float *x) {
-    if (to->bits == 16) {
+    if (to->bits >= 16) {
         dense_group(to, row, group, x);
         return;
     }
@@ -203,7 +203,7 @@ ALWAYS_INLINE void multiply_block(const Linear *layer, const Activations *x, lon
 
 // Blocks [block, end) for all rows: a block of weights stays in the cache meanwhile.
 void multiply(const Linear *layer, const Activations *x, long rows, long block, long end, int mode, void *y) {
-    if (layer->bits == 16)
+    if (layer->bits >= 16)
         multiply_dense(layer, x, rows, block * OUTPUTS, at_most(end * OUTPUTS, layer->outputs), mode, y);
     else if (layer->bits == 4 && layer->scales_float16)
         for (; block < end; block++) multiply_block(layer, x, block, rows, mode, y, 4, 1);

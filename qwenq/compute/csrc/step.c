@@ -27,7 +27,7 @@ enum { STRETCH = 256, HEADS_AT_ONCE = 4, MOST_HEAD_REGISTERS = 256 / LANES };
     FIELD(float *, keys) FIELD(float *, values)  /* [layers, rows, kv_heads, d, slots], [..., slots, d] */ \
     FIELD(int64_t, slots) FIELD(int64_t, layer_stride)  /* numbers from layer to layer of both */ \
     FIELD(const int64_t *, positions) FIELD(int64_t, rows)  /* [rows] */ \
-    FIELD(const float *, norm) FIELD(void *, y) FIELD(int64_t, y_bfloat16)  /* [hidden]; [rows, hidden] */ \
+    FIELD(const float *, norm) FIELD(void *, y) FIELD(int64_t, dtype)  /* [hidden]; [rows, hidden]; of y and a router */ \
     FIELD(int64_t, layers) FIELD(int64_t, hidden) FIELD(int64_t, heads) FIELD(int64_t, kv_heads) FIELD(int64_t, d) \
     FIELD(int64_t, experts) FIELD(int64_t, active)  /* of a mixture; how many a row takes */ \
     FIELD(int64_t, normalised)        /* whether their shares add up to one */ \
@@ -49,7 +49,7 @@ EXPORT const char *qwenq_step_fields(void) {
 
 // Addresses of a Linear's fields; of a mixture, GATE_UP and DOWN are addresses of one such address for each expert.
 enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
-// Addresses of float32 vectors, and of a mixture's router, bfloat16 [experts, hidden]; 0: there is none.
+// Addresses of float32 vectors, and of a mixture's router, [experts, hidden] of the step's dtype; 0: there is none.
 enum { ATTENTION_NORM, MLP_NORM, QKV_BIAS, QK_NORM, ROUTER, VECTORS };
 
 static float inverse_rms(const float *x, long n, Float32 eps) {
@@ -120,7 +120,7 @@ static void project(const Step *s, const int64_t *fields, int kind, const float 
 enum { MOST_LANES = 16 };  // rows of `likely` are a multiple of it for every variant
 
 // This thread's part of the router's logits, `likely` [rows, experts].
-static void route(const Step *s, const uint16_t *router, const float *norm) {
+static void route(const Step *s, const void *router, const float *norm) {
     long first, end, stride = (s->experts + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
     thread_share(stride, &first, &end);
     for (long row = 0; row < s->rows; row++) {
@@ -130,7 +130,7 @@ static void route(const Step *s, const uint16_t *router, const float *norm) {
             Floats sum = spread(0.0f);
             if (expert < s->experts)
                 for (long i = 0; i < s->hidden; i += LANES)
-                    sum = fmadd(load(x + i) * inverse * load(norm + i), load_bf16(router + expert * s->hidden + i), sum);
+                    sum = fmadd(load(x + i) * inverse * load(norm + i), load_as((int)s->dtype, router, expert * s->hidden + i), sum);
             s->likely[row * stride + expert] = expert < s->experts ? total(sum) : -INFINITY;
         }
     }
@@ -187,7 +187,7 @@ static void multiply_experts(const Step *s, int which, const int64_t *fields, co
     }
 }
 
-static void mixture(const Step *s, const int64_t *gate_up, const int64_t *down, const uint16_t *router, const float *norm) {
+static void mixture(const Step *s, const int64_t *gate_up, const int64_t *down, const void *router, const float *norm) {
     Linear layer = linear_at((const int64_t *)(intptr_t)gate_up[0]);  // experts are alike in their sizes and groups
     Activations x = activations_at(s->workspace, s->rows, &layer);
     prepare(s, &x, s->rows, NORMED, norm);
@@ -385,7 +385,7 @@ static void step_thread(Args args) {
         barrier();
         project(s, FIELDS_OF(OUT), MIXED, NULL, ADD_FLOAT32, s->x);
         if (vectors[ROUTER]) {
-            mixture(s, FIELDS_OF(GATE_UP), FIELDS_OF(DOWN), (const uint16_t *)vectors[ROUTER], vectors[MLP_NORM]);
+            mixture(s, FIELDS_OF(GATE_UP), FIELDS_OF(DOWN), vectors[ROUTER], vectors[MLP_NORM]);
             continue;
         }
         project(s, FIELDS_OF(GATE_UP), NORMED, vectors[MLP_NORM], TO_FLOAT32, s->gate_up);
@@ -397,7 +397,7 @@ static void step_thread(Args args) {
         const float *x = s->x + row * s->hidden;
         Floats inverse = spread(inverse_rms(x, s->hidden, s->eps));
         for (long i = first * LANES; i < end * LANES; i += LANES)
-            store_as(s->y_bfloat16 ? BFLOAT16 : FLOAT32, s->y, row * s->hidden + i, load(x + i) * inverse * load(s->norm + i));
+            store_as((int)s->dtype, s->y, row * s->hidden + i, load(x + i) * inverse * load(s->norm + i));
     }
 }
 void decode_step(Args args) { on_threads(step_thread, args); }

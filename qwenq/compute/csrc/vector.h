@@ -149,6 +149,9 @@ ALWAYS_INLINE float round_as(int dtype, float x) {
     return dtype == FLOAT32 ? x : float_of(rounded_bits(x) & 0xffff0000u);
 }
 
+// What plain weights of so many bits are multiplied with: bfloat16 where its pairs are, else float32.
+ALWAYS_INLINE int dense_dtype(long bits) { return PAIRS && bits == 16 ? BFLOAT16 : FLOAT32; }
+
 // A kernel over activations of either dtype, its second argument: `body(args, dtype)` on all threads.
 #define KERNEL_BY_DTYPE(name, body) \
     static void name##_bf16(Args args) { body(args, BFLOAT16); } \
