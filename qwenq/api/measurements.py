@@ -156,18 +156,10 @@ def evaluate(
 
     given = each_once(models)
     _require_alone(endpoint, models, model)
-    asked: dict[str, Any] = {
-        "tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks),
-        "subjects": tuple(subjects),
-        "protocol": protocol,
-        "thinking": thinking,
-        "dtype": dtype,
-        "sample": sample,
-        "limit": limit,
-        "shots": shots,
-        "max_new_tokens": max_new_tokens,
-        "data": None if data is None else str(data),
-    }
+    asked: dict[str, Any] = {"tasks": (tasks,) if isinstance(tasks, str) else tuple(tasks)}
+    asked |= {"subjects": tuple(subjects), "protocol": protocol, "thinking": thinking, "dtype": dtype}
+    asked |= {"sample": sample, "limit": limit, "shots": shots, "max_new_tokens": max_new_tokens}
+    asked |= {"data": None if data is None else str(data)}
     chosen = Recipe().override(eval=asked).eval or EvalRecipe()
     wanted = request_of(chosen, batch, unsafe_code=unsafe_code)
     served = None if endpoint is None else (endpoint, model)
@@ -233,13 +225,8 @@ def profile(
     from qwenq.profiling.sweep import sweep_models
     from qwenq.storage import locked
 
-    asked: dict[str, Any] = {
-        "tokens": tuple(tokens),
-        "encode": tuple(encode),
-        "attention": tuple(attention),
-        "engine": tuple(engine),
-        "budget": budget,
-    }
+    asked: dict[str, Any] = {"tokens": tuple(tokens), "encode": tuple(encode), "budget": budget}
+    asked |= {"attention": tuple(attention), "engine": tuple(engine)}
     chosen = Recipe().override({"weights": weights}, profile=asked).profile or ProfileRecipe()
     seconds = parse_budget(chosen.budget) if chosen.budget else None
     _require_alone(endpoint, models, model)
@@ -249,13 +236,8 @@ def profile(
             load = tuple(concurrency), input, output
             return _profile_served(endpoint, model, named, load, seconds, out, listener, command)
         require_known(chosen.attention, chosen.engine, kernel)
-        how: dict[str, Any] = {
-            "attentions": chosen.attention,
-            "engines": chosen.engine,
-            "kernel": kernel,
-            "tp": tp,
-            "lengths": lengths_of(context, chosen.tokens, chosen.encode),
-        }
+        how: dict[str, Any] = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel}
+        how |= {"tp": tp, "lengths": lengths_of(context, chosen.tokens, chosen.encode)}
         found = subjects_of(each_once(models), precision, weights, seed)
         folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
         rows, kept = sweep_models(found, how, device, seconds, folder, listener, command)
@@ -329,7 +311,7 @@ def perplexity(
     texts = [_scored_text(path, one, samples, max(wanted)) for one in opened]
     for made in texts:
         require_lengths(wanted, made)
-    rows = []
+    rows: list[Row] = []
     with shown(progress) as listener:
         notify(listener, (notice for one in opened for notice in one.notices))
         for eval_model, found, tokens in zip(opened, switches, texts, strict=True):

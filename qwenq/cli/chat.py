@@ -115,8 +115,8 @@ def chat(
     if not quiet:
         say(_first_line(loaded))
     if verbose:
-        dtype = str(loaded.engine.dtype).removeprefix("torch.")
-        say(f"{loaded.engine.implementation}, {dtype} on {loaded.engine.device}")
+        computed_in = str(loaded.engine.dtype).removeprefix("torch.")
+        say(f"{loaded.engine.implementation}, {computed_in} on {loaded.engine.device}")
     _talk(conversation)
     if not quiet:
         typer.echo(summary(conversation.timing), err=True)

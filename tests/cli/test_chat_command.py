@@ -44,11 +44,10 @@ def test_the_first_line_is_for_users_and_the_kernels_are_shown_on_request(folder
         runner.invoke(app, ["chat", str(folder), *QUICK, *option], input="hello\n").stderr.splitlines()
         for option in ([], ["-v"], ["-q"])
     )
-    assert (
-        plain[1:-1] == quiet == ["note: the answer was cut at its limit of tokens; --max-new-tokens sets it"]
-    )
-    assert plain[0] == "model fp32"
-    assert details[0] == "model fp32" and "fast, kernel " in details[1] and "float32 on cpu" in details[1]
+    assert "model fp32" in plain and not any("kernel" in line for line in plain)
+    shown = details[details.index("model fp32") + 1]
+    assert "fast, kernel " in shown and shown.endswith("float32 on cpu")
+    assert quiet == ["note: the answer was cut at its limit of tokens; --max-new-tokens sets it"]
 
 
 def test_both_engines_say_the_same(folder: Path) -> None:
