@@ -211,11 +211,10 @@ def test_a_broken_result_is_not_published_and_its_layers_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qwenq.comparison import judge_check
-    from qwenq.evals import check as room
 
-    check = room.check
+    check = pipeline.check
     monkeypatch.setattr(
-        room, "check", lambda *a, **k: replace(check(*a, **k), verdict=judge_check(float("nan"), 0.0, 4))
+        pipeline, "check", lambda *a, **k: replace(check(*a, **k), verdict=judge_check(float("nan"), 0.0, 4))
     )
     with pytest.raises(VerificationError, match="broken") as caught:
         run(write_family(tmp_path / "m"), tmp_path / "out")
