@@ -48,4 +48,4 @@ def main(model: str, tokens: str, out: str, bits: int, group_size: int, steps: i
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4], *map(int, sys.argv[4:7]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]), int(sys.argv[6]))

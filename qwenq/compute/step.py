@@ -1,7 +1,7 @@
 """Run a decode step in one call: every block of a decoder for one new token in each row (``csrc/step.c``).
 
-The reference is `StepOperations` of ``runtime.decode_step``, with a few hundred calls of torch; in a small
-model these take longer than the products.
+The reference is `StepOperations` of ``runtime.block``, with a few hundred calls of torch; in a small model
+these take longer than the products.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ STRETCH = 256
 MULTIPLE = 32
 """Of every width: halves of a head fill registers."""
 MOST_HEAD_DIM = 256
+"""Of a head's keys and values, and of a linear-attention head's."""
 _HEADS_AT_ONCE = 4
 _EXPERTS_AT_ONCE = 16  # registers of any variant are filled
 
@@ -40,6 +41,9 @@ class StepShape:
         active: how many of them a row takes.
         expert_width: of one.
         normalised: whether their shares are made to add up to one.
+        shared_width: of the expert that all rows take; 0: there is none.
+        gated: whether what attention mixes is gated by as many outputs of qkv behind the values.
+        key_heads, value_heads, key_dim, value_dim, kernel: of linear attention; 0: no block has it.
     """
 
     layers: int
@@ -53,33 +57,87 @@ class StepShape:
     active: int = 0
     expert_width: int = 0
     normalised: bool = False
+    shared_width: int = 0
+    gated: bool = False
+    key_heads: int = 0
+    value_heads: int = 0
+    key_dim: int = 0
+    value_dim: int = 0
+    kernel: int = 0
+
+    @property
+    def mixed(self) -> int:
+        """Return the width of what attention mixes."""
+        return self.heads * self.head_dim
+
+    @property
+    def qkv(self) -> int:
+        """Return the outputs of qkv, where a block attends to all tokens."""
+        return (self.heads + 2 * self.kv_heads) * self.head_dim + self.gated * self.mixed
+
+    @property
+    def state_values(self) -> int:
+        """Return the width of what linear attention mixes."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def channels(self) -> int:
+        """Return the channels of its convolution: queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.state_values
+
+
+@dataclass(frozen=True)
+class Recurrence:
+    """What a linear-attention block has besides its linear layers, all float32.
+
+    Attributes:
+        rates: hidden → strength and decay of each value head; as packed weights.
+        convolution: [kernel, channels].
+        speed, bias: [value_heads], of the decay.
+        norm: [value_dim].
+    """
+
+    rates: PackedWeights
+    convolution: Tensor
+    speed: Tensor
+    bias: Tensor
+    norm: Tensor
 
 
 @dataclass(frozen=True)
 class StepBlock:
-    """The weights of a block.
+    """The weights of a block; vectors are float32.
 
     Attributes:
-        linears: qkv, out.
+        linears: qkv, out; of linear attention, queries, keys, values and z in the place of qkv.
         mlps: gate_up, down; of a mixture, those of each expert, with the same sizes and group sizes.
-        vectors: float32: attention_norm [hidden], mlp_norm [hidden], qkv_bias [(heads + 2 kv_heads) · d] or
-            None, qk_norm [heads + kv_heads, d] or None.
+        norms: attention_norm [hidden], mlp_norm [hidden].
+        qkv_bias: [(heads + 2 kv_heads) · d] or None.
+        qk_norm: [heads + kv_heads, d] or None.
         router: [experts, hidden], of the result's dtype; None: the block is no mixture.
+        shared: gate_up, down of the expert that all rows take, and its gate [hidden].
+        recurrence: None: the block attends to all earlier tokens.
     """
 
     linears: tuple[PackedWeights, PackedWeights]
     mlps: tuple[tuple[PackedWeights, PackedWeights], ...]
-    vectors: tuple[Tensor, Tensor, Tensor | None, Tensor | None]
+    norms: tuple[Tensor, Tensor]
+    qkv_bias: Tensor | None = None
+    qk_norm: Tensor | None = None
     router: Tensor | None = None
+    shared: tuple[PackedWeights, PackedWeights, Tensor] | None = None
+    recurrence: Recurrence | None = None
 
 
 def unsupported_reason(shape: StepShape) -> str | None:
     """Return why C cannot run such a step here, in words that follow "because"; None: it can."""
     if reason := cpu.unsupported_reason():
         return reason
-    if any(width % MULTIPLE for width in (shape.head_dim, shape.hidden, shape.ffn, shape.expert_width)):
+    widths = shape.hidden, shape.ffn, shape.expert_width, shape.shared_width
+    heads = shape.head_dim, shape.key_dim, shape.value_dim
+    if any(width % MULTIPLE for width in (*widths, *heads)):
         return f"sizes are no multiples of {MULTIPLE}"
-    if shape.head_dim > MOST_HEAD_DIM:
+    if max(heads) > MOST_HEAD_DIM:
         return f"heads are wider than {MOST_HEAD_DIM}"
     return None
 
@@ -99,27 +157,34 @@ class DecodeStep:
     ) -> None:
         self._shape, self._blocks, self._norm, self._dtype = shape, list(blocks), norm, dtype
         self._tables: list[Tensor] = []
-        addresses = [[*_addresses(block.linears), *self._mlp(block)] for block in self._blocks]
-        self._linears = torch.tensor(addresses, dtype=torch.int64)  # [layers, 4]
-        pointers = [
-            [0 if v is None else v.data_ptr() for v in (*block.vectors, block.router)]
-            for block in self._blocks
-        ]
-        self._vectors = torch.tensor(pointers, dtype=torch.int64)  # [layers, 5]
+        self._recurrent = [number for number, block in enumerate(self._blocks) if block.recurrence]
+        self._linears = torch.tensor([self._layers(block) for block in self._blocks])  # [layers, LINEARS]
+        self._vectors = torch.tensor([_vectors(block) for block in self._blocks])  # [layers, VECTORS]
         self._workspace: _Workspace | None = None
         self._alone = Lock()  # C lets other threads of Python run
 
-    def _mlp(self, block: StepBlock) -> list[int]:
-        """Return the addresses of gate_up and down; of a mixture, of a table of its experts' for each."""
-        each = [_addresses(mlp) for mlp in block.mlps]
-        if block.router is None:
-            return each[0]
-        table = torch.tensor(each, dtype=torch.int64).T.contiguous()  # [2, experts]
-        self._tables.append(table)
-        return [row.data_ptr() for row in table]
+    def _layers(self, block: StepBlock) -> list[int]:
+        """Return the addresses of a block's layers in C's order; of experts, those of two tables."""
+        mlp = [layer.fields.data_ptr() for layer in block.mlps[0]]
+        if block.router is not None:
+            each = [[layer.fields.data_ptr() for layer in mlp] for mlp in block.mlps]
+            table = torch.tensor(each, dtype=torch.int64).T.contiguous()  # [2, experts]
+            self._tables.append(table)
+            mlp = [row.data_ptr() for row in table]
+        qkv, out = (layer.fields.data_ptr() for layer in block.linears)
+        rates = 0 if block.recurrence is None else block.recurrence.rates.fields.data_ptr()
+        shared = (0, 0) if block.shared is None else (layer.fields.data_ptr() for layer in block.shared[:2])
+        return [qkv, out, *mlp, rates, *shared]
 
     def __call__(
-        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Sequence[int],
+        states: Sequence[tuple[Tensor, Tensor]] = (),
     ) -> Tensor:
         """Return [rows, hidden] after the final norm; add keys and values of the new tokens to the cache.
 
@@ -127,22 +192,32 @@ class DecodeStep:
             x: [rows, hidden], the new tokens' embeddings.
             cos, sin: float32 [rows or 1, heads + kv_heads, d]; queries' are scaled, the first halves' sines
                 negated.
-            keys: float32 [layers, rows, kv_heads, d, slots]; slots a multiple of 16, at least 16 more than a
-                row holds.
-            values: float32 [layers, rows, kv_heads, slots, d].
+            keys: float32 [layers that attend to all tokens, rows, kv_heads, d, slots]; slots a multiple of
+                16, at least 16 more than a row holds.
+            values: float32 [the same layers, rows, kv_heads, slots, d].
             lengths: tokens of each row so far.
+            states: of each block with linear attention, [rows, channels, kernel] of the result's dtype, and
+                float32 [rows, value_heads, key_dim, value_dim]; changed.
 
         Raises:
             ValueError: tensors of other shapes, dtypes or strides.
         """
         with self._alone:
-            return self._run(x, cos, sin, keys, values, lengths)
+            return self._run(x, cos, sin, keys, values, lengths, states)
 
     def _run(
-        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        lengths: Sequence[int],
+        states: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
         rows, slots = len(x), keys.shape[-1]
         self._check(x, cos, sin, keys, values, lengths)
+        self._check_states(rows, states)
         held = self._workspace
         if held is None or not held.fits(rows, slots):
             held = self._workspace = _Workspace(
@@ -150,6 +225,8 @@ class DecodeStep:
             )
         held.x.copy_(x)
         held.positions[:] = torch.tensor(lengths)
+        for number, pair in zip(self._recurrent, states, strict=True):
+            held.states[number] = torch.tensor([state.data_ptr() for state in pair])
         y = torch.empty(rows, self._shape.hidden, dtype=self._dtype)
         held.run(
             cos=cos.data_ptr(), sin=sin.data_ptr(), rotation_stride=cos[0].numel() if len(cos) > 1 else 0,
@@ -163,7 +240,7 @@ class DecodeStep:
     ) -> None:
         shape, rows = self._shape, len(x)
         slots, d = keys.shape[-1], shape.head_dim
-        head = (shape.layers, rows, shape.kv_heads)
+        head = (shape.layers - len(self._recurrent), rows, shape.kv_heads)
         rotated = (shape.heads + shape.kv_heads, d)
         fits = (
             x.shape == (rows, shape.hidden)
@@ -183,6 +260,24 @@ class DecodeStep:
             found = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in tensors.items())
             raise ValueError(f"{found} and lengths {list(lengths)} do not fit {shape}")
 
+    def _check_states(self, rows: int, states: Sequence[tuple[Tensor, Tensor]]) -> None:
+        shape = self._shape
+        sizes = (
+            ((rows, shape.channels, shape.kernel), self._dtype),
+            ((rows, shape.value_heads, shape.key_dim, shape.value_dim), torch.float32),
+        )
+        fits = len(states) == len(self._recurrent) and all(
+            state.shape == size
+            and state.dtype is dtype
+            and state.is_contiguous()
+            and state.device.type == "cpu"
+            for pair in states
+            for state, (size, dtype) in zip(pair, sizes, strict=True)
+        )
+        if not fits:
+            found = [[f"{state.dtype} {list(state.shape)}" for state in pair] for pair in states]
+            raise ValueError(f"states {found} do not fit {shape}")
+
 
 class _Workspace:
     """What a step of so many rows writes to, and its arguments.
@@ -191,7 +286,7 @@ class _Workspace:
         shape: sizes.
         rows: of the batch.
         slots: of each row of the cache, at most.
-        linears, vectors: addresses of each block, int64 [layers, 4] and [layers, 5].
+        linears, vectors: addresses of each block, int64 [layers, LINEARS] and [layers, VECTORS] of C.
         norm: float32 [hidden].
     """
 
@@ -199,17 +294,23 @@ class _Workspace:
         self, shape: StepShape, rows: int, slots: int, linears: Tensor, vectors: Tensor, norm: Tensor
     ) -> None:
         self._rows, self._slots, threads = rows, slots, torch.get_num_threads()
-        d, widest = shape.head_dim, max(shape.hidden, shape.ffn, shape.heads * shape.head_dim)
+        d, mixed = shape.head_dim, max(shape.mixed, shape.state_values)
+        widest = max(shape.hidden, shape.ffn, mixed, shape.shared_width)
         pairs, likely = rows * shape.active, -(-shape.experts // _EXPERTS_AT_ONCE) * _EXPERTS_AT_ONCE
         activations = max(activation_bytes(rows, widest), activation_bytes(pairs, shape.expert_width))
         self.x = torch.zeros(rows, shape.hidden)
         self.positions = torch.zeros(rows, dtype=torch.int64)
+        self.states = torch.zeros(shape.layers, 2, dtype=torch.int64)
         self._held = {
             "x": self.x,
             "positions": self.positions,
             "workspace": torch.zeros(activations, dtype=torch.uint8),
-            "qkv": torch.zeros(rows, (shape.heads + 2 * shape.kv_heads) * d),
-            "mixed": torch.zeros(rows, shape.heads * d),
+            "qkv": torch.zeros(rows, max(shape.qkv, shape.channels + shape.state_values)),
+            "mixed": torch.zeros(rows, mixed),
+            "rates": torch.zeros(rows, 2 * shape.value_heads),
+            "states": self.states,
+            "shared_gate_up": torch.zeros(rows, 2 * shape.shared_width),
+            "factors": torch.zeros(rows),
             "gate_up": torch.zeros(2 * max(rows * shape.ffn, pairs * shape.expert_width)),
             "likely": torch.zeros(rows, likely),
             "shares": torch.zeros(pairs),
@@ -224,8 +325,10 @@ class _Workspace:
         self._threads, self._places = threads, {name: place for place, name in enumerate(names, 1)}
         self._args = (ctypes.c_int64 * (len(names) + 1))(threads)
         self._set({name: tensor.data_ptr() for name, tensor in self._held.items()})
-        sizes = ("layers", "hidden", "heads", "kv_heads", "experts", "active", "normalised")
-        self._set({"rows": rows, "d": d, **{name: int(getattr(shape, name)) for name in sizes}})
+        sizes = ["layers", "hidden", "heads", "kv_heads", "experts", "active", "normalised"]
+        sizes += ["key_heads", "value_heads", "key_dim", "value_dim", "kernel"]
+        self._set({"rows": rows, "d": d, "qkv_width": shape.qkv})
+        self._set({name: int(getattr(shape, name)) for name in sizes})
         self._set({"eps": struct.unpack("<I", struct.pack("<f", shape.eps))[0]})
         self._step = cpu.kernel("decode_step")
 
@@ -243,8 +346,14 @@ class _Workspace:
             self._args[self._places[name]] = value
 
 
-def _addresses(layers: Sequence[PackedWeights]) -> list[int]:
-    return [layer.fields.data_ptr() for layer in layers]
+def _vectors(block: StepBlock) -> list[int]:
+    """Return the addresses of a block's vectors and router in C's order; 0: there is none."""
+    recurrence, gate = block.recurrence, None if block.shared is None else block.shared[2]
+    own: list[Tensor | None] = [None] * 4
+    if recurrence is not None:
+        own = [recurrence.convolution, recurrence.speed, recurrence.bias, recurrence.norm]
+    found = (*block.norms, block.qkv_bias, block.qk_norm, block.router, gate, *own)
+    return [0 if vector is None else vector.data_ptr() for vector in found]
 
 
 @cache

@@ -9,7 +9,7 @@ products: `PlainOperations` for any tokens on any device, `StepOperations` for a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
@@ -45,6 +45,11 @@ class GatedMLP:
     def __call__(self, x: Tensor, operations: Operations) -> Tensor:
         """Return [..., hidden] for [..., hidden]."""
         return self.down(operations.gated(self.gate_up(x)))
+
+    @property
+    def experts(self) -> tuple[GatedMLP, ...]:
+        """Return itself, as a mixture its experts."""
+        return (self,)
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -439,9 +444,7 @@ class CompiledStep:
     @staticmethod
     def unsupported_reason(spec: DecoderSpec, blocks: Sequence[Block]) -> str | None:
         """Return why C cannot run these blocks, in words that follow "because"; None: it can."""
-        recurrent = spec.shape.linear_attention is not None
-        reason = "it has no linear attention" if recurrent else compute.unsupported_reason(_shape(spec))
-        if reason is not None:
+        if reason := compute.unsupported_reason(_shape(spec)):
             return reason
         qkv = {id(block.linears[0]) for block in blocks}
         for linear in (linear for block in blocks for linear in block.linears):
@@ -452,7 +455,8 @@ class CompiledStep:
             if linear.bias is not None and id(linear) not in qkv:
                 return "there are biases behind attention or in the MLP"
         for block in blocks:
-            kinds = [(layer.bits >= 16, layer.group_size) for layer in map(_layer, block.mlp.linears)]
+            layers = [_layer(linear) for expert in block.mlp.experts for linear in expert.linears]
+            kinds = [(layer.bits >= 16, layer.group_size) for layer in layers]
             if len({*kinds[::2]}) > 1 or len({*kinds[1::2]}) > 1:
                 return "the experts of a block have groups of unlike size"
         return None
@@ -465,16 +469,26 @@ class CompiledStep:
         """
         keys, values = cache.laid_out_for_step()  # float32 [layers, batch, heads, d, slots], [..., slots, d]
         cos, sin = rope.at_step(cache.next_positions(), cache.alphas, max(cache.lengths) + 1)
-        return self._run(x, cos.contiguous(), sin.contiguous(), keys, values, cache.lengths)
+        return self._run(x, cos.contiguous(), sin.contiguous(), keys, values, cache.lengths, cache.states)
 
 
 def _shape(spec: DecoderSpec) -> compute.StepShape:
-    shape = spec.shape
+    shape, experts, linear = spec.shape, spec.shape.experts, spec.shape.linear_attention
     sizes = shape.layers, shape.hidden, shape.ffn, shape.heads, shape.kv_heads, shape.head_dim
-    if (experts := shape.experts) is None:
-        return compute.StepShape(*sizes, spec.eps)
-    mixture = experts.count, experts.active, experts.width, spec.normalises_experts
-    return compute.StepShape(*sizes, spec.eps, *mixture)
+    found = compute.StepShape(*sizes, spec.eps, gated=shape.output_gate)
+    if experts is not None:
+        found = replace(
+            found,
+            experts=experts.count,
+            active=experts.active,
+            expert_width=experts.width,
+            normalised=spec.normalises_experts,
+            shared_width=experts.shared_width,
+        )
+    if linear is not None:
+        names = ("key_heads", "value_heads", "key_dim", "value_dim", "kernel")
+        found = replace(found, **{name: getattr(linear, name) for name in names})
+    return found
 
 
 def _layer(linear: Linear) -> PackedWeights:
@@ -482,15 +496,25 @@ def _layer(linear: Linear) -> PackedWeights:
 
 
 def _step_block(block: Block) -> compute.StepBlock:
-    qkv, out, *inner = map(_layer, block.linears)
-    mlps = tuple(zip(inner[::2], inner[1::2], strict=True))
-    router = block.mlp.router if isinstance(block.mlp, Mixture) else None
-    attention = cast(FullAttention, block.attention)
-    bias = cast(CpuNative | Dense, attention.qkv).bias
-    vectors = (
-        block.attention_norm.float(),
-        block.mlp_norm.float(),
+    attention, mlp = block.attention, block.mlp
+    qkv, qk_norm, recurrence, router, shared = attention.linears[0], None, None, None, None
+    if isinstance(attention, LinearAttention):
+        vectors = attention.convolution, attention.speed, attention.bias, attention.norm
+        recurrence = compute.Recurrence(_layer(attention.rates), *vectors)
+    elif attention.qk_norm is not None:
+        qk_norm = attention.qk_norm.float().contiguous()
+    if isinstance(mlp, Mixture):
+        router = mlp.router
+        if (one := mlp.shared) is not None:
+            shared = _layer(one.mlp.gate_up), _layer(one.mlp.down), one.gate.float().flatten()
+    bias = cast(CpuNative | Dense, qkv).bias
+    return compute.StepBlock(
+        (_layer(qkv), _layer(attention.out)),
+        tuple((_layer(expert.gate_up), _layer(expert.down)) for expert in mlp.experts),
+        (block.attention_norm.float(), block.mlp_norm.float()),
         None if bias is None else bias.float(),
-        None if attention.qk_norm is None else attention.qk_norm.float().contiguous(),
+        qk_norm,
+        router,
+        shared,
+        recurrence,
     )
-    return compute.StepBlock((qkv, out), mlps, vectors, router)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from models.plain_qwen_v1 import MemorySource
 from runtime.quantised_models import packed_linear, quantised_model
-from runtime.small_models import random_ids, small_model
+from runtime.small_models import HYBRIDS, random_ids, small_model
 
 from qwenq.errors import UsageError
 from qwenq.models.gptq_config import QuantConfig
@@ -23,6 +23,7 @@ NEAR = 0.04  # what bfloat16 leaves of models whose random weights make it hard
 INT4, INT8 = QuantConfig(bits=4, group_size=32), QuantConfig(bits=8, group_size=32)
 FAMILIES = (
     "llama", "llama3-rope", "qwen1.5", "qwen2-tied", "qwen2.5-yarn", "qwen3", "qwen3-moe", "qwen3-moe-partly",
+    *HYBRIDS,
 )  # fmt: skip
 
 
@@ -31,6 +32,8 @@ def engine_of(
 ) -> FastEngine:
     """An engine; without ``quant``, of weights that bfloat16 holds."""
     sizes = {"hidden_size": 128, "head_dim": 32, **changes}
+    if family in HYBRIDS:
+        sizes = {"linear_key_head_dim": 32, **sizes}
     if quant is None:
         _, wide = small_model(family, **{"intermediate_size": 128, **sizes})
         rounded = MemorySource({name: wide.read(name).bfloat16() for name in wide.names()})
@@ -66,9 +69,12 @@ def test_compiled_steps_are_nearer_to_float32_than_steps_in_torch(
     assert not [note for note in engine.notes if "not used" in note]
     exact = steps(in_torch(engine_of(family, quant, dtype="float32")), prompts, 5)
     found, called = steps(engine, prompts, 5), steps(in_torch(engine_of(family, quant)), prompts, 5)
-    error, rounding = ((logits - exact).norm() / exact.norm() for logits in (found, called))
+    # The median over tokens: after a rounded prompt, a router may choose another expert for one of them, and
+    # for another one in torch, so that the medians of a mixture are a little apart either way.
+    errors = ((logits - exact).norm(dim=-1) / exact.norm(dim=-1) for logits in (found, called))
+    error, rounding = (each.median() for each in errors)
     assert error < NEAR
-    assert error < 1.1 * rounding
+    assert error < (1.2 if engine.decoder.spec.shape.experts else 1.1) * rounding
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,7 +2,8 @@
 //
 //     x += W_o attention(rotary(norm(x) W_qkv));  x += W_down (silu(gate) up),  gate, up = norm(x) W_gate_up
 //
-// In a mixture of experts, the second is a sum over the experts that the row's router chooses; no other is read.
+// In a mixture of experts, the second is a sum over the experts that the row's router chooses; no other is read. In a
+// hybrid, most blocks have linear attention in the place of the first.
 // Nothing but a barrier lies between a product and the next. Products are linear.c's; all else is float32, the residual
 // stream too. Attention reads a cache that is laid out for steps: keys transposed, so that a register holds the same
 // number of neighbouring slots. A long cache is split into stretches, which threads share; each has a softmax of its own,
@@ -19,6 +20,10 @@ enum { STRETCH = 256, HEADS_AT_ONCE = 4, MOST_HEAD_REGISTERS = 256 / LANES };
     FIELD(void *, workspace)          /* activations of the widest layer */ \
     FIELD(float *, qkv) FIELD(float *, mixed) FIELD(float *, gate_up)  /* [rows, ...], what linears read and write */ \
     FIELD(const int64_t *, linears) FIELD(const int64_t *, vectors)  /* addresses of each block, see LINEARS, VECTORS */ \
+    FIELD(int64_t, qkv_width)         /* from row to row of qkv, where a block attends to all tokens */ \
+    FIELD(float *, rates)             /* [rows, 2 value_heads], see linear_attention */ \
+    FIELD(const int64_t *, states)    /* addresses of each block's states: of its convolution, its recurrence */ \
+    FIELD(float *, shared_gate_up) FIELD(float *, factors)  /* of the expert that all rows take */ \
     FIELD(float *, likely) FIELD(float *, shares) FIELD(int64_t *, routes)  /* of a mixture, see choose */ \
     FIELD(float *, scores) FIELD(float *, parts)  /* see attend */ \
     FIELD(int64_t, splits)            /* stretches that the longest row reaches into */ \
@@ -27,8 +32,10 @@ enum { STRETCH = 256, HEADS_AT_ONCE = 4, MOST_HEAD_REGISTERS = 256 / LANES };
     FIELD(float *, keys) FIELD(float *, values)  /* [layers, rows, kv_heads, d, slots], [..., slots, d] */ \
     FIELD(int64_t, slots) FIELD(int64_t, layer_stride)  /* numbers from layer to layer of both */ \
     FIELD(const int64_t *, positions) FIELD(int64_t, rows)  /* [rows] */ \
-    FIELD(const float *, norm) FIELD(void *, y) FIELD(int64_t, dtype)  /* [hidden]; [rows, hidden]; of y and a router */ \
+    FIELD(const float *, norm) FIELD(void *, y) FIELD(int64_t, dtype)  /* [hidden]; [rows, hidden]; of y, a router and a convolution's state */ \
     FIELD(int64_t, layers) FIELD(int64_t, hidden) FIELD(int64_t, heads) FIELD(int64_t, kv_heads) FIELD(int64_t, d) \
+    FIELD(int64_t, key_heads) FIELD(int64_t, value_heads)  /* of linear attention; 0: there is none */ \
+    FIELD(int64_t, key_dim) FIELD(int64_t, value_dim) FIELD(int64_t, kernel) \
     FIELD(int64_t, experts) FIELD(int64_t, active)  /* of a mixture; how many a row takes */ \
     FIELD(int64_t, normalised)        /* whether their shares add up to one */ \
     FIELD(Float32, eps)
@@ -48,9 +55,11 @@ EXPORT const char *qwenq_step_fields(void) {
 }
 
 // Addresses of a Linear's fields; of a mixture, GATE_UP and DOWN are addresses of one such address for each expert.
-enum { QKV, OUT, GATE_UP, DOWN, LINEARS };
+enum { QKV, OUT, GATE_UP, DOWN, RATES, SHARED_GATE_UP, SHARED_DOWN, LINEARS };
 // Addresses of float32 vectors, and of a mixture's router, [experts, hidden] of the step's dtype; 0: there is none.
-enum { ATTENTION_NORM, MLP_NORM, QKV_BIAS, QK_NORM, ROUTER, VECTORS };
+enum {
+    ATTENTION_NORM, MLP_NORM, QKV_BIAS, QK_NORM, ROUTER, SHARED_GATE, CONVOLUTION, SPEED, DECAY_BIAS, STATE_NORM, VECTORS
+};
 
 static float inverse_rms(const float *x, long n, Float32 eps) {
     Floats squares = spread(0.0f);
@@ -58,24 +67,31 @@ static float inverse_rms(const float *x, long n, Float32 eps) {
     return 1.0f / sqrtf(total(squares) / (float)n + eps.value);
 }
 
+ALWAYS_INLINE Floats silu(Floats x) { return x / (spread(1.0f) + exponential(spread(0.0f) - x)); }
+ALWAYS_INLINE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+
 // ---- products -------------------------------------------------------------------------------------------------------
 
-enum { NORMED, MIXED, GATED };  // what a linear layer reads
+enum { NORMED, MIXED, GATED_HEADS, GATED };  // what a linear layer reads
 
-// `n` of a row's `width` activations: RMSNorm of the residual stream, attention's result, or silu(gate) up times a factor.
+// `n` of a row's `width` activations: RMSNorm of the residual stream, attention's result, the same gated by what lies
+// behind its queries, keys and values, or silu(gate) up times a factor.
 static void activations(const Step *s, int kind, const float *weight, float factor, long row, long first, long n,
                         long width, float *to) {
     if (kind == NORMED) {
         const float *x = s->x + row * s->hidden + first;
         for (long k = 0; k < n; k += LANES) store(to + k, load(x + k) * spread(factor) * load(weight + first + k));
     } else if (kind == MIXED) {
-        memcpy(to, s->mixed + row * s->heads * s->d + first, (size_t)n * sizeof *to);
+        memcpy(to, s->mixed + row * width + first, (size_t)n * sizeof *to);
+    } else if (kind == GATED_HEADS) {
+        const float *mixed = s->mixed + row * width + first, *gate = s->qkv + (row + 1) * s->qkv_width - width + first;
+        for (long k = 0; k < n; k += LANES) {
+            Floats below = spread(1.0f) + exponential(spread(0.0f) - load(gate + k));
+            store(to + k, load(mixed + k) / below);
+        }
     } else {
         const float *gate = s->gate_up + row * 2 * width + first, *up = gate + width;
-        for (long k = 0; k < n; k += LANES) {
-            Floats g = load(gate + k), below = spread(1.0f) + exponential(spread(0.0f) - g);
-            store(to + k, g / below * load(up + k) * spread(factor));
-        }
+        for (long k = 0; k < n; k += LANES) store(to + k, silu(load(gate + k)) * load(up + k) * spread(factor));
     }
 }
 
@@ -119,8 +135,8 @@ static void project(const Step *s, const int64_t *fields, int kind, const float 
 
 enum { MOST_LANES = 16 };  // rows of `likely` are a multiple of it for every variant
 
-// This thread's part of the router's logits, `likely` [rows, experts].
-static void route(const Step *s, const void *router, const float *norm) {
+// This thread's part of the router's logits, `likely` [rows, experts]; one thread's `factors` of the shared expert.
+static void route(const Step *s, const void *router, const float *norm, const float *shared_gate) {
     long first, end, stride = (s->experts + MOST_LANES - 1) / MOST_LANES * MOST_LANES;
     thread_share(stride, &first, &end);
     for (long row = 0; row < s->rows; row++) {
@@ -133,6 +149,11 @@ static void route(const Step *s, const void *router, const float *norm) {
                     sum = fmadd(load(x + i) * inverse * load(norm + i), load_as((int)s->dtype, router, expert * s->hidden + i), sum);
             s->likely[row * stride + expert] = expert < s->experts ? total(sum) : -INFINITY;
         }
+        if (!shared_gate || end < stride) continue;
+        Floats sum = spread(0.0f);
+        for (long i = 0; i < s->hidden; i += LANES)
+            sum = fmadd(load(x + i) * inverse * load(norm + i), load(shared_gate + i), sum);
+        s->factors[row] = sigmoid(total(sum));
     }
 }
 
@@ -187,11 +208,16 @@ static void multiply_experts(const Step *s, int which, const int64_t *fields, co
     }
 }
 
-static void mixture(const Step *s, const int64_t *gate_up, const int64_t *down, const void *router, const float *norm) {
+#define FIELDS_OF(i) ((const int64_t *)(intptr_t)linears[i])
+
+static void mixture(const Step *s, const int64_t *linears, const float *const *vectors) {
+    const int64_t *gate_up = FIELDS_OF(GATE_UP), *down = FIELDS_OF(DOWN);
+    const float *norm = vectors[MLP_NORM], *shared_gate = vectors[SHARED_GATE];
+    if (shared_gate) project(s, FIELDS_OF(SHARED_GATE_UP), NORMED, norm, TO_FLOAT32, s->shared_gate_up);
     Linear layer = linear_at((const int64_t *)(intptr_t)gate_up[0]);  // experts are alike in their sizes and groups
     Activations x = activations_at(s->workspace, s->rows, &layer);
     prepare(s, &x, s->rows, NORMED, norm);
-    route(s, router, norm);
+    route(s, vectors[ROUTER], norm, shared_gate);
     barrier();
     if (thread_index() == 0) choose(s);
     barrier();
@@ -203,6 +229,103 @@ static void mixture(const Step *s, const int64_t *gate_up, const int64_t *down, 
     barrier();
     multiply_experts(s, DOWN, down, &x, s->x);
     barrier();
+    if (!shared_gate) return;
+    Step own = *s;
+    own.gate_up = s->shared_gate_up;
+    project(&own, FIELDS_OF(SHARED_DOWN), GATED, s->factors, ADD_FLOAT32, s->x);
+}
+
+// ---- linear attention -----------------------------------------------------------------------------------------------
+// A head keeps a matrix S [key_dim, value_dim], which each token lets decay and corrects by what it answers to its key
+// (gated delta rule, Yang et al., arXiv 2412.06464; compute/delta_rule.py):
+//
+//     S = a S;   S = S + k b (v - S'k)';   output S'q
+
+enum { MOST_STATE_DIM = 256, VALUES_AT_ONCE = 32 };
+
+// silu of the convolution of the channels [first, first + n) over their last inputs, of which the oldest is forgotten.
+static void convolve(const Step *s, const float *x, void *state, const float *weight, long first, long n, long channels,
+                     float *to) {
+    int dtype = (int)s->dtype;
+    for (long k = 0; k < n; k++) {
+        long channel = first + k, last = s->kernel - 1, at = channel * s->kernel;
+        float newest = round_as(dtype, x[channel]), sum = newest * weight[last * channels + channel];
+        for (long j = 0; j < last; j++) {
+            float input = get_as(dtype, state, at + j + 1);
+            put_as(dtype, state, at + j, input);
+            sum += input * weight[j * channels + channel];
+        }
+        put_as(dtype, state, at + last, newest);
+        to[k] = sum;
+    }
+    for (long k = 0; k < n; k += LANES) store(to + k, silu(load(to + k)));
+}
+
+static void scale_to_length(float *x, long n, float length) {
+    Floats squares = spread(0.0f);
+    for (long i = 0; i < n; i += LANES) squares = fmadd(load(x + i), load(x + i), squares);
+    Floats factor = spread(length / sqrtf(total(squares) + 1e-6f));
+    for (long i = 0; i < n; i += LANES) store(x + i, load(x + i) * factor);
+}
+
+// One token of a head: its answer [value_dim]. S'k and S'q are those of the state before its decay, so both read it once.
+static void correct(const Step *s, float *S, const float *q, const float *k, const float *v, float decay, float strength,
+                    float *answer) {
+    enum { WIDE = VALUES_AT_ONCE / LANES };
+    Floats products = spread(0.0f), a = spread(decay);
+    for (long i = 0; i < s->key_dim; i += LANES) products = fmadd(load(q + i), load(k + i), products);
+    Floats qk = spread(total(products));
+    for (long first = 0; first < s->value_dim; first += VALUES_AT_ONCE) {
+        Floats of_key[WIDE], of_query[WIDE], change[WIDE];
+        for (int w = 0; w < WIDE; w++) of_key[w] = of_query[w] = spread(0.0f);
+        for (long i = 0; i < s->key_dim; i++)
+            for (int w = 0; w < WIDE; w++) {
+                Floats held = load(S + i * s->value_dim + first + w * LANES);
+                of_key[w] = fmadd(spread(k[i]), held, of_key[w]);
+                of_query[w] = fmadd(spread(q[i]), held, of_query[w]);
+            }
+        for (int w = 0; w < WIDE; w++) {
+            change[w] = spread(strength) * (load(v + first + w * LANES) - a * of_key[w]);
+            store(answer + first + w * LANES, fmadd(qk, change[w], a * of_query[w]));
+        }
+        for (long i = 0; i < s->key_dim; i++)
+            for (int w = 0; w < WIDE; w++) {
+                float *at = S + i * s->value_dim + first + w * LANES;
+                store(at, fmadd(spread(k[i]), change[w], a * load(at)));
+            }
+    }
+}
+
+// This thread's key heads, each with the value heads that share it. `qkv` holds queries, keys, values and z, which gates
+// the output; `rates` the strength and the decay of each value head before they are bounded.
+static void linear_attention(const Step *s, const int64_t *states, const float *const *vectors) {
+    long keys = s->key_heads * s->key_dim, values = s->value_heads * s->value_dim, channels = 2 * keys + values;
+    long sharing = s->value_heads / s->key_heads, size = s->dtype == BFLOAT16 ? 2 : 4, task, end;
+    const float *weight = vectors[CONVOLUTION];
+    thread_share(s->rows * s->key_heads, &task, &end);
+    for (; task < end; task++) {
+        long row = task / s->key_heads, head = task % s->key_heads;
+        const float *x = s->qkv + row * (channels + values), *rates = s->rates + row * 2 * s->value_heads;
+        char *inputs = (char *)(intptr_t)states[0] + row * channels * s->kernel * size;
+        float q[MOST_STATE_DIM], k[MOST_STATE_DIM], v[MOST_STATE_DIM], answer[MOST_STATE_DIM];
+        convolve(s, x, inputs, weight, head * s->key_dim, s->key_dim, channels, q);
+        convolve(s, x, inputs, weight, keys + head * s->key_dim, s->key_dim, channels, k);
+        scale_to_length(q, s->key_dim, 1.0f / sqrtf((float)s->key_dim));
+        scale_to_length(k, s->key_dim, 1.0f);
+        for (long own = head * sharing; own < (head + 1) * sharing; own++) {
+            float slowness = rates[s->value_heads + own] + vectors[DECAY_BIAS][own];
+            slowness = slowness > 20 ? slowness : log1pf(expf(slowness));  // softplus
+            float decay = expf(vectors[SPEED][own] * slowness);
+            float *S = (float *)(intptr_t)states[1] + (row * s->value_heads + own) * s->key_dim * s->value_dim;
+            convolve(s, x, inputs, weight, 2 * keys + own * s->value_dim, s->value_dim, channels, v);
+            correct(s, S, q, k, v, decay, sigmoid(rates[own]), answer);
+            Floats inverse = spread(inverse_rms(answer, s->value_dim, s->eps));
+            const float *z = x + channels + own * s->value_dim, *norm = vectors[STATE_NORM];
+            float *to = s->mixed + row * values + own * s->value_dim;
+            for (long i = 0; i < s->value_dim; i += LANES)
+                store(to + i, load(answer + i) * inverse * load(norm + i) * silu(load(z + i)));
+        }
+    }
 }
 
 // ---- rotary positions, and the cache --------------------------------------------------------------------------------
@@ -217,7 +340,7 @@ static void rotate_and_store(const Step *s, long layer, const float *bias, const
     thread_share(s->rows * heads, &task, &end);
     for (; task < end; task++) {
         long row = task / heads, head = task % heads, position = s->positions[row];
-        float *x = s->qkv + task * d;
+        float *x = s->qkv + row * s->qkv_width + head * d;
         if (bias)
             for (long i = 0; i < d; i += LANES) store(x + i, load(x + i) + load(bias + head * d + i));
         if (head >= rotated) {
@@ -279,7 +402,7 @@ ALWAYS_INLINE void score(const Step *s, const float *queries, const float *keys,
 // `heads` heads that share keys and values, over the slots [start, end) of a stretch.
 ALWAYS_INLINE void attend(const Step *s, long row, long head, long split, const float *keys, const float *values,
                           long count, float *scores, const int heads) {
-    const float *queries = s->qkv + (row * (s->heads + 2 * s->kv_heads) + head) * s->d;
+    const float *queries = s->qkv + row * s->qkv_width + head * s->d;
     const int wide = heads == 4 && LANES < 16 ? 2 : 4;
     long at = 0;
     for (; at + wide * LANES <= count; at += wide * LANES) score(s, queries, keys + at, at, scores, heads, wide);
@@ -371,21 +494,29 @@ static void step_thread(Args args) {
     Step step;
     memcpy(&step, args, sizeof step);
     const Step *s = &step;
+    const int attended = s->qkv_width > (s->heads + 2 * s->kv_heads) * s->d ? GATED_HEADS : MIXED;
+    long attending = 0;  // blocks so far with keys and values in the cache
     for (long layer = 0; layer < s->layers; layer++) {
         const int64_t *const linears = s->linears + layer * LINEARS;
         const float *vectors[VECTORS];
         for (int i = 0; i < VECTORS; i++) vectors[i] = (const float *)(intptr_t)s->vectors[layer * VECTORS + i];
-#define FIELDS_OF(i) ((const int64_t *)(intptr_t)linears[i])
         project(s, FIELDS_OF(QKV), NORMED, vectors[ATTENTION_NORM], TO_FLOAT32, s->qkv);
-        rotate_and_store(s, layer, vectors[QKV_BIAS], vectors[QK_NORM]);
-        barrier();
-        attend_parts(s, layer);
-        barrier();
-        join_parts(s);
-        barrier();
-        project(s, FIELDS_OF(OUT), MIXED, NULL, ADD_FLOAT32, s->x);
+        if (vectors[CONVOLUTION]) {
+            project(s, FIELDS_OF(RATES), NORMED, vectors[ATTENTION_NORM], TO_FLOAT32, s->rates);
+            linear_attention(s, s->states + 2 * layer, vectors);
+            barrier();
+            project(s, FIELDS_OF(OUT), MIXED, NULL, ADD_FLOAT32, s->x);
+        } else {
+            rotate_and_store(s, attending, vectors[QKV_BIAS], vectors[QK_NORM]);
+            barrier();
+            attend_parts(s, attending++);
+            barrier();
+            join_parts(s);
+            barrier();
+            project(s, FIELDS_OF(OUT), attended, NULL, ADD_FLOAT32, s->x);
+        }
         if (vectors[ROUTER]) {
-            mixture(s, FIELDS_OF(GATE_UP), FIELDS_OF(DOWN), vectors[ROUTER], vectors[MLP_NORM]);
+            mixture(s, linears, vectors);
             continue;
         }
         project(s, FIELDS_OF(GATE_UP), NORMED, vectors[MLP_NORM], TO_FLOAT32, s->gate_up);
