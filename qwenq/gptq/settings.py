@@ -54,7 +54,7 @@ class Settings:
             scale_search=recipe.scale_search,
             damp=recipe.damp,
             asymmetric_calibration=recipe.asymmetric_calibration,
-            coordinate_descent=recipe.refine,
+            coordinate_descent=recipe.coordinate_descent,
             module_bits=module_bits,
         )
 

@@ -32,6 +32,7 @@ _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _INDEX = re.compile(r"^model-index:.*\n(?:[ -].*\n|\n)*", re.MULTILINE)
 _MARK = "<!-- qwenq:{} -->"
 _END = "<!-- /qwenq:{} -->"
+_MARKS = re.compile(rf"<!-- (/?)qwenq:({'|'.join(SECTIONS)}) -->")
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def require_place(folder: Path) -> None:
     """Require a card that can take what a report adds: none yet, or one with the marks of that section."""
     begin, end = _MARK.format("measured"), _END.format("measured")
     existing = _existing(folder / CARD)
+    _require_pairs(existing, folder / CARD)
     if existing and begin not in existing:
         raise ModelError(
             f"{CARD} has no place for a report",
@@ -180,18 +182,27 @@ _OURS = {"tool": "qwenq"}
 
 def _renewed(existing: str, sections: Mapping[str, str], scores: Sequence[Score], card: Path) -> str:
     """Return a card whose marked sections are new; what people removed is not put back."""
+    _require_pairs(existing, card)
     for key, content in sections.items():
-        begin, end = _MARK.format(key), _END.format(key)
-        before, found, rest = existing.partition(begin)
-        if bool(found) != (end in rest if found else end in existing):
+        before, found, rest = existing.partition(_MARK.format(key))
+        if content and found:
+            existing = f"{before}{_marked(key, content)}{rest.partition(_END.format(key))[2]}"
+    return _with_scores(existing, scores, card) if scores else existing
+
+
+def _require_pairs(existing: str, card: Path) -> None:
+    """Require that each marked section ends before the next begins: else what people wrote would be lost."""
+    begun = None
+    for slash, key in [*_MARKS.findall(existing), ("", None)]:
+        if begun != (key if slash else None):
+            broken = begun or key
             raise ModelError(
-                f"{CARD} has only one of the marks {begin} and {end}, or has them in the other order",
+                f"{CARD} has only one of the marks {_MARK.format(broken)} and {_END.format(broken)}, or has "
+                "them in the wrong order",
                 where=card,
                 hint="put the other one back, or remove both to keep that section as it is",
             )
-        if content and found:
-            existing = f"{before}{_marked(key, content)}{rest.partition(end)[2]}"
-    return _with_scores(existing, scores, card) if scores else existing
+        begun = None if slash else key
 
 
 def _with_scores(text: str, scores: Sequence[Score], card: Path) -> str:

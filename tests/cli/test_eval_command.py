@@ -301,18 +301,6 @@ def test_how_a_server_runs_its_model_is_not_decided_here(option: str, evaluate: 
     assert option.partition("=")[0] in ran.err
 
 
-def test_random_weights_have_no_accuracy(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "random"
-    folder.mkdir()
-    for file in base.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    config = json.loads((folder / "config.json").read_text()) | {"qwenq_random_weights": {"seed": 0}}
-    (folder / "config.json").write_text(json.dumps(config))
-    ran = evaluate(folder, *options(data))
-    assert ran.code == 2
-    assert "random weights" in ran.err
-
-
 @pytest.mark.slow
 def test_after_kill_9_the_same_command_ends_with_the_same_scores(
     evaluate: Shell, base: Path, data: Path, tmp_path: Path

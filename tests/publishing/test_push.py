@@ -65,6 +65,15 @@ def test_a_checked_folder_is_published_as_one_commit(hub: UploadHub, made: Path,
     assert hub.private == {REPO}
 
 
+def test_a_card_is_published_as_it_was_edited(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    """Its marks too, even broken ones: `qwenq push` writes a card only where there is none."""
+    copy = Path(shutil.copytree(made, tmp_path / made.name))
+    card = (copy / "README.md").read_text().replace("<!-- /qwenq:cost -->", "My own words.")
+    (copy / "README.md").write_text(card)
+    assert push(hub, copy, home=tmp_path)["url"]
+    assert hub.repos[REPO]["main"]["README.md"] == (copy / "README.md").read_bytes() == card.encode()
+
+
 def test_a_dry_run_sends_nothing_and_lists_all(hub: UploadHub, made: Path, tmp_path: Path) -> None:
     found = push(hub, made, home=tmp_path, dry_run=True)
     assert found["url"] is None
