@@ -25,7 +25,7 @@ RELIABILITY := tests/test_workflow_execute.py tests/test_crash.py tests/reliabil
     tests/test_scale_out.py::test_all_stop_behind_the_same_layer_whoever_got_sigterm \
     tests/evals/test_eval_scale_out.py::test_a_rank_that_is_killed_ends_all_and_the_run_goes_on_with_others \
     tests/evals/test_run.py::test_sigterm_finishes_and_records_the_batch_in_progress \
-    tests/evals/test_generation.py::test_after_sigterm_rows_under_way_are_finished_and_none_is_begun \
+    tests/evals/test_answering_generation.py::test_after_sigterm_rows_under_way_are_finished_and_none_is_begun \
     tests/cli/test_perplexity_command.py::test_what_was_measured_before_ctrl_c_is_kept_and_not_measured_again \
     tests/cli/test_eval_command.py::test_answers_cannot_steer_the_terminal \
     tests/runtime/test_chat.py::test_nothing_that_is_shown_steers_the_terminal \

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedModel
 
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, is_quantised
+from qwenq.models.gptq_config import QuantConfig, is_quantised
+from qwenq.models.gptq_format import DequantisedSource
 from qwenq.models.source import TensorSource
 
 GRIDS = (".weight_scale", ".weight_zero_point")

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.gptq_format import PackedLinear, QuantConfig, pack
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import PackedLinear, pack
 
 
 def round_to_nearest(weight: torch.Tensor, bits: int, group_size: int) -> PackedLinear:

@@ -46,13 +46,13 @@ PLAIN = REFINED | {
     "act_order": "none",
     "scale_search": "none",
     "asymmetric_calibration": 0.0,
-    "refine": False,
+    "coordinate_descent": False,
 }
 VARIANTS: dict[str, dict[str, Any]] = {
     "GPTQ as published": PLAIN,
     "+ important columns first": PLAIN | {"act_order": "static"},
     "+ scale search": PLAIN | {"act_order": "static", "scale_search": "hessian"},
-    "+ half of the drift": REFINED | {"refine": False},
+    "+ half of the drift": REFINED | {"coordinate_descent": False},
     "+ refined": REFINED,
     "+ damping 0.1 instead of 0.01 (the default)": {},
     "refined, no drift": REFINED | {"asymmetric_calibration": 0.0},

@@ -26,11 +26,13 @@ if TYPE_CHECKING:
         convert,
         evaluate,
         load,
+        perplexity,
         plan,
         profile,
         quantize,
         report,
     )
+    from qwenq.publishing.push import push
     from qwenq.recipe import Recipe, read_recipe
 
 __all__ = [
@@ -47,24 +49,24 @@ __all__ = [
     "events",
     "gptq",
     "load",
+    "perplexity",
     "plan",
     "profile",
+    "push",
     "quantize",
     "read_recipe",
     "report",
 ]
 
 _MODULES = ("errors", "events", "gptq")
-_IN_RECIPE = ("Recipe", "read_recipe")
+_ELSEWHERE = {"Recipe": "qwenq.recipe", "read_recipe": "qwenq.recipe", "push": "qwenq.publishing.push"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return import_module(f"qwenq.{name}")
-    if name in _IN_RECIPE:
-        return getattr(import_module("qwenq.recipe"), name)
     if name in __all__:
-        return getattr(import_module("qwenq.api"), name)
+        return getattr(import_module(_ELSEWHERE.get(name, "qwenq.api")), name)
     raise AttributeError(f"module 'qwenq' has no attribute {name!r}")
 
 

@@ -87,46 +87,35 @@ def check_folders(
         listener(Notice(notice))
     number: torch.dtype = getattr(torch, "float32" if dtype == "auto" else dtype)
     result = check(pair.quantised, pair.base, held_out, device=place, dtype=number, listener=keep)
-    name = format_name(pair.quantised, result)
-    return Checked(pair.quantised.folder, pair.base.folder, name, result, pair.notices)
-
-
-def format_name(quantised: Checkpoint, result: CheckResult) -> str:
-    """Return how the weights are quantised, for people."""
-    if quantised.foreign is not None:
-        return quantised.foreign.format.name
     groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"
-    return f"Int{result.bits}, {groups}"
+    foreign = pair.quantised.foreign
+    name = f"Int{result.bits}, {groups}" if foreign is None else foreign.format.name
+    return Checked(pair.quantised.folder, pair.base.folder, name, result, pair.notices)
 
 
 @dataclass
 class _Pair:
+    """Both models; ``calibration``: what qwenq.json says of the text that the first was made with."""
+
     quantised: Checkpoint
     base: Checkpoint
-    manifest: dict[str, Any] | None
+    calibration: dict[str, Any]
     notices: list[str] = field(default_factory=list)
 
 
 def _open_pair(quantised: str, against: str | None) -> _Pair:
     """Open both models, and require that they are sound and of one shape."""
-    from qwenq.evals.check import require_comparable
+    from qwenq.evals.check import require_comparable, require_quantised
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.gptq_format import is_quantised, validate_quantised
+    from qwenq.models.gptq_format import validate_quantised
     from qwenq.models.opening import resolve_model
-    from qwenq.models.random_weights import refuse_random
 
     resolved = resolve_model(quantised)
     packed = open_checkpoint(resolved.folder)
-    if not is_quantised(packed.config) and packed.foreign is None:
-        raise UsageError(
-            "this model is not quantised, so there is nothing to check",
-            where=resolved.folder,
-            hint="the quantised model comes first: `qwenq check QUANTISED --against BASE`",
-        )
-    refuse_random(packed.config, "accuracy")  # before its base is looked for: that one lies on no disk
-    manifest = _verified_manifest(resolved.folder)
+    require_quantised(packed)  # before its base is looked for: that of random weights lies on no disk
+    calibration = _verified_calibration(resolved.folder)
     folder, notices = _find_base(against, resolved.folder)
-    pair = _Pair(packed, open_checkpoint(folder), manifest)
+    pair = _Pair(packed, open_checkpoint(folder), calibration)
     pair.notices = [*resolved.notices, *packed.notices, *notices, *pair.base.notices]
     quant = require_comparable(packed, pair.base)
     if packed.foreign is None:
@@ -135,18 +124,18 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
     return pair
 
 
-def _verified_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return qwenq.json once every file that it lists has the recorded hash; None where it is missing."""
+def _verified_calibration(folder: Path) -> dict[str, Any]:
+    """Return what qwenq.json says of the calibration, once every file that it lists has the recorded hash."""
     import json
 
     from qwenq.models.folders import MANIFEST
     from qwenq.models.integrity import verify_files
 
     if not (folder / MANIFEST).is_file():
-        return None
+        return {}
     verify_files(folder)
-    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    return manifest
+    used = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("calibration")
+    return used if isinstance(used, dict) else {}
 
 
 def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
@@ -183,17 +172,14 @@ def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:
     wanted = base_of(pair.quantised.folder).get("fingerprint")
     if wanted is None or wanted == pair.base.fingerprint:
         return
+    found = f"its fingerprint is {pair.base.fingerprint}, qwenq.json says {wanted}"
     if not explicit:
         raise UsageError(
-            f"the base has changed since it was quantised: its fingerprint is {pair.base.fingerprint}, "
-            f"qwenq.json says {wanted}",
+            f"the base has changed since it was quantised: {found}",
             where=pair.base.folder,
             hint="name that model with --against BASE, or quantise again",
         )
-    pair.notices.append(
-        f"this is not the base that was quantised: its fingerprint is {pair.base.fingerprint}, "
-        f"qwenq.json says {wanted}"
-    )
+    pair.notices.append(f"this is not the base that was quantised: {found}")
 
 
 def _held_out(
@@ -213,14 +199,13 @@ def _held_out(
     tokenizer = load_tokenizer(pair.base.folder)
     if text.endswith(".safetensors"):
         made = load_calibration(text, checkpoint=pair.base, tokenizer=tokenizer, seq_len=seq_len)
-        held_out = made.held_out
-        if len(held_out) < (samples or 1):
+        if len(made.held_out) < (samples or 1):
             raise UsageError(
-                f"{samples or 1} held-out sequences are needed, this set has {len(held_out)}",
+                f"{samples or 1} held-out sequences are needed, this set has {len(made.held_out)}",
                 where=text,
                 hint="lower --samples, or make a set with more: `qwenq calibrate … --held-out`",
             )
-        return held_out[:samples]
+        return made.held_out[:samples]
     longest = longest_plain(pair.base.config) or SEQ_LEN
     rows, length = samples or SAMPLES, seq_len or min(SEQ_LEN, longest)
     _note_overlap(text, pair, {"held_out": rows, "seq_len": length, "seed": seed})
@@ -250,8 +235,7 @@ def _unused_samples(
     from qwenq.calibration.load import self_text_path
     from qwenq.calibration.sequences import Sizes
 
-    used = (pair.manifest or {}).get("calibration")
-    made_with = used.get("samples") if isinstance(used, dict) else None
+    made_with = pair.calibration.get("samples")
     if text != "self" or not isinstance(made_with, int):
         return 1
     wanted = Sizes(samples=made_with, held_out=rows, seq_len=length)
@@ -263,8 +247,8 @@ def _note_overlap(text: str, pair: _Pair, wanted: dict[str, int]) -> None:
 
     The model's own text cannot: held-out rows have random streams of their own.
     """
-    used = (pair.manifest or {}).get("calibration")
-    if not isinstance(used, dict) or text == "self" or not _same_text(text, used.get("source")):
+    used = pair.calibration
+    if text == "self" or not _same_text(text, used.get("source")):
         return
     if any(used.get(key) != value for key, value in wanted.items()):
         pair.notices.append(

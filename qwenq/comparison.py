@@ -16,6 +16,7 @@ from qwenq.statistics import (
     detectable_drop,
     equivalence_p,
     format_p,
+    holm,
     mcnemar,
     p_phrase,
 )
@@ -64,17 +65,11 @@ def guessing_level(row: Row) -> float | None:
 
 @dataclass(frozen=True)
 class Paired:
-    """Verdicts of two models on the same items.
+    """Verdicts of two models on the same items."""
 
-    Attributes:
-        n: items.
-        lost: items that the base answered correctly and the model did not.
-        won: items that the model answered correctly and the base did not.
-    """
-
-    n: int
-    lost: int
-    won: int
+    n: int  # items
+    lost: int  # items that the base answered correctly and the model did not
+    won: int  # items that the model answered correctly and the base did not
 
     @cached_property
     def p(self) -> float:
@@ -109,9 +104,8 @@ class Paired:
     def format_change(self, change: float) -> str:
         """Return a change of the score with the interval of what the items show.
 
-        Args:
-            change: of the score. An average over subjects may change otherwise than the share of items, which
-                is what the test is about; then both are given.
+        An average over subjects may change otherwise than the share of items, which is what the test is
+        about; then both are given.
         """
         low, high = (points(bound, signed=True) for bound in self.interval)
         interval = f"95 % interval {low} to {high}"
@@ -123,10 +117,7 @@ class Paired:
     def describe_change(self, change: float, p: float | None = None, tests: int = 1) -> str:
         """Return the verdict on a change of the score: loss, gain, no loss beyond a margin, inconclusive.
 
-        Args:
-            change: as in `format_change`.
-            p: corrected for all ``tests`` that are shown together; None: one test alone.
-            tests: how many they are.
+        Of several tests that are shown together, ``p`` is corrected for their number.
         """
         shown = self.format_change(change)
         if self.p < ALPHA:
@@ -159,9 +150,7 @@ def pair_verdicts(
 ) -> Paired | str:
     """Pair two models' verdicts by item id; return the reason where they cannot be paired.
 
-    Args:
-        base, model: whether each item was answered correctly.
-        questions: a hash of all questions of each, where known: ids alone are positions in a file.
+    ``questions`` is a hash of all questions of each, where known: ids alone are positions in a file.
     """
     if base.keys() != model.keys() or not base:
         different, total = base.keys() ^ model.keys(), base.keys() | model.keys()
@@ -173,25 +162,23 @@ def pair_verdicts(
     return Paired(len(base), lost, won)
 
 
-# Write the headline of several comparisons.
+def corrected_p(pairings: Sequence[Paired | str | None]) -> list[float | None]:
+    """Return McNemar's p of each pairing, corrected by Holm for all of them; None where there is none."""
+    tests = {index: one.p for index, one in enumerate(pairings) if isinstance(one, Paired)}
+    found = dict(zip(tests, holm(list(tests.values())), strict=True))
+    return [found.get(index) for index in range(len(pairings))]
 
 
 @dataclass(frozen=True)
 class TaskComparison:
-    """One comparison of a model with its base.
-
-    Attributes:
-        name: of the task.
-        before, after: scores as shares.
-        pairing: item by item.
-        p: McNemar's, corrected by Holm.
-    """
+    """One comparison of a model with its base."""
 
     name: str
+    # before, after: scores as shares
     before: float
     after: float
-    pairing: Paired
-    p: float
+    pairing: Paired  # item by item
+    p: float  # McNemar's, corrected by Holm
 
     @property
     def change(self) -> float:
@@ -205,12 +192,9 @@ class TaskComparison:
 
 
 def headline(found: Sequence[TaskComparison], tests: int, unpaired: int = 0) -> str:
-    """Return one sentence on all comparisons of a model: largest drop, power, verdict.
+    """Return one sentence on all comparisons of a model, at least one: largest drop, power, verdict.
 
-    Args:
-        found: the model's comparisons, at least one.
-        tests: how many p values were corrected together.
-        unpaired: tasks that could not be compared item by item.
+    So many p values were corrected together (``tests``), so many tasks not compared item by item.
     """
     worst = min(found, key=_change)
     moved = "fell most" if worst.change < 0 else "did not change" if worst.change == 0 else "rose"
@@ -220,7 +204,11 @@ def headline(found: Sequence[TaskComparison], tests: int, unpaired: int = 0) -> 
     if losses and worst not in losses:  # the largest drop may be chance where a smaller one is not
         loss = min(losses, key=_change)
         parts.append(f"{loss.name} is the largest significant loss: {_figures(loss, tests)}")
-    return "; ".join([*parts, _power_text(worst.pairing), verdict(found, unpaired)])
+    power = f"with {worst.pairing.n:,} items no drop at all could have been shown"
+    if (drop := worst.pairing.detectable) is not None:
+        power = f"its {worst.pairing.n:,} items show a drop of {points(drop)} points 4 times in 5"
+        power += "" if drop <= MARGIN else f", but not one of {points(MARGIN)}"
+    return "; ".join([*parts, power, verdict(found, unpaired)])
 
 
 def verdict(found: Sequence[TaskComparison], unpaired: int = 0) -> str:
@@ -235,14 +223,6 @@ def verdict(found: Sequence[TaskComparison], unpaired: int = 0) -> str:
         return f"verdict: no loss beyond {points(MARGIN)} points in {tasks} (TOST, {p_phrase(largest)})"
     excluded = f"TOST excludes a change of {points(MARGIN)} points in {len(found) - len(unsure)} of {tasks}"
     return f"verdict: inconclusive ({excluded}{apart})"
-
-
-def _power_text(pairing: Paired) -> str:
-    """Return whether these items could have shown a drop that matters."""
-    if pairing.detectable is None:
-        return f"with {pairing.n:,} items no drop at all could have been shown"
-    power = f"its {pairing.n:,} items show a drop of {points(pairing.detectable)} points 4 times in 5"
-    return power if pairing.detectable <= MARGIN else f"{power}, but not one of {points(MARGIN)}"
 
 
 def _change(one: TaskComparison) -> tuple[float, float]:
@@ -308,21 +288,12 @@ def other_items(before: Row, after: Row) -> str:
     return ""
 
 
-# Judge the cost of quantising by two figures.
+# Judge the cost of quantising by two figures, both of which must reach a band.
 #
-# =========  ===============  ===============  ============================================================
-# word       KL (nats)        same top token   reached by
-# =========  ===============  ===============  ============================================================
-# excellent  up to 0.01       95 % and more    a sound Int8; 6 bits of an 8B model
-# good       up to 0.05       90 % and more    a sound Int4 of a 7B model
-# fair       up to 0.25       75 % and more    a sound Int4 below 1B parameters: each weight carries more
-# poor       up to 2          30 % and more    of little use
-# broken     above, or NaN    below            a defect, or another model's weights
-# =========  ===============  ===============  ============================================================
-#
-# Both figures must reach a band. The same bands hold for all bits, because the word says how near the model
-# is to its base. They are our own choice, set by llama.cpp's published figures for Llama-3-8B on
-# WikiText-2: q8_0 .0014 and 97.7 %, q6_K .0055 and 96.0 %, q4_K_M .031 and 91.9 %.
+# The same bands hold for all bits, because the word says how near the model is to its base. They are our own
+# choice, set by llama.cpp's published figures for Llama-3-8B on WikiText-2: q8_0 .0014 and 97.7 %, q6_K .0055
+# and 96.0 %, q4_K_M .031 and 91.9 %. A sound Int8 is excellent; a sound Int4 is good from 7B parameters on,
+# fair below 1B, where each weight carries more.
 
 
 Word = Literal["excellent", "good", "fair", "poor", "broken", "none"]
@@ -357,10 +328,7 @@ LEAST_TOKENS = 250
 def judge_check(kl: float, same_top: float, bits: int, tokens: int | None = None) -> Verdict:
     """Return the verdict on a mean KL (nats), a share of same top tokens and the bits of the weights.
 
-    Args:
-        kl, same_top, bits: what was measured, of which weights.
-        tokens: predicted tokens; of fewer than ``LEAST_TOKENS`` only a broken model is recognised; None:
-            enough.
+    Of fewer predicted tokens than ``LEAST_TOKENS`` only a broken model is recognised; None: enough.
     """
     measured = f"KL {kl:.4f} nats, same top token {same_top:.1%}"
     for word, largest, smallest, meaning in BANDS:

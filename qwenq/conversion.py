@@ -6,16 +6,10 @@ shards. One tensor is in memory at a time; the target gets its name only when it
 
 from __future__ import annotations
 
-import glob
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
-
-import psutil
 
 from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Listener, Notice, counted, silent
@@ -23,12 +17,13 @@ from qwenq.models.autoround import is_autoround
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.compressed_tensors import CompressedTensorsView
-from qwenq.models.folders import require_renameable, take_name
+from qwenq.models.folders import new_folder, require_renameable
+from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.gptq_format import (
     DequantisedSource,
-    QuantConfig,
-    is_quantised,
+    pack_zeros,
     surplus_biases,
+    unpack_zeros,
     validate_quantised,
 )
 from qwenq.models.integrity import check_finite
@@ -36,12 +31,12 @@ from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.safetensors_files import write_shards
 from qwenq.models.shapes import DENSE, ModelShape
 from qwenq.models.source import TensorInfo, require_tensors
-from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, held, read_json
+from qwenq.storage import atomic_write_json, read_json
 
 if TYPE_CHECKING:
     import torch
 
-    from qwenq.models.gptq_format import CheckpointFormat
+    from qwenq.models.gptq_config import CheckpointFormat
 
 ZeroPoints = Literal["v1", "v2"]
 Layout = Literal["compressed-tensors"]
@@ -53,14 +48,9 @@ _Entries: TypeAlias = list[tuple[str, TensorInfo]]
 
 @dataclass(frozen=True)
 class Converted:
-    """The folder that ``convert`` wrote.
+    """The folder that ``convert`` wrote, and its weight files.
 
-    Attributes:
-        folder: the new model folder.
-        files: its weight files.
-        tensors: number of tensors.
-        total_bytes: of all tensors.
-        changes: differences from the source, one line each; empty where only the shards differ.
+    ``changes`` are the differences from the source, one line each; empty where only the shards differ.
     """
 
     folder: Path
@@ -86,25 +76,21 @@ def convert(
         source: a model folder: full precision or GPTQ; Qwen v1 or any architecture that is known.
         target: missing or empty.
         zeros: the format of zero points; None: as they are.
-        to: another layout of a GPTQ model; None: its own.
+        to: another layout of a GPTQ model.
         store_head: store the embedding a second time, as ``lm_head.weight`` of a model whose head is tied.
         max_shard_bytes: most bytes of tensors in one file.
         listener: receives progress and notices.
-
-    Raises:
-        UsageError: the target is the source or holds something; settings of GPTQ for another model; a head
-            that is stored already.
-        ModelError: the source is damaged, or contradicts its config.json; names the tensor.
-        QuantisationError, UnsupportedError: it has no form in format v1 or in ``to``.
-        StorageError: the disk refused.
     """
     _refuse_target(source, target)
     checkpoint = open_checkpoint(source)
     quant = _settings(checkpoint, zeros)
     _require_whole(checkpoint, quant)
-    config, changes = _target_config(checkpoint, quant, zeros)
+    wanted = None if zeros is None or quant is None else FORMATS[zeros]
+    if quant is not None and wanted == quant.checkpoint_format:
+        wanted = None
+    config, changes = _target_config(checkpoint, quant, wanted)
     if to is None:
-        entries, read = _entries(checkpoint, quant), _reader(checkpoint, quant, zeros)
+        entries, read = _entries(checkpoint, quant), _reader(checkpoint, quant, wanted)
     else:
         view, quant = _compressed_tensors(checkpoint, quant, zeros), None
         entries, read = [(name, view.info(name)) for name in view.names()], view.read
@@ -114,7 +100,7 @@ def convert(
         entries, read = _with_head(checkpoint, entries, read)
         changes.append(f"the embedding is stored a second time, as {HEAD}")
     total = sum(info.nbytes for _, info in entries)
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         files = _write_counted(folder, entries, read, max_shard_bytes, listener)
         atomic_write_json(folder / "config.json", config)
         if quant is not None:
@@ -212,9 +198,9 @@ def _require_whole(checkpoint: Checkpoint, quant: QuantConfig | None) -> None:
 
 
 def _target_config(
-    checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None
+    checkpoint: Checkpoint, quant: QuantConfig | None, wanted: CheckpointFormat | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """Return config.json of the target, and the changes in words."""
+    """Return config.json of the target, and the changes in words; ``wanted``: another form of zero points."""
     config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
     changes = []
     if isinstance(checkpoint.source, QwenV1Source):
@@ -225,12 +211,12 @@ def _target_config(
         changes.append("AutoRound's settings → GPTQ's")
     if checkpoint.foreign is not None:
         changes.append(f"{checkpoint.foreign.format.name} → plain weights in float32")
-    if quant is not None and zeros is not None and FORMATS[zeros] != quant.checkpoint_format:
-        settings = {**config["quantization_config"], "checkpoint_format": FORMATS[zeros]}
+    if quant is not None and wanted is not None:
+        settings = {**config["quantization_config"], "checkpoint_format": wanted}
         if "format" in settings:  # the newer name of the same key
-            settings["format"] = FORMATS[zeros]
+            settings["format"] = wanted
         config["quantization_config"] = settings
-        changes.append(f"zero points {quant.checkpoint_format} → {FORMATS[zeros]}")
+        changes.append(f"zero points {quant.checkpoint_format} → {wanted}")
     return config, changes
 
 
@@ -244,15 +230,19 @@ def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> _Entries:
     return [(name, source.info(name)) for name in source.names() if name not in hidden]
 
 
-def _reader(checkpoint: Checkpoint, quant: QuantConfig | None, zeros: ZeroPoints | None) -> _Read:
+def _reader(checkpoint: Checkpoint, quant: QuantConfig | None, wanted: CheckpointFormat | None) -> _Read:
     """Return a function that reads a tensor as it is to be written, and requires finite numbers."""
-    wanted = None if zeros is None else FORMATS[zeros]
 
     def read(name: str) -> torch.Tensor:
         tensor = check_finite(name, checkpoint.published.read(name), checkpoint.folder)
-        if quant is None or wanted is None or wanted == quant.checkpoint_format:
+        if quant is None or wanted is None or not name.endswith(".qzeros"):
             return tensor
-        return restored_zeros(tensor, quant, wanted, name) if name.endswith(".qzeros") else tensor
+        own = quant.of(name.removesuffix(".qzeros"))
+        try:
+            return pack_zeros(unpack_zeros(tensor, own.bits, own.checkpoint_format), own.bits, wanted)
+        except QuantisationError as error:
+            error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
+            raise
 
     return read
 
@@ -267,44 +257,3 @@ def _with_head(checkpoint: Checkpoint, entries: _Entries, read: _Read) -> tuple[
     if not checkpoint.tied or HEAD in names:
         raise UsageError(f"{HEAD} is stored already", where=checkpoint.folder, hint="leave --store-head out")
     return [*entries, (HEAD, names[embedding])], lambda name: read(embedding if name == HEAD else name)
-
-
-def restored_zeros(
-    qzeros: torch.Tensor, quant: QuantConfig, wanted: CheckpointFormat, name: str
-) -> torch.Tensor:
-    """Return packed zero points of the format in ``quant``, stored as ``wanted`` stores them."""
-    from qwenq.models.gptq_format import pack_zeros, unpack_zeros
-
-    try:
-        own = quant.of(name.removesuffix(".qzeros"))
-        return pack_zeros(unpack_zeros(qzeros, own.bits, own.checkpoint_format), own.bits, wanted)
-    except QuantisationError as error:
-        error.where, error.hint = name, "keep the zero points as they are: this model has no v1 form"
-        raise
-
-
-@contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
-    """Yield a sibling folder that gets the target's name at the end; remove it on an error."""
-    place = target.absolute()
-    temporary = place.with_name(f".{place.name}.{os.getpid()}.tmp")
-    with guard_storage(target):
-        _remove_left_behind(place)
-        temporary.mkdir(parents=True)
-        try:
-            with held(temporary):
-                yield temporary
-                take_name(temporary, target)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        fsync_folder(place.parent)
-
-
-def _remove_left_behind(place: Path) -> None:
-    """Remove folders of killed conversions to the same name: their process is gone, their lock free."""
-    for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
-        process = left.suffixes[-2].removeprefix(".")
-        if process.isdecimal() and not psutil.pid_exists(int(process)):
-            with suppress(UsageError), held(left):  # held: by a process of another machine
-                shutil.rmtree(left, ignore_errors=True)

@@ -10,15 +10,12 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-# Find the versions of the packages that decide a result, for manifests.
-
 
 __version__ = "0.1.0"
 
@@ -34,12 +31,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
-
-
-# Describe the machine of a measurement: versions, processor, memory, GPUs; nothing that names its owner.
-#
-# Nothing heavy is loaded for it: torch is used only where the process has it already, else NVIDIA's library
-# if it is installed. Unknown facts are left out, never guessed.
 
 
 # Flags of /proc/cpuinfo that decide how fast a CPU multiplies.
@@ -60,6 +51,8 @@ def environment() -> dict[str, Any]:
     Keys: ``versions``, ``python``, ``os``, ``cpu``, ``memory_bytes``, ``gpus``, ``date``.
     ``gpus`` is None where no library could be asked, and empty without a GPU.
     """
+    import psutil
+
     found = versions()
     return {
         "date": date.today().isoformat(),
@@ -67,7 +60,7 @@ def environment() -> dict[str, Any]:
         "python": found["python"],
         "os": _system(),
         "cpu": _cpu(),
-        "memory_bytes": _memory_bytes(),
+        "memory_bytes": int(psutil.virtual_memory().total),
         "gpus": _gpus(),
     }
 
@@ -92,7 +85,18 @@ def decisive(found: Mapping[str, Any], device: object = None, threads: object = 
         device: that computed; with ``cpu`` the GPUs are left out.
         threads: of the row itself; None: those of ``found``.
     """
-    return dict(_decisive(found, device, threads))
+    cpu, gpus = found.get("cpu"), found.get("gpus")
+    facts = cpu if isinstance(cpu, dict) else {"model": cpu}
+    features = facts.get("features")
+    named = {
+        "processor": _text(facts.get("model")),
+        "cores": _text(facts.get("cores")),
+        "threads": _text(facts.get("threads") if threads is None else threads),
+        "instruction sets": " ".join(sorted(map(str, features))) if isinstance(features, list) else UNKNOWN,
+    }
+    if not str(device).startswith("cpu"):
+        named["GPUs"] = "; ".join(map(_gpu_text, gpus)) or "none" if isinstance(gpus, list) else UNKNOWN
+    return named
 
 
 def difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:
@@ -100,19 +104,6 @@ def difference(before: Mapping[str, str], after: Mapping[str, str]) -> str:
     differing = (key for key in {**before, **after} if before.get(key) != after.get(key))
     facts = (f"{key} {after.get(key, UNKNOWN)} instead of {before.get(key, UNKNOWN)}" for key in differing)
     return ", ".join(facts)
-
-
-def _decisive(found: Mapping[str, Any], device: object, threads: object) -> Iterator[tuple[str, str]]:
-    cpu = found.get("cpu")
-    facts = cpu if isinstance(cpu, dict) else {"model": cpu}
-    yield "processor", _text(facts.get("model"))
-    yield "cores", _text(facts.get("cores"))
-    yield "threads", _text(facts.get("threads") if threads is None else threads)
-    features = facts.get("features")
-    yield "instruction sets", " ".join(sorted(map(str, features))) if isinstance(features, list) else UNKNOWN
-    gpus = found.get("gpus")
-    if not str(device).startswith("cpu"):
-        yield "GPUs", "; ".join(map(_gpu_text, gpus)) or "none" if isinstance(gpus, list) else UNKNOWN
 
 
 def _gpu_text(gpu: Any) -> str:
@@ -135,18 +126,14 @@ def _system() -> str:
 def _cpu() -> dict[str, Any]:
     """Return model, features that matter for arithmetic, usable cores, and threads of torch."""
     torch = sys.modules.get("torch")
+    flags = (_cpu_line("flags") or _cpu_line("Features") or "").split()
     return {
         "model": _cpu_line("model name") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
-        "features": _features(),
+        "features": [name for name in FEATURES if name in flags],
         "cores": _usable_cores(),
         "threads": torch.get_num_threads() if torch is not None else None,
     }
-
-
-def _features() -> list[str]:
-    flags = (_cpu_line("flags") or _cpu_line("Features") or "").split()
-    return [name for name in FEATURES if name in flags]
 
 
 def _usable_cores() -> int | None:
@@ -164,12 +151,6 @@ def _cpu_line(name: str) -> str | None:
             if key.strip() == name:
                 return value.strip()
     return None
-
-
-def _memory_bytes() -> int:
-    import psutil
-
-    return int(psutil.virtual_memory().total)
 
 
 def _gpus() -> list[dict[str, Any]] | None:

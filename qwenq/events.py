@@ -6,13 +6,14 @@ nothing. What a step yields on its way (a layer, a row, a verdict) travels in ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
+    from rich.console import Console
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,12 @@ def silent(event: Event) -> None:
     """Show nothing."""
 
 
+def notify(listener: Listener, lines: Iterable[str]) -> None:
+    """Report lines as notices, each of them once."""
+    for line in dict.fromkeys(lines):
+        listener(Notice(line))
+
+
 def rough_time(seconds: float) -> str:
     """Return ``85 s``, ``12 min`` or ``3.5 h``."""
     if seconds < 100:
@@ -91,6 +98,20 @@ def counted(listener: Listener, step: str, unit: str = "steps") -> Iterator[Upda
     listener(Start(step, unit=unit))
     yield lambda done, total: listener(Advance(step, done, total))
     listener(Finish(step))
+
+
+def rich_bar(console: Console, *columns: ProgressColumn) -> Progress:
+    """Return a bar that is cleared at its end; the columns follow its label."""
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        *columns,
+        console=console,
+        transient=True,
+        speed_estimate_period=3600,  # rich's half a minute knows no time left where one step takes longer
+    )
 
 
 @dataclass
@@ -108,22 +129,14 @@ class ProgressBar:
 
     def __enter__(self) -> ProgressBar:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
         console = Console(highlight=False, markup=False, emoji=False)
         if not console.is_jupyter:
             console.stderr = True
-        columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
-        unit, left = TextColumn("{task.fields[unit]}", markup=False), TimeRemainingColumn()
-        self._bar = Progress(
-            *columns,
-            unit,
-            left,
-            console=console,
-            transient=True,
-            speed_estimate_period=3600,  # rich's half a minute forgets steps that take longer
-            disable=not (console.is_terminal or console.is_jupyter),
-        )
+        unit = TextColumn("{task.fields[unit]}", markup=False)
+        self._bar = rich_bar(console, MofNCompleteColumn(), unit, TimeRemainingColumn())
+        self._bar.disable = not (console.is_terminal or console.is_jupyter)
         self._bar.start()
         return self
 

@@ -125,12 +125,9 @@ _HINTS = {
 
 
 class Again(Exception):  # noqa: N818  no error yet
-    """A failure that may be retried.
+    """A failure that may be retried: after the server's Retry-After (``pause``), if it sent one.
 
-    Attributes:
-        pause: the server's Retry-After in seconds, if any.
-        absent: no server listens there.
-        status: of the reply; None where there was none.
+    ``absent``: no server listens there.
     """
 
     def __init__(
@@ -141,12 +138,7 @@ class Again(Exception):  # noqa: N818  no error yet
 
 
 class RefusedError(QwenqError):
-    """A request that the server refuses, whenever it is sent.
-
-    Attributes:
-        status: of the reply.
-        said: the server's message.
-    """
+    """A request that the server refuses, whenever it is sent, by a status and a message."""
 
     def __init__(self, status: int, said: str, where: str) -> None:
         self.status, self.said = status, said
@@ -173,20 +165,13 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass(frozen=True)
 class Server:
-    """An OpenAI-compatible server.
+    """An OpenAI-compatible server."""
 
-    Attributes:
-        url: up to and with ``/v1``.
-        key: sent as a bearer token; None: none.
-        timeout: seconds without a byte after which an attempt is given up.
-        pause: seconds before the second attempt.
-        state: what all requests share.
-    """
-
-    url: str
-    key: str | None = field(default=None, repr=False)
-    timeout: float = 300.0
-    pause: float = FIRST_PAUSE
+    url: str  # up to and with ``/v1``
+    key: str | None = field(default=None, repr=False)  # sent as a bearer token; None: none
+    timeout: float = 300.0  # seconds without a byte after which an attempt is given up
+    pause: float = FIRST_PAUSE  # seconds before the second attempt
+    # what all requests share
     state: ServerState = field(default_factory=ServerState, repr=False, compare=False)
 
     def models(self) -> list[str] | None:
@@ -206,11 +191,7 @@ class Server:
         return [name for name in names if isinstance(name, str)]
 
     def ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """Return the reply to one request, retried with backoff where it fails for now.
-
-        Raises:
-            QwenqError: the server refused, or every attempt failed.
-        """
+        """Return the reply to one request, retried with backoff where it fails for now."""
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 found = self._once(path, body)
@@ -290,9 +271,6 @@ class Server:
             pause = retry_after(error.headers.get("Retry-After"))
             return Again(f"status {error.code} {said[:200]}".strip(), pause, status=error.code)
         return RefusedError(error.code, said, self.url + path)
-
-
-# Find a server and a model there.
 
 
 def checked_address(url: str) -> str:

@@ -6,28 +6,70 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+import torch
+
+from qwenq.calibration import CalibrationSet
+from qwenq.calibration.load import calibration_for
+from qwenq.compute.ops import fallback_notice
 from qwenq.distributed import ALONE, Team
+from qwenq.environment import __version__, versions
 from qwenq.errors import UnsupportedError, UsageError, VerificationError
-from qwenq.events import Advance, Event, Listener, Notice, Start, rough_time, silent
+from qwenq.evals.check import CheckResult, check
+from qwenq.events import Advance, Event, Listener, Notice, Start, notify, rough_time, silent
+from qwenq.gptq.duration import product_rate, seconds_of_layers
+from qwenq.gptq.mixed_bits import Group, MixedBits, choose_bits, groups_of, measure, sample_of
+from qwenq.gptq.pipeline import (
+    LAYER_IS_STORED,
+    LayerDone,
+    computed_in,
+    expert_coverage,
+    module_errors,
+    quantise_layers,
+    run_facts,
+    send_job,
+)
+from qwenq.gptq.settings import (
+    Settings,
+    check_packable,
+    choose_group_size,
+    describe,
+    every_linear,
+    input_widths,
+    kept_parameters,
+    module_bits,
+    quantised_linears,
+)
+from qwenq.models.blocks import BlockwiseDecoder
+from qwenq.models.checkpoint import Checkpoint, open_checkpoint
+from qwenq.models.config import by_inspection
+from qwenq.models.folders import CARD, PARTIAL
+from qwenq.models.gptq_config import dynamic_rules, module_groups, packed_bytes
+from qwenq.models.gptq_format import QuantConfig, is_quantised, validate_quantised
+from qwenq.models.identity import base_facts, model_name
+from qwenq.models.machine import device_memory, resolve_device, resolve_dtype
+from qwenq.models.opening import open_model
+from qwenq.models.quantized_folder import (
+    SENSITIVITY,
+    LayerStore,
+    clean_up_after_kill,
+    publish,
+    require_free,
+    stage,
+    work_folder,
+)
+from qwenq.models.qwen_v1 import longest_plain
+from qwenq.models.random_weights import is_random
+from qwenq.models.shapes import ModelShape
+from qwenq.models.transformers_model import summary
+from qwenq.planner.budget import Sizes, allowed_bytes
+from qwenq.planner.calibration_size import calibration_size
+from qwenq.planner.tensor_parallel import padded
+from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder, read_gptq_folder
+from qwenq.publishing.model_card import model_card
+from qwenq.recipe import Recipe
 from qwenq.stopping import finishing
-
-if TYPE_CHECKING:
-    import torch
-
-    from qwenq.calibration import CalibrationSet
-    from qwenq.evals.check import CheckResult
-    from qwenq.gptq.mixed_bits import Group, MixedBits
-    from qwenq.gptq.pipeline import LayerDone
-    from qwenq.gptq.settings import Settings
-    from qwenq.models.blocks import BlockwiseDecoder
-    from qwenq.models.checkpoint import Checkpoint
-    from qwenq.models.gptq_format import QuantConfig
-    from qwenq.models.quantized_folder import LayerStore
-    from qwenq.models.shapes import ModelShape
-    from qwenq.planner.budget import Sizes
-    from qwenq.recipe import Recipe
 
 T = TypeVar("T")
 SHORT = 10.0
@@ -117,14 +159,19 @@ def quantize(
         listener: receives every choice as a notice and every layer as the result of an advance.
         device: "auto", "cpu", "cuda", "cuda:1", …
         resume: continue an unfinished run in ``OUT.partial``.
-        team: further processes that take part, each in ``gptq.ranks.follow``; this one is rank 0.
+        team: further processes that take part, each in ``gptq.pipeline.run_rank``; this one is rank 0.
 
     Raises:
         QwenqError: see qwenq/errors.py; finished layers are kept, and the message says how to continue.
     """
-    job = _prepare(recipe.validated(), out, listener, device, team)
+    recipe = recipe.validated()
+    job = _prepare(recipe, out, listener, device, team)
     budget = _budget(job)
-    calibration = _timed(job, "calibration", lambda: _calibration(job))
+    calibration = _timed(
+        job,
+        "calibration",
+        lambda: calibration_for(recipe, job.base, job.device, listener, _fitting(job)),
+    )
     if budget is not None:
         _timed(job, "sensitivity", lambda: _choose_bits(job, calibration, *budget, resume=resume))
     store = _open_store(job, calibration, resume=resume)
@@ -132,8 +179,7 @@ def quantize(
     try:
         _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
         staged, notices = _timed(job, "write", lambda: _stage(job, store))
-        for notice in notices:
-            listener(Notice(notice))
+        notify(listener, notices)
         result = _timed(job, "check", lambda: _check(job, staged, calibration))
         return _publish(job, store, staged, calibration, result)
     finally:
@@ -141,26 +187,8 @@ def quantize(
 
 
 def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, team: Team) -> Job:
-    from qwenq.compute.ops import fallback_notice
-    from qwenq.gptq.settings import (
-        Settings,
-        check_packable,
-        choose_group_size,
-        describe,
-        every_linear,
-        input_widths,
-        kept_parameters,
-        module_bits,
-    )
-    from qwenq.models.blocks import BlockwiseDecoder
-    from qwenq.models.machine import resolve_device, resolve_dtype
-    from qwenq.models.opening import open_model
-    from qwenq.models.transformers_model import summary
-    from qwenq.planner.tensor_parallel import padded
-
     base = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
-    for notice in base.notices:
-        listener(Notice(notice))
+    notify(listener, base.notices)
     _refuse_quantised(base)
     wanted = recipe.quantize
     if wanted.budget is not None:
@@ -193,8 +221,6 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
 
 def _refuse_budget(base: Checkpoint, bits: int) -> None:
     """Refuse, before any work, a size where there is nothing to choose, or nothing to choose by."""
-    from qwenq.models.random_weights import is_random
-
     if is_random(base.config):
         raise UsageError(
             "random weights have no accuracy that bits could be chosen by",
@@ -211,10 +237,6 @@ def _refuse_budget(base: Checkpoint, bits: int) -> None:
 
 def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: Settings) -> QuantConfig:
     """Return the settings for config.json, with rules where modules differ from the rest."""
-    from qwenq.gptq.settings import every_linear, kept_parameters
-    from qwenq.models.gptq_config import dynamic_rules, module_groups
-    from qwenq.models.gptq_format import QuantConfig
-
     quant = QuantConfig(
         bits=settings.bits,
         group_size=settings.group_size,
@@ -250,9 +272,6 @@ def _quant_config(checkpoint: Checkpoint, decoder: BlockwiseDecoder, settings: S
 
 def _refuse_without_server(decoder: BlockwiseDecoder, settings: Settings, quant: QuantConfig) -> None:
     """Refuse, before any work, settings with which neither vLLM nor SGLang loads the result."""
-    from qwenq.gptq.settings import every_linear, kept_parameters
-    from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder
-
     linears = {
         name: (linear.out_features, linear.in_features)
         for name, linear in every_linear(decoder, settings).items()
@@ -282,8 +301,6 @@ def _spellings(checkpoint: Checkpoint, module: str) -> list[str]:
 
 
 def _refuse_quantised(checkpoint: Checkpoint) -> None:
-    from qwenq.models.gptq_format import is_quantised
-
     if is_quantised(checkpoint.config):
         raise UsageError(
             "this model is already quantised",
@@ -300,9 +317,6 @@ def _refuse_quantised(checkpoint: Checkpoint) -> None:
 
 def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """Return the output folder; refuse one that holds something or cannot be made."""
-    from qwenq.models.identity import model_name
-    from qwenq.models.quantized_folder import clean_up_after_kill, require_free
-
     name = model_name(recipe.model) if recipe.model or checkpoint.on_disk else checkpoint.folder.name
     target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
     clean_up_after_kill(target, recipe.to_json(), checkpoint.fingerprint)
@@ -310,18 +324,8 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     return target
 
 
-def _calibration(job: Job) -> CalibrationSet:
-    from qwenq.calibration.load import calibration_for
-
-    return calibration_for(job.recipe, job.base, job.device, job.listener, _fitting(job))
-
-
 def _fitting(job: Job) -> tuple[int, int] | None:
     """Return sizes of calibration that fit the memory, and say so; None where the usual ones do."""
-    from qwenq.models.machine import device_memory
-    from qwenq.models.qwen_v1 import longest_plain
-    from qwenq.planner.calibration_size import calibration_size
-
     wanted = job.recipe.calibration
     shape = _shape(job)
     if shape is None or wanted.source.endswith(".safetensors"):  # a saved set has its own sizes
@@ -337,15 +341,12 @@ def _fitting(job: Job) -> tuple[int, int] | None:
         limit=device_memory(job.device) // (1 if on_gpu else job.team.world),
         ranks=job.team.world,
     )
-    for notice in size.notices("GPU memory" if on_gpu else "RAM"):
-        job.listener(Notice(notice))
+    notify(job.listener, size.notices("GPU memory" if on_gpu else "RAM"))
     return (size.samples, size.seq_len) if size.usual is not None else None
 
 
 def _shape(job: Job) -> ModelShape | None:
     """Return the sizes of the model; None where they are not known, as of models by inspection."""
-    from qwenq.models.shapes import ModelShape
-
     try:
         return ModelShape.from_config(job.checkpoint.config)
     except UnsupportedError:
@@ -354,9 +355,6 @@ def _shape(job: Job) -> ModelShape | None:
 
 def _budget(job: Job) -> tuple[list[Group], Sizes, int] | None:
     """Return the groups whose bits are open, what the size is made of, and the bytes that they may take."""
-    from qwenq.gptq.mixed_bits import groups_of
-    from qwenq.planner.budget import allowed_bytes
-
     if (budget := job.recipe.quantize.budget) is None:
         return None
     groups = groups_of(job.decoder, job.settings)
@@ -374,11 +372,6 @@ def _choose_bits(
     job: Job, calibration: CalibrationSet, groups: list[Group], sizes: Sizes, allowed: int, *, resume: bool
 ) -> None:
     """Choose 4 or 8 bits by module for the size that the recipe asks for, by what each costs in 4 bits."""
-    from qwenq.gptq.mixed_bits import choose_bits, measure, sample_of
-    from qwenq.gptq.pipeline import run_facts
-    from qwenq.models.folders import PARTIAL
-    from qwenq.models.quantized_folder import SENSITIVITY, work_folder
-
     tokens = sample_of(calibration.tokens, job.device)
     facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
     with (
@@ -398,10 +391,6 @@ def _choose_bits(
 
 def _sizes(job: Job, groups: list[Group]) -> Sizes:
     """Return what the size of the model is made of."""
-    from qwenq.gptq.settings import quantised_linears
-    from qwenq.models.gptq_config import packed_bytes
-    from qwenq.planner.budget import Sizes
-
     fixed, settings = job.base_bytes, job.settings
     open_modules = {f"{group.layer}.{name}" for group in groups for name in group.modules}
     for layer, (prefix, block) in enumerate(zip(job.decoder.names, job.decoder.blocks, strict=True)):
@@ -419,10 +408,6 @@ def _sizes(job: Job, groups: list[Group]) -> Sizes:
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
-    from qwenq.gptq.pipeline import run_facts
-    from qwenq.models.folders import PARTIAL
-    from qwenq.models.quantized_folder import LayerStore
-
     folder = job.out.with_name(job.out.name + PARTIAL)
     facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
     store = LayerStore(folder, facts, resume=resume)
@@ -435,10 +420,6 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
 
 def _announce_duration(job: Job, tokens: int) -> None:
     """Say about how long the layers take, on one CPU: elsewhere no operations were compared with times."""
-    import torch
-
-    from qwenq.gptq.duration import product_rate, seconds_of_layers
-
     shape, left = _shape(job), len(job.decoder.names) - job.resumed
     if shape is None or not left or job.device.type != "cpu" or job.team.launched:
         return
@@ -452,8 +433,6 @@ def _announce_duration(job: Job, tokens: int) -> None:
 
 
 def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:
-    from qwenq.gptq.pipeline import LAYER_IS_STORED, quantise_layers, send_job
-
     def on_layer(done: LayerDone) -> None:
         job.listener(Advance(LAYERS, done.index + 1, done.total, done))
         raised = {} if done.resumed else done.raised_damping(job.settings.damp)
@@ -468,18 +447,11 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
 
 
 def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
-    from qwenq.models.quantized_folder import stage
-
     return stage(job.checkpoint, store, len(job.decoder.names), job.quant)
 
 
 def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
     """Compare the written folder with the base; refuse a broken one."""
-    from qwenq.evals.check import check
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.gptq_format import validate_quantised
-    from qwenq.models.random_weights import is_random
-
     written = open_checkpoint(staged, unfinished=True)
     validate_quantised(written.source, job.quant)
     if is_random(job.checkpoint.config):
@@ -511,14 +483,8 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
 def _publish(
     job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
-    from qwenq.environment import __version__, versions
-    from qwenq.gptq.pipeline import computed_in, expert_coverage, module_errors
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.folders import CARD
-    from qwenq.models.identity import base_facts
-    from qwenq.models.quantized_folder import publish
-    from qwenq.publishing.model_card import model_card
-
+    blocks = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
+    kept = {f"{prefix}.{name}": reason for prefix, block in blocks for name, reason in block.items()}
     manifest = {
         "format": "qwenq-1",
         "made_by": f"qwenq {__version__}",
@@ -533,7 +499,7 @@ def _publish(
         "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
         **({"mixed_bits": job.mixed.to_json()} if job.mixed else {}),
         **expert_coverage(modules),
-        **({"not_quantised": kept} if (kept := _kept(job)) else {}),
+        **({"not_quantised": kept} if kept else {}),
         "check": result.to_json() if result else None,
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
@@ -549,10 +515,6 @@ def _publish(
 
 def _where_it_loads(folder: Path) -> str:
     """Return a line on which engines load the folder, and the first reason where one does not."""
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.config import by_inspection
-    from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
-
     written = open_checkpoint(folder)
     verdicts = engine_verdicts(read_gptq_folder(written))
     able = ", ".join(verdict.engine for verdict in verdicts if verdict.loads) or "no engine"
@@ -560,14 +522,6 @@ def _where_it_loads(folder: Path) -> str:
     said = f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
     untested = " (by its layout: no test here runs this model type in them)"
     return said + untested if by_inspection(written.config) else said
-
-
-def _kept(job: Job) -> dict[str, str]:
-    """Return every parameter of two dimensions or more in a block that is not quantised, and why."""
-    from qwenq.gptq.settings import kept_parameters
-
-    prefixes = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
-    return {f"{prefix}.{name}": reason for prefix, kept in prefixes for name, reason in kept.items()}
 
 
 def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:

@@ -179,12 +179,11 @@ class QuantizeRecipe:
         0.5,
         "Share of the error inherited from earlier layers that a layer corrects (GPTAQ's alpha); 0: plain "
         "GPTQ.",
-        "Called `drift` in older recipes, which still load.",
     )
-    refine: bool = setting(
+    coordinate_descent: bool = setting(
         True,
         "After GPTQ, coordinate descent on the same objective over integers and scales, two sweeps.",
-        flags="--refine/--no-refine",
+        flags="--coordinate-descent/--no-coordinate-descent",
     )
     any_engine: bool = setting(
         False,
@@ -537,7 +536,10 @@ def _is_like_yaml(text: str) -> bool:
     return re.match(r"(---|- |[\w.\"'-]+\s*:(\s|$))", first) is not None
 
 
-RENAMED = {("quantize", "drift"): "asymmetric_calibration"}
+RENAMED = {
+    ("quantize", "drift"): "asymmetric_calibration",
+    ("quantize", "refine"): "coordinate_descent",
+}
 """Keys of older recipes, by section, and what they are called now."""
 
 
@@ -547,11 +549,9 @@ def _validate(content: dict[str, Any], where: str) -> Recipe:
     for (section, old), new in RENAMED.items():
         table = content.get(section)
         if isinstance(table, dict) and old in table:
-            if new in table:
-                raise UsageError(
-                    f"{section}.{old} is the older name of {section}.{new}", where=where, hint=f"remove {old}"
-                )
-            content[section] = {(new if key == old else key): value for key, value in table.items()}
+            raise UsageError(
+                f"{section}.{old} is called {section}.{new} now", where=where, hint=f"write {new} for {old}"
+            )
     try:
         recipe: Recipe = _adapter().validate_python(content)
     except ValidationError as error:

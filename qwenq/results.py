@@ -23,7 +23,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
@@ -177,11 +177,7 @@ def intervals_overlap(one: Row, other: Row) -> bool | None:
 
 
 def append_row(run: Path, row: Row) -> None:
-    """Add a row to a run folder and flush it to the disk; the folder is made where it is missing.
-
-    Raises:
-        StorageError: the disk refused.
-    """
+    """Add a row to a run folder and flush it to the disk; the folder is made where it is missing."""
     path = run / RESULTS_FILE
     line = json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
     with guard_storage(path, len(line)):
@@ -197,8 +193,7 @@ def require_readable(row: Row) -> None:
     """Refuse, before it is appended, a row made of foreign values that ``read_rows`` would refuse.
 
     Raises:
-        TypeError, ValueError, RecursionError: a value has another type, is beyond all bounds, or cannot be
-            written.
+        TypeError, ValueError, RecursionError: a value has another type, is too large, or cannot be written.
     """
     json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False).encode()
     _check_types(row)
@@ -208,9 +203,6 @@ def read_rows(run: Path) -> list[Row]:
     """Return all rows of a run folder; of rows with one identity and model the last.
 
     A last line that breaks off is left by a kill, and skipped. Any other broken line is an error.
-
-    Raises:
-        UsageError: no results there, or a line that is no row; says which.
     """
     path = run / RESULTS_FILE
     try:
@@ -250,11 +242,7 @@ def write_environment(run: Path, environment: dict[str, Any]) -> None:
 
 
 def read_environment(run: Path) -> dict[str, Any]:
-    """Return what the rows were measured on; empty where the file is missing.
-
-    Raises:
-        UsageError: the file is not a JSON object.
-    """
+    """Return what the rows were measured on; empty where the file is missing."""
     path = run / ENVIRONMENT_FILE
     if not path.exists():
         return {}
@@ -289,18 +277,13 @@ def _row(line: str, where: str, hint: str = "delete that line") -> Row:
 
 
 def _made(content: dict[str, Any]) -> Row:
-    """Make a row of plain values.
-
-    Raises:
-        ValueError: names an unknown or missing key, or a value that could not be written again.
-    """
+    """Make a row of plain values; a ValueError names a key or a value that cannot be."""
     model = content.pop("model")
     for kind, values, what in ((Model, model, "the model"), (Row, {**content, "model": model}, "it")):
-        known = {each.name: each for each in fields(kind)}
-        needed = [name for name, each in known.items() if _required(each)]
+        known = {each.name: each.default is MISSING is each.default_factory for each in fields(kind)}
         if strange := [key for key in values if key not in known]:
             raise ValueError(f"{what} has an unknown key {strange[0]!r}")
-        if missing := [name for name in needed if name not in values]:
+        if missing := [name for name, needed in known.items() if needed and name not in values]:
             raise ValueError(f"{what} has no {missing[0]!r}")
     try:
         # Infinity, NaN and halves of surrogate pairs can be read but not written again.
@@ -312,40 +295,31 @@ def _made(content: dict[str, Any]) -> Row:
     return Row(model=Model(**model), **content)
 
 
-def _required(each: Field[Any]) -> bool:
-    return each.default is MISSING and each.default_factory is MISSING
-
-
 def _check_types(row: Row) -> None:
-    """Check the types that the rest of the code relies on: JSON has others."""
-    for name, kinds in _KINDS.items():
-        value = getattr(row, name)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"{name} is {value!r}")
-    strings = (row.model.name, row.model.fingerprint, row.model.precision, row.model.family)
-    if not all(isinstance(value, str) for value in strings):
-        raise TypeError("the model's names are not strings")
-    for count in (row.n, row.model.nbytes, row.model.group_size):
-        if isinstance(count, bool) or not isinstance(count, int | None) or (count or 0) > _MOST:
-            raise TypeError(f"{count!r} is no count")
-    for figure in (row.value, row.low, row.high):
-        if figure is not None and not abs(figure) < _MOST:
-            raise ValueError(f"{figure} is no figure")
+    """Check the types that the rest of the code relies on, and bounds: JSON has others."""
+    parts: tuple[Row | Model, ...] = (row, row.model)
+    for part in parts:
+        for name in (each.name for each in fields(part) if each.name in _KINDS):
+            value = getattr(part, name)
+            if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
+                raise TypeError(f"{name} is {value!r}")
+            if isinstance(value, int | float) and not abs(value) < _MOST:
+                raise ValueError(f"{value} is no figure")
     if any(isinstance(value, list | dict) for value in row.point.values()):
         raise TypeError("point holds something that is not flat")
 
 
-_NUMBER = (int, float, type(None))
 _MOST = 2**63
 """No figure or count is larger: it would overflow where it is scaled."""
 _KINDS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("metric", "unit", "implementation", "date"), (str,)),
+    **dict.fromkeys(("name", "fingerprint", "precision", "family"), (str,)),
     **dict.fromkeys(("point", "settings", "details"), (dict,)),
-    **dict.fromkeys(("value", "low", "high"), _NUMBER),
-    "n": (int, type(None)),
+    **dict.fromkeys(("value", "low", "high"), (int, float, type(None))),
+    **dict.fromkeys(("n", "nbytes", "group_size"), (int, type(None))),
     "reason": (str, type(None)),
 }
-assert _KINDS.keys() <= {f.name for f in fields(Row)}  # noqa: S101 - a misspelt name would check nothing
+assert _KINDS.keys() <= {f.name for f in (*fields(Row), *fields(Model))}  # noqa: S101 - misspelt ones check nothing
 
 
 def _end_last_line(path: Path) -> None:
@@ -377,11 +351,7 @@ def each_run(folders: list[Path]) -> Iterator[tuple[Path, list[Row], dict[str, A
 
 
 def _runs_of_report(folder: Path) -> Iterator[tuple[Path, list[Row], dict[str, Any]]]:
-    """Yield the runs that a report was made of, as far as it keeps them: not the records of single items.
-
-    Raises:
-        UsageError: its file is not one of a report.
-    """
+    """Yield the runs that a report was made of, as far as it keeps them: not the records of single items."""
     path, hint = folder / REPORT_FILE, "name the run folders that the report was made of"
     try:
         with open_file(path) as file:

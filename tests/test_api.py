@@ -17,8 +17,9 @@ from tiny_model import write_tiny_model
 
 import qwenq
 from qwenq import api
+from qwenq.api.progress import shown
 from qwenq.errors import QuantisationError, UsageError
-from qwenq.events import Advance, Event, ProgressBar, Start
+from qwenq.events import Advance, Event, Notice, ProgressBar, Start
 from qwenq.gptq.solver import quantize_weight
 from qwenq.recipe import QuantizeRecipe, Recipe
 from qwenq.reporting.collect import collect
@@ -47,14 +48,14 @@ def small_model(folder: Path) -> Path:
 def test_public_names() -> None:
     assert set(qwenq.__all__) == {
         "LoadedModel", "Recipe", "Results", "__version__", "calibrate", "check", "compare", "convert",
-        "errors", "evaluate", "events", "gptq", "load", "plan", "profile", "quantize", "read_recipe",
-        "report",
+        "errors", "evaluate", "events", "gptq", "load", "perplexity", "plan", "profile", "push", "quantize",
+        "read_recipe", "report",
     }  # fmt: skip
     code = "import qwenq\nfor name in qwenq.__all__: print(name, type(getattr(qwenq, name)).__name__)"
     kinds = dict(line.split() for line in python(code).splitlines())
     functions = {
-        "calibrate", "check", "compare", "convert", "evaluate", "load", "plan", "profile", "quantize",
-        "read_recipe", "report",
+        "calibrate", "check", "compare", "convert", "evaluate", "load", "perplexity", "plan", "profile",
+        "push", "quantize", "read_recipe", "report",
     }  # fmt: skip
     assert {name for name, kind in kinds.items() if kind == "function"} == functions
     assert set(dir(qwenq)) >= set(qwenq.__all__)
@@ -79,7 +80,7 @@ def test_the_package_is_typed() -> None:
 
 
 def test_functions_are_documented_and_take_the_commands_options() -> None:
-    for name in ("calibrate", "check", "compare", "convert", "evaluate", "load", "plan", "profile", "report"):
+    for name in api.__all__:
         function = getattr(api, name)
         assert inspect.getdoc(function), name
         assert all(p.annotation is not p.empty for p in inspect.signature(function).parameters.values())
@@ -148,21 +149,21 @@ def test_rows_become_a_data_frame() -> None:
 
 @pytest.mark.parametrize("progress", [True, False, None])
 def test_progress_in_a_pipe_writes_notices_only(progress: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    with api._shown(progress) as listener:
+    with shown(progress) as listener:
         listener(Start("quantising", 3, "layers"))
         listener(Advance("quantising", 1, 3))
-        listener(api.Notice("group size 32"))
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err.strip() == ("group size 32" if progress else "")
+        listener(Notice("group size 32"))
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.strip() == ("group size 32" if progress else "")
 
 
 def test_a_callback_receives_every_event() -> None:
     seen: list[Event] = []
-    with api._shown(seen.append) as listener:
+    with shown(seen.append) as listener:
         listener(Start("x", 1))
     said: list[str] = []
-    notices_to(said)(api.Notice("y"))
+    notices_to(said)(Notice("y"))
     assert seen == [Start("x", 1)] and said == ["y"]
 
 

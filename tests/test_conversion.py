@@ -26,7 +26,8 @@ from qwenq.conversion import convert
 from qwenq.errors import CorruptFileError, ModelError, QuantisationError, UsageError
 from qwenq.events import Advance, Event
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, pack, validate_quantised
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource, pack, validate_quantised
 from qwenq.runtime.engine import load
 
 IDS = [7, 3, 250, 11, 11, 0, 99, 42, 8, 1, 200, 5]

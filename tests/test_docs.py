@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib.util
-import json
 import re
 import shlex
 import subprocess
@@ -22,6 +21,7 @@ from test_house import MAY_IMPORT
 
 from qwenq.cli.app import COMMANDS, app, register
 from qwenq.recipe import QuantizeRecipe, markdown_table, read_recipe
+from qwenq.workflow import steps_of
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -176,76 +176,8 @@ def numbers_by_hand(text: str) -> list[str]:
     return [line for line in text.splitlines() if re.search(r"\d", line)]
 
 
-@pytest.mark.parametrize(("document", "name"), [("README.md", "qwen"), ("docs/benchmarks.md", "front")])
-def test_accuracies_keep_their_intervals(document: str, name: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    front = re.search(rf"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
-    assert front
-    header, _, *lines = [line for line in front[1].splitlines() if line.startswith("|")]
-    end = [name.strip() for name in header.strip("| ").split(" | ")].index("KL divergence (nats/token)")
-    for line in lines:
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        for cell in cells[1:end]:
-            assert re.match(r"\d+\.\d \(\d+\.\d–\d+\.\d\)( ✗)?$", cell), line
-    assert ("they are not the benchmarks'" in front[1]) == ("data: sample suite" in front[1])
-
-
 def test_no_figure_in_the_readme_is_typed_by_hand() -> None:
     assert numbers_by_hand(README) == []
-
-
-@pytest.mark.parametrize("known", NUMBERS)
-def test_no_number_is_excused_that_the_readme_does_not_have(known: str) -> None:
-    assert known in README
-
-
-@pytest.mark.parametrize("line", [
-    "It decodes 124 tokens/s.", "a ratio of 1.11", "3 × as fast", "In 2026", "KL 0.12 nats",
-    "4, 8 or 16 bits, 42%", "Qwen2.57", "Int41", "guessing (25 %) or 26",
-])  # fmt: skip
-def test_a_figure_typed_by_hand_is_found(line: str) -> None:
-    assert numbers_by_hand(line) == [re.sub(r"4, 8 or 16 bits|guessing \(25 %\)", "", line)]
-
-
-def test_demo_table_shows_the_manifests_figures(tmp_path: Path) -> None:
-    estimate = {"value": 0.0712, "low": 0.0688, "high": 0.0736}
-    manifest = {
-        "versions": {"torch": "2.13.0"},
-        "quantization": {"bits": 4, "group_size": 64},
-        "calibration": {"source": "self", "samples": 32, "seq_len": 512, "seed": 0, "tokens": "…"},
-        "files": {"model.safetensors": {"bytes": 123_400_000}, "config.json": {"bytes": 10**9}},
-        "seconds": {"layers": 41.3},
-        "check": {
-            "kl": estimate,
-            "same_top": {"value": 0.861, "low": 0.85, "high": 0.87},
-            "perplexity": 12.34,
-            "base_perplexity": 11.56,
-            "perplexity_ratio": {"value": 1.0675, "low": 1.05, "high": 1.08},
-            "verdict": {"word": "fair", "sentence": "…"},
-            "modules": [{"name": "a", "error": 0.01, "rtn_error": 0.02}],
-        },
-    }
-    script = readme_script()
-    folder = tmp_path / "models" / script.MODEL
-    folder.mkdir(parents=True)
-    (folder / "qwenq.json").write_text(json.dumps(manifest))
-    steps = [{"step": "quantise to int4", "seconds": 70.4}, {"step": "report", "seconds": 9.1}]
-    (tmp_path / "journal.jsonl").write_text("".join(f"{json.dumps(step)}\n" for step in steps))
-    report = script.demo_report(tmp_path)
-    assert report["module_error"] == {"error": 0.01, "rtn_error": 0.02}
-    table = script.demo_table(report)
-    for figure in (
-        "123 MB",
-        "quantise to int4 70",
-        "| 80 |",
-        "0.0712",
-        "86.1%",
-        "12.34",
-        "11.56",
-        "1.067",
-        "fair",
-    ):
-        assert figure in table
 
 
 def test_the_table_of_settings_is_the_one_that_the_recipe_declares() -> None:
@@ -254,8 +186,13 @@ def test_the_table_of_settings_is_the_one_that_the_recipe_declares() -> None:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_recipes_are_valid_and_say_what_they_are(path: Path) -> None:
-    read_recipe(path)
+def test_recipes_are_sound_and_say_what_they_are(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "calibration.txt").touch()  # text of the user's own, which the largest ask for
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    monkeypatch.chdir(tmp_path)
+    assert steps_of(read_recipe(path), path).steps
     assert path.read_text(encoding="utf-8").startswith("# ")
 
 
@@ -276,27 +213,15 @@ def test_released_recipes_are_qwens_settings(name: str) -> None:
         "scale_search": "none",
         "damp": 0.01,
         "asymmetric_calibration": 0.0,
-        "refine": False,
+        "coordinate_descent": False,
     }
 
 
-FAMILIES = [
-    *(
-        "qwen2.5-7b-instruct",
-        "qwen2.5-0.5b-instruct",
-        "qwen2.5-math-7b-instruct",
-        "deepseek-r1-distill-qwen-7b",
-    ),
-    *(
-        "qwen3-8b",
-        "qwen3-0.6b",
-        "qwen3-4b-instruct-2507",
-        "qwen3-30b-a3b",
-        "qwen3-next-80b-a3b",
-        "qwen3.5-27b",
-    ),
+FAMILIES = (
+    "qwen2.5-7b-instruct", "qwen2.5-0.5b-instruct", "qwen2.5-math-7b-instruct", "deepseek-r1-distill-qwen-7b",
+    "qwen3-8b", "qwen3-0.6b", "qwen3-4b-instruct-2507", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.5-27b",
     "demo",
-]
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)

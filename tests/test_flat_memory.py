@@ -55,7 +55,7 @@ def peak_of(folder: Path, layers: int) -> int:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (model / name).write_bytes((tokenizer / name).read_bytes())
     calibration = write_calibration(model, folder / f"c{layers}.safetensors", samples=2, seq_len=16)
-    fast = ["--no-refine", "--scale-search", "none", "--group-size", "128", "--dtype", "float32"]
+    fast = ["--no-coordinate-descent", "--scale-search", "none", "--group-size", "128", "--dtype", "float32"]
     files = [str(model), "--calibration", str(calibration), "--out", str(folder / f"q{layers}")]
     command = ["quantize", "--bits", "8", *files, *fast]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "QWENQ_CACHE": str(folder / "cache")}

@@ -16,8 +16,8 @@ from tiny_families import write_calibration
 from tiny_published import fused, rewrite, with_draft_head, write_published
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
+from qwenq.evals.answering import score_choices, shared_groups
 from qwenq.evals.batching import ChoiceTokens, budget_for
-from qwenq.evals.scoring import score_choices, shared_groups
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.quantization import quantize
 from qwenq.recipe import Recipe

@@ -27,7 +27,7 @@ from typer.testing import CliRunner
 from qwenq.cli.app import app, register
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import QuantConfig
+from qwenq.models.gptq_config import QuantConfig
 from qwenq.quantization import quantize
 from qwenq.recipe import Recipe
 from qwenq.runtime.engine import load

@@ -15,7 +15,8 @@ from tiny_published import transformers_of, write_dequantised, write_published
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import QuantConfig, pack_zeros, validate_quantised
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import pack_zeros, validate_quantised
 from qwenq.recipe import Recipe
 from qwenq.runtime.engine import load
 

@@ -14,7 +14,8 @@ from tiny_families import write_calibration, write_family
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource
 from qwenq.models.pad_ffn import widened
 from qwenq.recipe import read_recipe
 

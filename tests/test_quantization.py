@@ -19,7 +19,8 @@ from qwenq.errors import CalibrationError, StorageError, UsageError, Verificatio
 from qwenq.gptq.pipeline import quantise_layers
 from qwenq.models import quantized_folder
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource
 from qwenq.models.integrity import verify_files
 from qwenq.models.quantized_folder import LayerStore
 from qwenq.quantization import quantize
@@ -46,7 +47,7 @@ FAMILIES: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("qwen2", "float16", {"tie_word_embeddings": False}, {"bits": 4, "sym": False, "any_engine": True}),
     ("qwen2", "bfloat16", {}, {"bits": 4, "group_size": -1, "dtype": "bfloat16"}),
     ("qwen3", "bfloat16", {"tie_word_embeddings": False}, {"bits": 8, "group_size": 32, "act_order": "none"}),
-    ("qwen3", "float32", {}, {"bits": 4, "scale_search": "none", "refine": False}),
+    ("qwen3", "float32", {}, {"bits": 4, "scale_search": "none", "coordinate_descent": False}),
 ]
 
 
@@ -116,7 +117,7 @@ def test_what_is_on_disk_is_what_the_pipeline_computed_with(
         quantise_layers(decoder, *rest)
         del decoder.block
 
-    monkeypatch.setattr("qwenq.gptq.pipeline.quantise_layers", spy)
+    monkeypatch.setattr("qwenq.quantization.quantise_layers", spy)
     run(model, out)
     written = open_checkpoint(out)
     source = DequantisedSource(written.source, QuantConfig.read(written.config), torch.float32)
@@ -211,11 +212,10 @@ def test_a_broken_result_is_not_published_and_its_layers_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from qwenq.comparison import judge_check
-    from qwenq.evals import check as room
 
-    check = room.check
+    check = pipeline.check
     monkeypatch.setattr(
-        room, "check", lambda *a, **k: replace(check(*a, **k), verdict=judge_check(float("nan"), 0.0, 4))
+        pipeline, "check", lambda *a, **k: replace(check(*a, **k), verdict=judge_check(float("nan"), 0.0, 4))
     )
     with pytest.raises(VerificationError, match="broken") as caught:
         run(write_family(tmp_path / "m"), tmp_path / "out")

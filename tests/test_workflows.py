@@ -126,6 +126,11 @@ def test_all_that_the_gate_promises_is_in_it() -> None:
     sides = [[word for word in turns if f"speed-{side}-" in word] for side in ("before", "after")]
     (script,) = (step["run"] for step in steps(REGRESSION) if "for turn in" in step.get("run", ""))
     (listed,) = re.findall(r"for turn in ([\d ]+);", script)
+    before, _, profiled = script.partition("for turn in")
+    assert re.search(r"\(cd build/gate/before && .* -m qwenq\.compute\.build\)", before), (
+        "else torch computes it"
+    )
+    assert 'cd "$source"' in profiled
     for side in sides:
         assert [word[-1] for word in side] == listed.split()
     assert len(listed.split()) == 5

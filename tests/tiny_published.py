@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_model import PADDING_ROWS, _write_tokenizer
 
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _MROPE = {**_ROPE, "mrope_section": [4, 2, 2], "mrope_interleaved": True}

@@ -22,9 +22,6 @@ from qwenq import stopping
 from qwenq.environment import __version__
 from qwenq.errors import QwenqError, UsageError
 
-# Define the root command: global options, exit codes, and how errors and signals reach the user.
-
-
 SHARED = ("quantize", "eval")
 """Commands that torchrun may start as several processes."""
 PACKAGE = Path(__file__).parents[1]
@@ -181,9 +178,6 @@ def _sigterm_as_ctrl_c() -> Iterator[list[int]]:
         signal.signal(signal.SIGTERM, before)
 
 
-# List the commands in the order in which a user meets them; a new command is a module, named here.
-
-
 COMMANDS = {
     "quantize": "qwenq.cli.quantize",
     "check": "qwenq.cli.check",
@@ -202,7 +196,7 @@ COMMANDS = {
     "recipe": "qwenq.cli.run",
     "tokenizer": "qwenq.cli.convert",
 }
-"""Module of each command."""
+"""Module of each command, in the order in which a user meets them."""
 
 
 def register() -> None:

@@ -23,10 +23,12 @@ from qwenq.cli.options import (
     RealWeights,
     ThinkingChoice,
 )
-from qwenq.cli.printing import note, notes, say
+from qwenq.cli.printing import note, note_events, say
 from qwenq.errors import UsageError, visible
+from qwenq.results import Model
 
 if TYPE_CHECKING:
+    from qwenq.api import LoadedModel
     from qwenq.runtime.chat import Conversation
     from qwenq.runtime.generation import Timing
 
@@ -68,19 +70,20 @@ def chat(
     ] = "as-is",
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show answers alone, and notes about them.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also show kernels, attention, dtype and device.")
+    ] = False,
 ) -> None:
     """Chat with a model.
 
     Ctrl-C stops an answer; Ctrl-D, /exit, or Ctrl-C twice at the prompt, ends the chat; /clear forgets it,
     /help lists the commands. When the input is not a terminal, every line of it is one question.
     """
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.machine import resolve_device
-    from qwenq.models.opening import resolve_model
+    from qwenq import api
     from qwenq.models.qwen_tokenizer import without_surrogates
-    from qwenq.models.tokenizer import load_tokenizer
-    from qwenq.runtime.chat import ANSWER, THOUGHTS, Conversation, Session, require_chat, thinking_in_chat
-    from qwenq.runtime.engine import load
     from qwenq.runtime.sampling import Sampling
 
     if weights == "random":
@@ -89,45 +92,44 @@ def chat(
             where="--weights",
             hint="qwenq profile measures its speed and memory",
         )
+    temperature = 0.0 if greedy else temperature
     Sampling(temperature=temperature or 0.0, top_p=1.0 if top_p is None else top_p)  # before a download
-    resolve_device(device)  # before a download
-    resolved = resolve_model(model)
-    notes(resolved.notices)
-    tokenizer = load_tokenizer(resolved.folder)
-    require_chat(tokenizer)
-    tokenizer, thinks = thinking_in_chat(tokenizer, thinking)
-    sampling = Sampling(
-        temperature=0.0 if greedy else (0.6 if thinks else 0.7) if temperature is None else temperature,
-        top_p=(0.95 if thinks else 0.8) if top_p is None else top_p,
-        seed=seed,
-    )
-    checkpoint = open_checkpoint(resolved.folder)
-    notes(checkpoint.notices)
-    runner = load(
-        checkpoint,
+    loaded = api.load(
+        model,
         device=device,
         dtype=dtype,
         engine=engine,
         kernel=kernel,
         attention=attention,
         head=head,
-        real_vocab=tokenizer.vocab_size,
+        thinking=thinking,
+        for_chat=True,
+        progress=False if quiet else note_events,
     )
-    notes(runner.notes)
-    session = Session(runner)
     if system is not None:
         system = without_surrogates(system)  # as Python passes on bytes of a command line that are not text
         _note_lost_text(system)
-    conversation = Conversation(
-        session,
-        tokenizer,
-        system=system,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens or (THOUGHTS if thinks else ANSWER),
+    conversation = loaded.chat(
+        system, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
     )
-    say(f"{runner.implementation}, {str(runner.dtype).removeprefix('torch.')}")
+    if not quiet:
+        say(_first_line(loaded))
+    if verbose:
+        computed_in = str(loaded.engine.dtype).removeprefix("torch.")
+        say(f"{loaded.engine.implementation}, {computed_in} on {loaded.engine.device}")
     _talk(conversation)
-    typer.echo(summary(session.timing), err=True)
+    if not quiet:
+        typer.echo(summary(conversation.timing), err=True)
+
+
+def _first_line(loaded: LoadedModel) -> str:
+    """Return the model with its precision and, where somebody types, how to get help and how to leave."""
+    label = Model(loaded.name, "", loaded.precision, loaded.name).label
+    return f"{label}; /help lists the commands, Ctrl-D ends the chat" if _on_terminal() else label
+
+
+def _on_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _note_lost_text(text: str) -> None:
@@ -152,7 +154,7 @@ def _talk(conversation: Conversation) -> None:
         sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows "?" and goes on
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
-    on_terminal = sys.stdin is not None and sys.stdin.isatty()
+    on_terminal = _on_terminal()
     reported = 0
     for question in _typed() if on_terminal else _piped():
         if on_terminal and re.match(r"/\w*(\s|$)", question):

@@ -11,7 +11,7 @@ from qwenq.checking import SAMPLES, SEQ_LEN
 from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
-from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose
+from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose, listed_names, listed_numbers
 from qwenq.cli.printing import note, print_json, table_console, wrapped
 from qwenq.errors import UsageError, VerificationError
 
@@ -166,15 +166,12 @@ def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:
     """Print whether engines load a folder; the exit code is 1 where one does not on any number of GPUs."""
     from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.opening import resolve_model
-    from qwenq.publishing.engines import ENGINES, engine_verdicts, read_gptq_folder
+    from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
-    names = list(ENGINES) if engines == "all" else [name.strip() for name in engines.split(",")]
-    try:
-        gpus = [int(text) for text in tp.split(",")]
-    except ValueError:
-        gpus = []
-    if not gpus or min(gpus) < 1:
-        raise UsageError(f"{tp!r} is no list of numbers of GPUs", where="--tp", hint="like 1,2,4,8")
+    names = () if engines == "all" else listed_names(engines, "--for")
+    gpus = listed_numbers(tp, "--tp", "1,2,4,8")
+    if min(gpus) < 1:
+        raise UsageError(f"--tp has to be at least 1, not {min(gpus)}", where="--tp", hint="like 1,2,4,8")
     folder = resolve_model(model).folder
     verdicts = engine_verdicts(read_gptq_folder(open_checkpoint(folder)), names, gpus)
     if as_json:

@@ -13,16 +13,13 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed, Verbose
-from qwenq.cli.printing import note, notes, print_json, table_console
+from qwenq.cli.printing import note, print_json, table_console
 from qwenq.cli.progress import show_events, with_details
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
 
 if TYPE_CHECKING:
     from qwenq.models.tokenizer import Tokenizer
-
-# ``qwenq convert``: rewrite a model folder in another layout.
-
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -73,28 +70,25 @@ def convert(
         of_folders = {"--zeros": zeros, "--to": to, "--store-head": store_head}
         _write_random(src, dst, seed, shard_bytes, of_folders)
         return
-    from qwenq.conversion import convert as run
+    from qwenq import api
     from qwenq.models.opening import resolve_model
     from qwenq.storage import readable_bytes
 
-    resolved = resolve_model(src)
-    found = list(resolved.notices)
-    with show_events(found.append, quiet=quiet) as plain, with_details(plain, verbose) as listener:
-        done = run(
-            resolved.folder,
+    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+        done = api.convert(
+            src,
             dst,
             zeros=zeros,
             to=to,
             store_head=store_head,
             max_shard_bytes=shard_bytes,
-            listener=listener,
+            progress=listener,
         )
-    notes(found)
     for change in done.changes or ["nothing but the shards changed"]:
         typer.echo(f"changed: {change}")
     files = "1 file" if len(done.files) == 1 else f"{len(done.files)} files"
     typer.echo(f"wrote {done.folder}: {done.tensors} tensors, {readable_bytes(done.total_bytes)} in {files}")
-    next_commands(*with_model(dst, named_base(resolved.folder)))
+    next_commands(*with_model(dst, named_base(resolve_model(src).folder)))
 
 
 def _write_random(
@@ -198,10 +192,9 @@ def _open(tokenizer: str | None) -> tuple[Tokenizer, str]:
     if tokenizer is not None and (file := local_path(tokenizer, "--tokenizer")).is_file():
         return load_tokenizer(file), tokenizer
     resolved = resolve_model(tokenizer)
-    if tokenizer is not None:
-        notes(resolved.notices)
-    else:
-        note("no --tokenizer given: using the bundled model's")
+    said = resolved.notices if tokenizer is not None else ["no --tokenizer given: using the bundled model's"]
+    for line in said:
+        note(line)
     return load_tokenizer(resolved.folder), str(resolved.folder)
 
 

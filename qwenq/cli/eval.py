@@ -25,8 +25,9 @@ from qwenq.cli.options import (
     RowsAsJson,
     RunFolder,
     Verbose,
-    given_models,
     recipe_options,
+    server_decides,
+    typed_options,
 )
 from qwenq.cli.printing import note, print_rows, stop_notice, table_console, typed_command, wrapped
 from qwenq.errors import UsageError
@@ -37,9 +38,6 @@ if TYPE_CHECKING:
 
     from qwenq.comparison import Paired
     from qwenq.results import Row
-
-# ``qwenq eval``: benchmarks, item by item, and whether the difference between two models is significant.
-
 
 _LOCAL = ("dtype", "device", "engine", "attention", "kernel")
 """Options that decide how a model runs on this machine."""
@@ -88,28 +86,19 @@ def evaluate(
     processes share the items.
     """
     from qwenq import api
+    from qwenq.api.measurements import each_once
     from qwenq.cli.progress import EvalProgress, with_details
     from qwenq.distributed import process_group
     from qwenq.models.opening import refuse_random_weights
 
     refuse_random_weights(weights)
     chosen, prompts = given["eval"], _batch(batch)
-    if endpoint is not None and (local := _typed(context)):
-        raise UsageError(
-            "the server decides how it runs its model",
-            where=f"--{local[0]}",
-            hint="leave this option out, and set it on the server",
-        )
+    local = [name for name in typed_options(context) if name in _LOCAL]
+    if endpoint is not None and local:
+        raise server_decides(local[0])
     if show is not None:
         _show(show, out, models, endpoint and (model or "served"), chosen)
         return
-    how: dict[str, Any] = {
-        "device": device,
-        "engine": engine,
-        "attention": attention,
-        "kernel": kernel,
-        "batch": prompts,
-    }
     with process_group(device) as team:
         kept = stop_notice("answers are kept", team.world) if team.is_rank0 else nullcontext()
         with (
@@ -120,7 +109,11 @@ def evaluate(
             found = api.evaluate(
                 models,
                 **chosen,
-                **how,
+                device=device,
+                engine=engine,
+                attention=attention,
+                kernel=kernel,
+                batch=prompts,
                 unsafe_code=unsafe_code,
                 endpoint=endpoint,
                 model=model,
@@ -136,7 +129,7 @@ def evaluate(
     else:
         print_table(found.folder, found.rows)
         beside = () if out is not None else ("--out", found.folder)
-        bases = [] if endpoint is not None else _with_bases(given_models(models), found.rows)
+        bases = [] if endpoint is not None else _with_bases(each_once(models), found.rows)
         next_commands(*([*one, *beside] for one in bases), ("report", found.folder))
 
 
@@ -144,18 +137,12 @@ def _show(
     id_: str, out: Path | None, models: list[str] | None, served: str | None, chosen: dict[str, Any]
 ) -> None:
     """Print one recorded item in full."""
+    from qwenq.api.measurements import each_once
     from qwenq.evals.answer_log import show_item
     from qwenq.evals.suite import run_folder, source_of
 
     source = source_of(chosen.get("data"), chosen.get("sample", False))
-    typer.echo(show_item(run_folder(out, given_models(models), served), id_, source))
-
-
-def _typed(context: typer.Context) -> list[str]:
-    """Return those of _LOCAL that were typed, be it with their default."""
-    sources = ((name, context.get_parameter_source(name)) for name in _LOCAL)
-    # Compared by its name: typer uses either its bundled click or the installed one.
-    return [name for name, source in sources if source is not None and source.name != "DEFAULT"]
+    typer.echo(show_item(run_folder(out, each_once(models), served), id_, source))
 
 
 def _batch(text: str) -> int | None:

@@ -39,11 +39,10 @@ def with_model(folder: str | Path, base: str | Path | None = None) -> Iterator[W
         folder: as the user can type it.
         base: the model that it was made from, which it is compared with.
     """
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.opening import resolve_model
+    from qwenq.models.opening import open_model
     from qwenq.models.random_weights import is_random
 
-    checkpoint = open_checkpoint(resolve_model(str(folder)).folder)
+    checkpoint = open_model(str(folder))
     sized, fast = _runs(checkpoint)
     engine = () if fast else ("--engine", "transformers")
     of_its_own = checkpoint.foreign is None  # other formats have no speed here: they are dequantised at load
@@ -110,7 +109,7 @@ def _is_foreign(base: str | Path) -> bool:
 
 
 def _loads_in_vllm(checkpoint: Checkpoint) -> bool:
-    from qwenq.models.gptq_format import is_quantised
+    from qwenq.models.gptq_config import is_quantised
     from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
     if not is_quantised(checkpoint.config) or checkpoint.foreign is not None:

@@ -105,9 +105,20 @@ def recipe_options(
     return decorate
 
 
-def given_models(models: list[str] | None) -> list[str | None]:
-    """Return the models that were named, each once; None is the bundled model."""
-    return [*dict.fromkeys(models)] if models else [None]
+def typed_options(context: typer.Context) -> list[str]:
+    """Return the names of the options that were typed, be it with their default."""
+    sources = ((name, context.get_parameter_source(name)) for name in context.params)
+    # Compared by its name: typer uses either its bundled click or the installed one.
+    return [name for name, source in sources if source is not None and source.name == "COMMANDLINE"]
+
+
+def server_decides(option: str) -> UsageError:
+    """Return the error of an option that would decide how a served model runs."""
+    return UsageError(
+        "the server decides how it runs its model",
+        where=f"--{option}",
+        hint="leave this option out, and set it on the server",
+    )
 
 
 def default_shown(setting: Setting, default: str | None = None) -> str:

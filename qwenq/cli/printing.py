@@ -76,12 +76,6 @@ def note_events(event: Event) -> None:
         note(event.text)
 
 
-def notes(lines: Iterable[str]) -> None:
-    """Print notes, each of them once."""
-    for line in dict.fromkeys(lines):
-        note(line)
-
-
 def percent(share: float) -> str:
     """Return a share in percent, with two significant digits and no exponent: an Int8's error shows, too."""
     value = 100 * share

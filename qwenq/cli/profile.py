@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,6 +20,8 @@ from qwenq.cli.options import (
     listed_names,
     listed_numbers,
     recipe_options,
+    server_decides,
+    typed_options,
 )
 from qwenq.cli.printing import stop_notice, table_console, typed_command
 from qwenq.cli.progress import ProfileProgress, with_details
@@ -85,23 +87,16 @@ def profile(
     """
     from qwenq import api
 
-    given_options = _typed(typed)
-    _refuse_stray(endpoint, given_options)
-    precisions: dict[str, Any] = (
-        {"precision": listed_names(precision, "--precision")} if "precision" in given_options else {}
-    )
-    load: dict[str, Any] = {
-        "concurrency": listed_numbers(concurrency, "--concurrency", "1,4,16"),
-        "input": input,
-    }
+    _refuse_stray(endpoint, typed_options(typed))
     progress = ProfileProgress(as_json=as_json, quiet=quiet)
     with stop_notice("what is measured is kept"), with_details(progress, verbose) as listener:
         found = api.profile(
             models,
             **given[""],
             **given["profile"],
-            **precisions,
-            **load,
+            precision=listed_names(precision, "--precision"),
+            concurrency=listed_numbers(concurrency, "--concurrency", "1,4,16"),
+            input=input,
             output=output,
             context=listed_numbers(context, "--context", "1,1024"),
             kernel=kernel,
@@ -124,13 +119,6 @@ _OF_BOTH = {"models", "precision", "budget", "out", "quiet", "verbose", "as_json
 """Options of a served model; those that a model measured here has as well."""
 
 
-def _typed(context: typer.Context) -> list[str]:
-    """Return the options that were typed, be it with their default."""
-    sources = ((name, context.get_parameter_source(name)) for name in context.params)
-    # Compared by its name: typer uses either its bundled click or the installed one.
-    return [name for name, source in sources if source is not None and source.name == "COMMANDLINE"]
-
-
 def _refuse_stray(endpoint: str | None, typed: Sequence[str]) -> None:
     """Raise UsageError for an option that the other way to measure does not have."""
     if endpoint is None:
@@ -141,11 +129,7 @@ def _refuse_stray(endpoint: str | None, typed: Sequence[str]) -> None:
                 hint="name its server with --endpoint, or leave this option out",
             )
     elif stray := [name for name in typed if name not in _OF_ENDPOINT | _OF_BOTH]:
-        raise UsageError(
-            "the server decides how it runs its model",
-            where=f"--{stray[0]}",
-            hint="leave this option out, and set it on the server",
-        )
+        raise server_decides(stray[0])
 
 
 def _show_rows(folder: Path, rows: Sequence[Row], remark: str = "") -> None:

@@ -16,24 +16,21 @@ import typer
 
 from qwenq.cli.printing import bar_on, note, percent, say, to_standard_output
 from qwenq.errors import visible
-from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rough_time
+from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rich_bar, rough_time
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
+    from rich.progress import ProgressColumn
 
     from qwenq.gptq.pipeline import LayerDone
     from qwenq.profiling.planning import PlannedSweep
     from qwenq.quantization import Quantised
 
-# Show how far a long step is: a live bar on a terminal, a few plain lines elsewhere.
-
-
 _PLAIN_STEPS = 10
 _PLAIN_SECONDS = 2.0  # quick steps are not worth a line
 _EVAL_SECONDS = 10.0  # between two plain lines of an evaluation
-_ESTIMATE_SECONDS = 3600.0  # rich's default of half a minute knows no time left where one step takes longer
 
 
 @contextmanager
@@ -113,27 +110,21 @@ def with_details(listener: Listener, verbose: bool) -> Iterator[Listener]:
 @contextmanager
 def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
     from rich import progress as rich_progress
-    from rich.console import Console
 
     counts: tuple[rich_progress.ProgressColumn, ...]
     if unit == "bytes":
         counts = (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
     else:
         counts = (rich_progress.MofNCompleteColumn(), rich_progress.TextColumn(unit))
-    columns = (
-        rich_progress.TextColumn("{task.description}", markup=False),
-        rich_progress.BarColumn(),
-        *counts,
-        rich_progress.TimeRemainingColumn(),
-    )
-    with (
-        rich_progress.Progress(
-            *columns, console=Console(stderr=True), transient=True, speed_estimate_period=_ESTIMATE_SECONDS
-        ) as bar,
-        bar_on(bar.console),
-    ):
+    with _bar(*counts, rich_progress.TimeRemainingColumn()) as bar, bar_on(bar.console):
         task = bar.add_task(label, total=None, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
+
+
+def _bar(*columns: ProgressColumn, stderr: bool = True) -> Bar:
+    from rich.console import Console
+
+    return rich_bar(Console(stderr=stderr), *columns)
 
 
 def _plain(label: str, unit: str) -> Callable[[int, int], None]:
@@ -243,18 +234,10 @@ class _TimeLeft:
 
 
 def _eval_bar() -> Bar:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import MofNCompleteColumn, TextColumn
 
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[accuracy]}"),
-        TextColumn("{task.fields[left]} left", style="progress.remaining"),
-        console=Console(stderr=True),
-        transient=True,
-    )
+    left = TextColumn("{task.fields[left]} left", style="progress.remaining")
+    return _bar(MofNCompleteColumn(), TextColumn("{task.fields[accuracy]}"), left)
 
 
 class ProfileProgress:
@@ -439,16 +422,8 @@ def _emit(event: str, **facts: Any) -> None:
 
 
 def _layer_bar() -> Bar:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("layers ·"),
-        TimeElapsedColumn(),
-        TextColumn("gone,"),
-        TextColumn("{task.fields[left]}"),  # rich's estimate forgets what took longer than half a minute
-        TextColumn("left"),
-        transient=True,
-    )
+    gone = (TextColumn("layers ·"), TimeElapsedColumn(), TextColumn("gone,"))
+    # Of layers that were resumed rich's own estimate would take the next ones to be as quick.
+    return _bar(MofNCompleteColumn(), *gone, TextColumn("{task.fields[left]} left"), stderr=False)

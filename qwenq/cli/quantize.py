@@ -14,15 +14,10 @@ from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
 from qwenq.cli.printing import note
 from qwenq.cli.progress import show_events, with_details
-from qwenq.recipe import Recipe
 from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
     from qwenq.calibration import CalibrationSet
-    from qwenq.models.tokenizer import Tokenizer
-    from qwenq.quantization import Quantised
-
-# ``qwenq quantize``: a model in, a checked GPTQ checkpoint out.
 
 
 @app.command()
@@ -64,10 +59,12 @@ def quantize(
     The result is read back from the disk and compared with the base before it gets its name. Under torchrun
     all processes work on the one model.
     """
-    from qwenq.cli.progress import quantize_listener, with_details
+    from qwenq import api
+    from qwenq.cli.progress import quantize_listener
     from qwenq.distributed import process_group
 
-    chosen = _recipe(recipe, model, given)
+    top = {**given[""], "model": model}
+    chosen = api.chosen_recipe(recipe, top, given["calibration"], given["quantize"])
     try:
         with process_group(device) as team:
             if not team.is_rank0:
@@ -88,24 +85,8 @@ def quantize(
     except Terminated as stop:  # by a signal that only another process may have had
         raise typer.Exit(128 + signal.SIGTERM) from stop
     if not as_json:
-        _show_next(result, chosen, out)
-
-
-def _show_next(result: Quantised, recipe: Recipe, out: Path | None) -> None:
-    base = None if recipe.weights == "random" else recipe.model or "bundled"
-    next_commands(*with_model(out or Path(result.folder.name), base))
-
-
-def _recipe(file: Path | None, model: str | None, given: Given) -> Recipe:
-    """Return the recipe file, if any, with the command line's options on top."""
-    from qwenq.api import for_source
-    from qwenq.recipe import Recipe, read_recipe
-    from qwenq.workflow import find_recipe
-
-    base = read_recipe(find_recipe(file)) if file else Recipe()
-    base = for_source(base, given["calibration"].get("source"))
-    top = {**given.pop(""), "model": model}
-    return base.override(top, **given)
+        base = None if chosen.weights == "random" else chosen.model or "bundled"
+        next_commands(*with_model(out or Path(result.folder.name), base))
 
 
 # ``qwenq calibrate``: make the token sequences once, so that several quantisations share them.
@@ -150,6 +131,8 @@ def calibrate(
     """
     from qwenq import api
     from qwenq.models.folders import local_path
+    from qwenq.models.opening import resolve_model
+    from qwenq.models.tokenizer import load_tokenizer
 
     existed = local_path(out, "--out").exists() and not force
     wanted = {**given[""], **given["calibration"], **given["quantize"]}
@@ -160,25 +143,22 @@ def calibrate(
         return
     random = wanted.get("weights") == "random"
     first = made.tokens[0, : 2 * _PREVIEW].tolist()
-    preview = " ".join(map(str, first)) if random else _tokenizer(model).decode(first)
+    if random:
+        preview = " ".join(map(str, first))
+    else:
+        preview = load_tokenizer(resolve_model(model).folder).decode(first)
     typer.echo(_describe(made, out, preview[:_PREVIEW], unchanged=existed))
     next_commands(("quantize", model, *(("--weights", "random") if random else ()), "--calibration", out))
 
 
-def _tokenizer(model: str | None) -> Tokenizer:
-    from qwenq.models.opening import resolve_model
-    from qwenq.models.tokenizer import load_tokenizer
-
-    return load_tokenizer(resolve_model(model).folder)
-
-
 def _describe(made: CalibrationSet, out: Path, preview: str, *, unchanged: bool) -> str:
     facts = made.manifest
+    rest = "" if facts.source_read_to_end else ", the rest of the source was not read"
     lines = {
         "source": f"{facts.source}{_TEMPLATES[facts.template]}",
         "sequences": f"{facts.samples} × {facts.seq_len} tokens = {made.tokens.numel():,}",
         "held out": f"{facts.held_out} × {facts.seq_len}, from {facts.held_out_from}",
-        "documents": f"{facts.documents:,} used of {facts.documents_read:,} read{_where_it_stopped(made)}"
+        "documents": f"{facts.documents:,} used of {facts.documents_read:,} read{rest}"
         if facts.documents is not None and facts.documents_read is not None
         else None,
         "seed": str(facts.seed),
@@ -187,7 +167,3 @@ def _describe(made: CalibrationSet, out: Path, preview: str, *, unchanged: bool)
         "file": f"{out}{' (existed, unchanged)' if unchanged else ''}",
     }
     return "\n".join(f"{name:<12}{value}" for name, value in lines.items() if value is not None)
-
-
-def _where_it_stopped(made: CalibrationSet) -> str:
-    return "" if made.manifest.source_read_to_end else ", the rest of the source was not read"

@@ -11,12 +11,10 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import Given, recipe_options
-from qwenq.cli.printing import note, note_events, to_standard_output
+from qwenq.cli.printing import note_events, to_standard_output
 from qwenq.errors import UsageError, visible
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
 from qwenq.stopping import is_child
-
-# ``qwenq report``: run folders in; a model card, a page, and data out.
 
 
 @app.command()
@@ -46,17 +44,13 @@ def report(
     The model cards of the quantised folders are filled. Nothing is measured, and no model is loaded. Of a
     card only the marked sections and qwenq's scores change.
     """
-    from qwenq.publishing.measured import fill_cards
-    from qwenq.reporting.write import write_report
+    from qwenq import api
 
     if card and no_card:
         raise UsageError(
             "--card and --no-card exclude each other", where="--no-card", hint="give one of them"
         )
-    folder = out or Path("reports") / runs[0].resolve().name
-    page = write_report(runs, folder, given["report"].get("title"))
-    for written in fill_cards(runs, page, [] if no_card else card, note_events):
-        note(f"card: {visible(str(written))}")
+    page = api.report(runs, out, given["report"].get("title"), [] if no_card else card, progress=note_events)
     if not is_child():  # `qwenq run` ends with it
         typer.echo(visible(str(page)))
 

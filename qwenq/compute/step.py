@@ -21,7 +21,7 @@ from qwenq.compute.linear import PackedWeights, activation_bytes
 
 STRETCH = 256  # slots of a cache that attention takes together, as in C
 MULTIPLE = 32  # of every width: halves of a head fill registers
-MOST_HEAD_DIM = 256  # of a head's keys and values, and of a linear-attention head's
+MOST_HEAD_DIM = 256  # of keys and values, and of linear attention's
 _HEADS_AT_ONCE = 4
 _EXPERTS_AT_ONCE = 16  # registers of any variant are filled
 
@@ -43,12 +43,11 @@ class StepShape:
     normalised: bool = False  # whether their shares are made to add up to one
     shared_width: int = 0  # of the expert that all rows take; 0: there is none
     gated: bool = False  # whether what attention mixes is gated by as many outputs of qkv behind the values
-    # of linear attention; 0: no block has it
-    key_heads: int = 0
+    key_heads: int = 0  # of linear attention; 0: no block has it
     value_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
-    kernel: int = 0
+    kernel: int = 0  # width of its convolution
 
     @property
     def mixed(self) -> int:
@@ -73,7 +72,7 @@ class StepShape:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """What a linear-attention block has besides its linear layers, all float32."""
+    """What a linear-attention block has besides qkv, z and out; tensors are float32."""
 
     rates: PackedWeights  # hidden → strength and decay of each value head
     convolution: Tensor  # [kernel, channels]
@@ -86,13 +85,13 @@ class Recurrence:
 class StepBlock:
     """The weights of a block; vectors are float32."""
 
-    # qkv, out; of linear attention, queries, keys, values and z in the place of qkv
+    # qkv, out; of linear attention, the first gives queries, keys, values and z
     linears: tuple[PackedWeights, PackedWeights]
     # gate_up, down; of a mixture, those of each expert, with the same sizes and group sizes
     mlps: tuple[tuple[PackedWeights, PackedWeights], ...]
     norms: tuple[Tensor, Tensor]  # attention_norm [hidden], mlp_norm [hidden]
-    qkv_bias: Tensor | None = None  # [(heads + 2 kv_heads) · d] or None
-    qk_norm: Tensor | None = None  # [heads + kv_heads, d] or None
+    qkv_bias: Tensor | None = None  # [(heads + 2 kv_heads) · d]
+    qk_norm: Tensor | None = None  # [heads + kv_heads, d]
     router: Tensor | None = None  # [experts, hidden], of the result's dtype; None: the block is no mixture
     # gate_up, down of the expert that all rows take, and its gate [hidden]
     shared: tuple[PackedWeights, PackedWeights, Tensor] | None = None
@@ -164,9 +163,12 @@ class DecodeStep:
             lengths: tokens of each row so far.
             states: of each block with linear attention, [rows, channels, kernel] of the result's dtype, and
                 float32 [rows, value_heads, key_dim, value_dim]; changed.
+
+        Raises:
+            ValueError: tensors of other shapes, dtypes or strides.
         """
-        self._check(x, cos, sin, keys, values, lengths)
         rows, slots = len(x), keys.shape[-1]
+        self._check(x, cos, sin, keys, values, lengths)
         self._check_states(rows, states)
         y = torch.empty(rows, self._shape.hidden, dtype=self._dtype)
         with self._alone:
@@ -231,7 +233,15 @@ class DecodeStep:
 
 
 class _Workspace:
-    """What a step of so many rows over so many slots writes to, and its arguments."""
+    """What a step of so many rows writes to, and its arguments.
+
+    Args:
+        shape: sizes.
+        rows: of the batch.
+        slots: of each row of the cache, at most.
+        linears, vectors: addresses of each block, int64 [layers, LINEARS] and [layers, VECTORS] of C.
+        norm: float32 [hidden].
+    """
 
     def __init__(
         self, shape: StepShape, rows: int, slots: int, linears: Tensor, vectors: Tensor, norm: Tensor

@@ -16,7 +16,6 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter
 
-from qwenq.distributed import Team
 from qwenq.errors import QwenqError, StorageError, UsageError
 from qwenq.evals.batching import limited, prompt_text, request_hash
 from qwenq.evals.task import Choose, DataSource, Request
@@ -39,42 +38,30 @@ from qwenq.storage import fsync_folder, guard_storage
 
 FORMAT = 1
 FOLDER = "records"
+TITLE = 100  # characters, so that a long file name keeps its rank
 
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One item, asked and judged.
-
-    Attributes:
-        id, subject: the item's.
-        asked: `requests.request_hash`.
-        prompt_tokens: tokens of the prompt.
-        implementation: the code that ran, see ``Engine.implementation``.
-        tokens: new tokens; 0 where continuations were scored.
-        output: the text, or None for a choice.
-        logprobs, published: of the continuations (see ``task.Chosen``), or None.
-        extracted: the answer that was read from it.
-        correct: the verdict; None where a program has not run yet, or the right answer is not published.
-        also: further verdicts.
-        note: why.
-        stopped: whether the text ended before its limit.
-        sandbox: in which the extracted program ran; None: it has not run, or an old version recorded it.
-    """
+    """One item, asked and judged."""
 
     id: str
     subject: str | None
-    asked: str
+    asked: str  # ``batching.request_hash``
     prompt_tokens: int
-    implementation: str = ""
-    tokens: int = 0
-    output: str | None = None
+    implementation: str = ""  # the code that ran, see ``Engine.implementation``
+    tokens: int = 0  # new tokens; 0 where continuations were scored
+    output: str | None = None  # the text, or None for a choice
+    # logprobs, published: of the continuations (see ``task.Chosen``), or None
     logprobs: tuple[float, ...] | None = None
     published: tuple[float, ...] | None = None
-    extracted: str | None = None
+    extracted: str | None = None  # the answer that was read from it
+    # the verdict; None where a program has not run yet, or the right answer is not published
     correct: bool | None = None
-    also: Mapping[str, bool] = field(default_factory=dict)
+    also: Mapping[str, bool] = field(default_factory=dict)  # further verdicts
     note: str | None = None
-    stopped: bool | None = None
+    stopped: bool | None = None  # whether the text ended before its limit
+    # in which the extracted program ran; None: it has not run, or an old version recorded it
     sandbox: str | None = None
 
 
@@ -85,18 +72,19 @@ class AnswerLog:
     """The records of one model and task, open for reading and appending.
 
     Args:
-        run: the run folder.
+        run: the run folder, on a disk that all ranks share.
         title: of the file; converted to a valid file name.
         key: everything that an answer depends on but the item: JSON values.
+        rank: of the process; each has a log, which that of rank 0 takes over.
 
     Raises:
         StorageError: the disk refused, or a line other than the last is broken.
     """
 
-    def __init__(self, run: Path, title: str, key: Mapping[str, Any]) -> None:
-        text = json.dumps(key, ensure_ascii=False, sort_keys=True)
-        self.path = run / FOLDER / f"{name_of(title, key)}.jsonl"
-        self._key = json.loads(text)
+    def __init__(self, run: Path, title: str, key: Mapping[str, Any], rank: int = 0) -> None:
+        part = f"{title[:TITLE]}.rank"
+        self.path = run / FOLDER / f"{name_of(f'{part}{rank}' if rank else title, key)}.jsonl"
+        self._key, self._part = json.loads(json.dumps(key, sort_keys=True)), part
         with guard_storage(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file: IO[bytes] = self.path.open("ab+")
@@ -106,13 +94,6 @@ class AnswerLog:
             with suppress(OSError):  # closing tries once more to write what a full disk refused
                 self._file.close()
             raise
-
-    @staticmethod
-    def parts(run: Path, title: str, key: Mapping[str, Any]) -> list[Path]:
-        """Return the logs with this key whose titles are this one and a number."""
-        digest = _digest(json.dumps(key, ensure_ascii=False, sort_keys=True))
-        ending = re.compile(re.escape(_name(title)) + rf"\d+\.{digest}\.jsonl")
-        return sorted(path for path in (run / FOLDER).glob("*.jsonl") if ending.fullmatch(path.name))
 
     def find(self, id_: str, asked: str) -> AnswerRecord | None:
         """Return the record of an item, if the same question was asked."""
@@ -124,6 +105,19 @@ class AnswerLog:
             self._known[record.id, record.asked] = record
             self._write(_plain(record))
         self._sync()
+
+    def merge_ranks(self) -> list[AnswerRecord]:
+        """Take over the logs of other ranks, of this run or an earlier one; return the new records."""
+        title, _, digest = name_of(self._part, self._key).rpartition(".")
+        part = re.compile(rf"{re.escape(title)}\d+\.{digest}\.jsonl")
+        found: list[AnswerRecord] = []
+        for path in sorted(path for path in self.path.parent.iterdir() if part.fullmatch(path.name)):
+            new = [one for one in read_answer_log(path) if self.find(one.id, one.asked) is None]
+            self.append(*new)
+            found += new
+            with guard_storage(path):
+                path.unlink()
+        return found
 
     def _sync(self) -> None:
         with guard_storage(self.path):
@@ -166,23 +160,12 @@ class AnswerLog:
 
 def name_of(title: str, key: Mapping[str, Any]) -> str:
     """Return the name of a key's file without its suffix: no two keys share one."""
-    return f"{_name(title)}.{_digest(json.dumps(key, ensure_ascii=False, sort_keys=True))}"
-
-
-def _name(title: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", title)[:120].lstrip(".")
-
-
-def _digest(key: str) -> str:
-    return hashlib.sha256(key.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(json.dumps(key, ensure_ascii=False, sort_keys=True).encode()).hexdigest()[:12]
+    return f"{re.sub(r'[^A-Za-z0-9._-]+', '-', title)[:120].lstrip('.')}.{digest}"
 
 
 def read_answer_log(path: Path) -> list[AnswerRecord]:
-    """Return the last record of every question in a file.
-
-    Raises:
-        StorageError: the file cannot be read, or a line is broken.
-    """
+    """Return the last record of every question in a file."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -220,14 +203,10 @@ def _plain(record: AnswerRecord) -> dict[str, Any]:
     return {name: value for name, value in values if name == "subject" or value not in (None, {})}
 
 
-# Share a task among ranks, and merge their logs.
-#
-# Each rank writes a log beside that of rank 0, which merges them at the end, or at the beginning of the
-# next run, whatever its number of ranks. The run folder has to be on a disk that all ranks share.
+# Share a task among ranks.
 
 
 CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact
-TITLE = 100  # characters, so that a long file name keeps its rank
 DECODE_COST = 8  # a new token, in tokens of a prompt: these go through the model together
 
 
@@ -250,37 +229,6 @@ def split_by_cost(costs: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-def rank_title(title: str, team: Team) -> str:
-    """Return the title of this rank's log."""
-    return title if team.is_rank0 else f"{title[:TITLE]}.rank{team.rank}"
-
-
-def merge_rank_logs(records: AnswerLog, run: Path, title: str, key: Mapping[str, Any]) -> list[AnswerRecord]:
-    """Merge the logs of other ranks, of this run or an earlier one, into rank 0's; return the new records."""
-    found: list[AnswerRecord] = []
-    for path in AnswerLog.parts(run, f"{title[:TITLE]}.rank", key):
-        new = [one for one in read_answer_log(path) if records.find(one.id, one.asked) is None]
-        records.append(*new)
-        found += new
-        with guard_storage(path):
-            path.unlink()
-    return found
-
-
-def require_none_missing(missing: int, team: Team, run: Path) -> None:
-    """Refuse a run folder that the ranks do not share.
-
-    Raises:
-        StorageError: records of other ranks are missing.
-    """
-    if missing and team.world > 1:
-        raise StorageError(
-            f"{missing} answers of other processes are missing",
-            where=run,
-            hint="name a run folder with --out on a disk that all machines share",
-        )
-
-
 # Show one item in full: prompt, answers and verdicts.
 
 
@@ -291,14 +239,8 @@ _REORDERING = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x2
 def show_item(run: Path, id_: str, source: DataSource) -> str:
     """Return the text of ``qwenq eval --show``, without control characters.
 
-    Args:
-        run: the run folder.
-        id_: of the item.
-        source: the benchmark's data: prompts are not recorded but made again, and checked against the record.
-            By default the sample suite, if all rows of the run are of it.
-
-    Raises:
-        UsageError: no records, or none of that item.
+    Prompts are not recorded but made again from the benchmark's data, and checked against the record. Without
+    a source that is the sample suite, if all rows of the run are of it.
     """
     folder = run / FOLDER
     files = sorted(folder.glob("*.jsonl")) if folder.is_dir() else []

@@ -60,13 +60,16 @@ RequestTokens = ChoiceTokens | WriteTokens
 def encode_requests(
     tokenizer: Tokenizer, items: Sequence[Item], requests: Sequence[Request]
 ) -> list[RequestTokens]:
-    """Return the token ids of each request.
-
-    Raises:
-        DataError: a prompt or a continuation without any token.
-        UsageError: a chat for a model without a chat template.
-    """
-    prompts = _encode_prompts(tokenizer, [request.prompt for request in requests])
+    """Return the token ids of each request: of texts together, in parallel, and of chats one by one."""
+    encoded = iter(tokenizer.encode_many([one.prompt for one in requests if isinstance(one.prompt, str)]))
+    try:
+        prompts = [
+            next(encoded) if isinstance(one.prompt, str) else tokenizer.chat(list(one.prompt))
+            for one in requests
+        ]
+    except UsageError as error:
+        hint = error.hint or "a chat begins with a system message here; --protocol base asks in plain text"
+        raise UsageError(error.what, where=error.where, hint=hint) from error
     found: list[RequestTokens] = []
     for item, request, prompt in zip(items, requests, prompts, strict=True):
         if not prompt:
@@ -82,11 +85,7 @@ def encode_requests(
 
 
 def require_context(requests: Sequence[RequestTokens], context: int | None) -> None:
-    """Refuse prompts beyond the model's context: nothing is truncated, as that would be another question.
-
-    Raises:
-        DataError: a prompt is too long.
-    """
+    """Refuse prompts beyond the model's context: nothing is truncated, as that would be another question."""
     too_long = [request for request in requests if context is not None and request.needed > context]
     if not too_long:
         return
@@ -110,7 +109,8 @@ def limited(request: Request, max_new_tokens: int | None) -> Request:
 
 def request_hash(item: Item, request: Request) -> str:
     """Return 16 hex digits over request and item, right answer included."""
-    asked: dict[str, object] = {"prompt": _plain(request.prompt)}
+    prompt = request.prompt if isinstance(request.prompt, str) else [*map(dict, request.prompt)]
+    asked: dict[str, object] = {"prompt": prompt}
     if isinstance(request, Choose):
         asked["choices"] = request.choices
     else:
@@ -131,23 +131,6 @@ def prompt_text(prompt: Prompt) -> str:
     return "\n".join(f"[{message['role']}]\n{message['content']}" for message in prompt)
 
 
-def _plain(prompt: Prompt) -> object:
-    return prompt if isinstance(prompt, str) else [dict(message) for message in prompt]
-
-
-def _encode_prompts(tokenizer: Tokenizer, prompts: Sequence[Prompt]) -> list[list[int]]:
-    """Encode texts together, which some tokenizers do in parallel, and chats one by one."""
-    texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    encoded = iter(tokenizer.encode_many(texts))
-    try:
-        return [
-            next(encoded) if isinstance(prompt, str) else tokenizer.chat(list(prompt)) for prompt in prompts
-        ]
-    except UsageError as error:
-        hint = error.hint or "a chat begins with a system message here; --protocol base asks in plain text"
-        raise UsageError(error.what, where=error.where, hint=hint) from error
-
-
 # Group prompts by shared prefixes, each of which is encoded once.
 #
 # In sorted order every set of prompts with a common prefix is a run of neighbours, and the runs with a longer
@@ -163,16 +146,12 @@ DEEPEST = 100
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """Prompts with a common prefix.
+    """Prompts with a common prefix."""
 
-    Attributes:
-        length: of the prefix in tokens; less than any of the prompts, as the last token of each has to be
-            computed. 0: they share nothing.
-        members: indexes of the prompts.
-    """
-
+    # of the prefix in tokens; less than any of the prompts, as the last token of each has to be computed. 0:
+    # they share nothing
     length: int
-    members: tuple[int, ...]
+    members: tuple[int, ...]  # indexes of the prompts
 
 
 def group_by_prefix(prompts: Sequence[Sequence[int]]) -> list[PrefixGroup]:
@@ -199,10 +178,7 @@ def _division(
 ) -> tuple[int, list[tuple[int, list[int]]]]:
     """Return the best division of a run of sorted prompts: tokens saved, and groups as (length, places).
 
-    Args:
-        shared: lengths that neighbours have in common.
-        left, right: the run's first and last place.
-        within: number of runs around it.
+    ``shared`` are the lengths that neighbours have in common; ``within`` is the number of runs around it.
     """
     depth = int(shared[left:right].min()) if left < right else 0
     ends = [*(left + np.flatnonzero(shared[left:right] == depth)).tolist(), right]
@@ -239,31 +215,22 @@ _PADDING = 31  # slots by which the layout of decode steps may be longer than th
 
 @dataclass
 class Budget:
-    """Limits of one forward pass.
+    """Limits of one forward pass."""
 
-    Attributes:
-        memory: bytes.
-        tokens: new tokens, padding included.
-        rows: sequences in a pass.
-        cached: bytes of keys and values of one token in all layers.
-        computed: bytes that a new token needs while it is computed.
-        logits: bytes that the logits of one row need.
-        arranged: as ``cached``, in the layout of decode steps, which is filled from the other; 0: none.
-        states: bytes of the recurrent states of one row.
-    """
-
-    memory: int
-    tokens: int
-    rows: int
-    cached: int
-    computed: int
-    logits: int
-    arranged: int = 0
-    states: int = 0
+    memory: int  # bytes
+    tokens: int  # new tokens, padding included
+    rows: int  # sequences in a pass
+    cached: int  # bytes of keys and values of one token in all layers
+    computed: int  # bytes that a new token needs while it is computed
+    logits: int  # bytes that the logits of one row need
+    arranged: int = 0  # as ``cached``, in the layout of decode steps, which is filled from the other; 0: none
+    states: int = 0  # bytes of the recurrent states of one row
 
     def rows_that_fit(self, longest: int, capacity: int) -> int:
         """Return how many rows of ``longest`` new tokens fit, in a cache of ``capacity``; at least one."""
-        cache = self._cache(capacity, steps=longest <= 1)  # a pass over one token each is a decode step
+        cache = capacity * self.cached
+        if longest <= 1:  # a decode step: the cache is there twice while it is rearranged
+            cache += (capacity + _PADDING) * self.arranged
         each = cache + longest * (self.computed + capacity * 4) + self.logits + self.states
         return max(1, min(self.rows, self.tokens // max(longest, 1), self.memory // each))
 
@@ -273,17 +240,8 @@ class Budget:
         each = cache + self.computed + self.logits + self.states
         return max(1, min(self.rows, self.memory // each))
 
-    def _cache(self, capacity: int, steps: bool) -> int:
-        """Return the largest size of a cache row in bytes, twice while it is rearranged for decode steps."""
-        arranged = (capacity + _PADDING) * self.arranged if steps else 0
-        return capacity * self.cached + arranged
-
     def halve(self, rows: int, error: BaseException) -> None:
-        """Halve the number of rows from now on.
-
-        Raises:
-            QwenqError: a single row did not fit.
-        """
+        """Halve the number of rows from now on; raise where a single row did not fit."""
         if rows <= 1:
             raise QwenqError(
                 "not enough memory for a single prompt", hint="use a smaller model, dtype or prompt"
@@ -292,12 +250,9 @@ class Budget:
 
 
 def budget_for(engine: Engine, batch: int | None = None, decode: bool = False) -> Budget:
-    """Return the limits by the memory that is free now.
+    """Return the limits by the memory that is free now; without ``batch``, as many rows as gain speed.
 
-    Args:
-        engine: loaded already.
-        batch: rows that the user allows; None: as many as gain speed.
-        decode: for decode steps, of one token a row.
+    ``decode`` is for decode steps, of one token a row.
     """
     gpu = engine.device.type == "cuda"
     probe = engine.new_cache(1, 1)

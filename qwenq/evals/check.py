@@ -20,8 +20,8 @@ from qwenq.events import Listener, Notice, Update, counted, silent
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.foreign_formats import ForeignFormat
-from qwenq.models.gptq_config import QuantConfig
-from qwenq.models.gptq_format import DequantisedSource, is_quantised, quantised_modules
+from qwenq.models.gptq_config import QuantConfig, is_quantised
+from qwenq.models.gptq_format import DequantisedSource, quantised_modules
 from qwenq.models.pad_ffn import widened
 from qwenq.models.random_weights import refuse_random
 from qwenq.statistics import (
@@ -68,12 +68,12 @@ def chosen_sequences(sequences: int, tokens: int) -> list[int]:
 
 
 @contextmanager
-def captured_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the inputs of the linears ``names`` of a block: name → one [batch, tokens, in] per forward."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+def captured_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Collect the inputs of a block's linears in a forward pass: name → [batch, tokens, in]."""
+    seen: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        return lambda _, args: seen[name].append(args[0])
+        return lambda _, args: seen.update({name: args[0]})
 
     handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
     try:
@@ -84,17 +84,10 @@ def captured_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str
 
 
 def module_error(name: str, weight: Tensor, quantised: Tensor, x: Tensor, quant: QuantConfig) -> ModuleError:
-    """Compare a quantised weight and its rounded one on the same inputs.
+    """Compare a quantised weight and its rounded one, float32 [out, in], on the same inputs [tokens, in].
 
     Products of bfloat16 inputs are bfloat16's, added up in float32: what is rounded there, each weight's and
     each output's last bits, is a hundred-thousandth of an energy. Others are float32's.
-
-    Args:
-        name: of the module.
-        weight: float32 [out, in], the base model's.
-        quantised: float32 [out, in], what the integers stand for.
-        x: [tokens, in], in the dtype that the block ran in.
-        quant: bits, group size and symmetry.
     """
     x = x if x.dtype == torch.bfloat16 else x.float()
     energy = _energy(x, weight)
@@ -107,17 +100,11 @@ def _energy(x: Tensor, weight: Tensor) -> float:
 
 
 def round_to_nearest(weight: Tensor, quant: QuantConfig) -> Tensor:
-    """Round each weight to the nearest point of the grid that its group's range gives.
+    """Round each weight of float32 [out, in] to the nearest point of the grid that its group's range gives.
 
     Symmetric: the group's largest magnitude meets the grid's longer side (−2^(bits−1)), so the scale is
     absmax / 2^(bits−1), negative where that weight is positive. Asymmetric: minimum to maximum, with zero.
-
-    Args:
-        weight: float32 [out, in].
-        quant: bits, group size and symmetry.
-
-    Returns:
-        float32 [out, in], dequantised; scales rounded to float16 as a file holds them.
+    Scales are rounded to float16 as a file holds them.
     """
     rows, width = weight.shape
     size = width if quant.group_size == -1 else quant.group_size
@@ -146,20 +133,14 @@ SLAB_ELEMENTS = 1 << 25  # logits of one model at a time: 128 MB in float32 (220
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Both models' predictions of every token but the first of each sequence; arrays [sequences, tokens − 1].
+    """Both models' predictions of all tokens but each sequence's first: arrays [sequences, tokens − 1]."""
 
-    Attributes:
-        kl: KL(base ‖ quantised) of the predicted distributions, in nats.
-        same_top: whether both give the same token the highest probability.
-        nll: −log of the probability that the quantised model gave to the token that came, in nats.
-        base_nll: the same for the base model.
-        top5, top10: share of the 5 and 10 likeliest tokens that both models have in common.
-    """
-
-    kl: NDArray[np.float64]
-    same_top: NDArray[np.bool_]
+    kl: NDArray[np.float64]  # KL(base ‖ quantised) of the predicted distributions, in nats
+    same_top: NDArray[np.bool_]  # whether both give the same token the highest probability
+    # −log of the probability that the quantised model gave to the token that came, in nats
     nll: NDArray[np.float64]
-    base_nll: NDArray[np.float64]
+    base_nll: NDArray[np.float64]  # the same for the base model
+    # top5, top10: share of the 5 and 10 likeliest tokens that both models have in common
     top5: NDArray[np.float64]
     top10: NDArray[np.float64]
 
@@ -204,15 +185,11 @@ def compare_slab(*logits_and_targets: Tensor) -> Tensor:
 
 
 def compare_logits(base: Tensor, quantised: Tensor, targets: Tensor) -> Tensor:
-    """Return the fields of ``TokenScores`` in their order: float64 [6, tokens].
+    """Return the fields of ``TokenScores`` in their order, float64 [6, tokens]; logits are changed in place.
 
     With a, b the logits less their maximum, Z = Σ exp: KL = Σ exp(a) (a − b) / Zₐ + log Z_b − log Zₐ. Nothing
     overflows, nothing is a logarithm of zero. Summed in float32 it is right to about 1e-6 nats, a tenth of
     what running the models in another float dtype changes.
-
-    Args:
-        base, quantised: float32 [tokens, vocabulary]; changed in place.
-        targets: int64 [tokens], the token that came.
     """
     (top_a, first_a), (top_b, first_b) = (x.max(-1, keepdim=True) for x in (base, quantised))
     same = (first_a == first_b)[:, 0]
@@ -231,9 +208,6 @@ def compare_logits(base: Tensor, quantised: Tensor, targets: Tensor) -> Tensor:
 def _overlap(one: Tensor, other: Tensor) -> Tensor:
     """Return the share of ids [tokens, count] of one that the other has, too: float64 [tokens]."""
     return (one[:, :, None] == other[:, None, :]).any(-1).double().mean(-1)
-
-
-# Hold the check's result.
 
 
 @dataclass(frozen=True)
@@ -335,8 +309,6 @@ def _interval(estimate: Estimate, form: str) -> str:
 # A 15 GB model is checked in the memory of one of its blocks, the hidden states, and two heads.
 
 
-__all__ = ["CheckResult", "check", "require_comparable"]
-
 TOKENS_PER_BATCH = 2048
 _SAME_IN_BOTH = (
     "model_type",
@@ -379,34 +351,34 @@ def check(
     else:
         plain, measured = quantised, _comparable_modules(quantised, quantised.foreign.format, base, listener)
     with counted(listener, step) as progress:
-        pair = _Pair(plain, base, quant, torch.device(device), dtype)
-        if pair.fallback_notice:
-            listener(Notice(pair.fallback_notice))
+        before, after = (BlockwiseDecoder(model, torch.device(device), dtype) for model in (base, plain))
+        if before.fallback_notice:  # both have the same heads
+            listener(Notice(before.fallback_notice))
         with torch.inference_mode():
-            scores, modules = pair.run(held_out, measured, progress)
+            scores, modules = _measure(before, after, quant, held_out, measured, progress)
     return _summarise(scores, modules, quant, held_out, device=str(device), dtype=dtype)
 
 
-def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
-    """Return the settings of ``quantised``, a model of ``base``'s shape.
+def require_quantised(model: Checkpoint) -> None:
+    """Refuse a model that is not quantised, or whose weights are random."""
+    if not is_quantised(model.config) and model.foreign is None:
+        raise UsageError(
+            "this model is not quantised, so there is nothing to check",
+            where=model.folder,
+            hint="the quantised model comes first: `qwenq check QUANTISED --against BASE`",
+        )
+    refuse_random(model.config, "accuracy")
 
-    Raises:
-        UsageError: the first is not quantised, the second is, they differ in shape, or weights are random.
-        UnsupportedError: quantised in a way that is not read.
-    """
-    for checkpoint in (quantised, base):
-        refuse_random(checkpoint.config, "accuracy")
+
+def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
+    """Return the settings of ``quantised``, a model of ``base``'s shape; refuse any other pair."""
+    require_quantised(quantised)
+    refuse_random(base.config, "accuracy")
     if is_quantised(base.config):
         raise UsageError(
             "the base is itself quantised",
             where=base.folder,
             hint="name the full-precision model: --against BASE",
-        )
-    if not is_quantised(quantised.config) and quantised.foreign is None:
-        raise UsageError(
-            "this model is not quantised, so there is nothing to check",
-            where=quantised.folder,
-            hint="quantise it first: `qwenq quantize MODEL --bits 4`",
         )
     for key in _SAME_IN_BOTH:
         has, wants = quantised.config.get(key), base.config.get(key)
@@ -455,11 +427,7 @@ def _another_model(key: str, has: object, wants: object, base: Checkpoint) -> Us
 
 
 def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
-    """Refuse tokens that cannot be scored.
-
-    Raises:
-        UsageError: not [sequences, tokens] with 2 tokens or more, or an id without a row in the embedding.
-    """
+    """Refuse tokens that cannot be scored."""
     if held_out.ndim != 2 or held_out.shape[0] < 1 or held_out.shape[1] < 2:
         raise UsageError(
             f"the held-out tokens are {list(held_out.shape)}; the check needs sequences of at least 2 tokens",
@@ -473,87 +441,70 @@ def require_tokens(held_out: Tensor, base: Checkpoint) -> None:
         )
 
 
-class _Pair:
-    """Two decoders that run block by block side by side."""
+def _measure(
+    base: BlockwiseDecoder,
+    quantised: BlockwiseDecoder,
+    quant: QuantConfig,
+    tokens: Tensor,
+    modules: list[str],
+    progress: Update,
+) -> tuple[TokenScores, list[ModuleError]]:
+    """Run both models side by side: score all tokens, and measure the linears called ``modules``."""
+    size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
+    batches = torch.split(tokens, size)
+    chosen = chosen_sequences(*tokens.shape)
+    rows = [[row - at * size for row in chosen if row // size == at] for at in range(len(batches))]
+    done, total = count(1), len(base.names) + len(batches)
 
-    def __init__(
-        self,
-        quantised: Checkpoint,
-        base: Checkpoint,
-        quant: QuantConfig,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        self._quant = quant
-        self._checkpoints = base, quantised
-        self._base = BlockwiseDecoder(base, device, dtype)
-        self._quantised = BlockwiseDecoder(quantised, device, dtype)
-        self.fallback_notice = self._base.fallback_notice  # both have the same heads
+    def step() -> None:
+        progress(next(done), total)
 
-    def run(
-        self, tokens: Tensor, modules: list[str], progress: Update
-    ) -> tuple[TokenScores, list[ModuleError]]:
-        """Score all tokens; ``modules`` are the quantised linears' full names."""
-        size = max(1, TOKENS_PER_BATCH // tokens.shape[1])
-        batches = torch.split(tokens, size)
-        chosen = chosen_sequences(*tokens.shape)
-        rows = [[row - at * size for row in chosen if row // size == at] for at in range(len(batches))]
-        done, total = count(1), len(self._base.names) + len(batches)
-        base_hidden, hidden = self._base.embed(batches), self._quantised.embed(batches)
-        errors: list[ModuleError] = []
-        for index, prefix in enumerate(self._base.names):
-            names = [m.removeprefix(f"{prefix}.") for m in modules if m.startswith(f"{prefix}.")]
-            inputs = self._advance_base(index, names, base_hidden, rows)
-            with self._quantised.block(index) as block:
-                for at, states in enumerate(hidden):
-                    hidden[at] = self._quantised.forward(block, states)
-            errors += [self._module_error(f"{prefix}.{name}", x) for name, x in inputs.items()]
-            progress(next(done), total)
-        scores = score_tokens(
-            self._base,
-            self._quantised,
-            (base_hidden, hidden),
-            batches,
-            lambda: progress(next(done), total),
-        )
-        return scores, errors
-
-    def _advance_base(
-        self, index: int, names: list[str], hidden: list[Tensor], rows: list[list[int]]
-    ) -> dict[str, Tensor]:
-        """Run block ``index`` on ``hidden`` in place; return the inputs of its linears, [tokens, in] each.
-
-        ``rows``: the sequences of each batch whose inputs are kept.
-        """
-        kept: dict[str, list[Tensor]] = {name: [] for name in names}
-        with self._base.block(index) as block:
+    base_hidden, hidden = base.embed(batches), quantised.embed(batches)
+    errors: list[ModuleError] = []
+    for index, prefix in enumerate(base.names):
+        names = [m.removeprefix(f"{prefix}.") for m in modules if m.startswith(f"{prefix}.")]
+        inputs = _advance_base(base, index, names, base_hidden, rows)
+        with quantised.block(index) as block:
             for at, states in enumerate(hidden):
-                with captured_inputs(block, names) as seen:
-                    hidden[at] = self._base.forward(block, states)
-                for name, (x,) in seen.items():
-                    if x.ndim == 3:
-                        kept[name].append(x[rows[at]].flatten(0, 1)[:MODULE_TOKENS])  # [tokens, in]
-                    else:  # an expert's, of all sequences: [rows, in]
-                        kept[name].append(x[:EXPERT_TOKENS].clone())
-        return {name: torch.cat(parts)[:MODULE_TOKENS] for name, parts in kept.items()}
-
-    def _module_error(self, name: str, x: Tensor) -> ModuleError:
-        """Measure one linear from its weights in float32: the blocks' are rounded to the compute dtype."""
-        weight, quantised = (c.read(f"{name}.weight").to(x.device).float() for c in self._checkpoints)
-        if weight.shape != quantised.shape:
-            raise ModelError(
-                f"the quantised weight is {list(quantised.shape)}, the base's {list(weight.shape)}",
-                where=name,
-                hint="the folder mixes two models: quantise again",
-            )
-        return module_error(name, weight, quantised, x, self._quant.of(name))
+                hidden[at] = quantised.forward(block, states)
+        checkpoints = base.checkpoint, quantised.checkpoint
+        errors += [_error_of(f"{prefix}.{name}", x, quant, checkpoints) for name, x in inputs.items()]
+        step()
+    return score_tokens(base, quantised, (base_hidden, hidden), batches, step), errors
 
 
-def _mean_share(shares: NDArray[np.float64]) -> Estimate:
-    found = mean_of_sequences(shares)
-    if found.low is None or found.high is None:
-        return found
-    return replace(found, low=max(0.0, found.low), high=min(1.0, found.high))
+def _advance_base(
+    base: BlockwiseDecoder, index: int, names: list[str], hidden: list[Tensor], rows: list[list[int]]
+) -> dict[str, Tensor]:
+    """Run block ``index`` on ``hidden`` in place; return the inputs of its linears, [tokens, in] each.
+
+    ``rows``: the sequences of each batch whose inputs are kept.
+    """
+    kept: dict[str, list[Tensor]] = {name: [] for name in names}
+    with base.block(index) as block:
+        for at, states in enumerate(hidden):
+            with captured_inputs(block, names) as seen:
+                hidden[at] = base.forward(block, states)
+            for name, x in seen.items():
+                if x.ndim == 3:
+                    kept[name].append(x[rows[at]].flatten(0, 1)[:MODULE_TOKENS])  # [tokens, in]
+                else:  # an expert's, of all sequences: [rows, in]
+                    kept[name].append(x[:EXPERT_TOKENS].clone())
+    return {name: torch.cat(parts)[:MODULE_TOKENS] for name, parts in kept.items()}
+
+
+def _error_of(
+    name: str, x: Tensor, quant: QuantConfig, checkpoints: tuple[Checkpoint, Checkpoint]
+) -> ModuleError:
+    """Measure one linear from its weights in float32: the blocks' are rounded to the compute dtype."""
+    weight, quantised = (one.read(f"{name}.weight").to(x.device).float() for one in checkpoints)
+    if weight.shape != quantised.shape:
+        raise ModelError(
+            f"the quantised weight is {list(quantised.shape)}, the base's {list(weight.shape)}",
+            where=name,
+            hint="the folder mixes two models: quantise again",
+        )
+    return module_error(name, weight, quantised, x, quant.of(name))
 
 
 def _summarise(
@@ -566,9 +517,7 @@ def _summarise(
     dtype: torch.dtype,
 ) -> CheckResult:
     sequences, seq_len = held_out.shape
-    kl = mean_of_sequences(scores.kl)
-    if kl.low is not None:
-        kl = replace(kl, low=max(0.0, kl.low))
+    kl = mean_of_sequences(scores.kl).within(0.0)
     same_top = rate_of_sequences(scores.same_top)
     median, p99, p999 = (float(x) for x in np.quantile(scores.kl, (0.5, 0.99, 0.999)))
     return CheckResult(
@@ -578,8 +527,8 @@ def _summarise(
         kl_p999=p999,
         kl_by_position=means_by_position(scores.kl),
         same_top=same_top,
-        top5=_mean_share(scores.top5),
-        top10=_mean_share(scores.top10),
+        top5=mean_of_sequences(scores.top5).within(0.0, 1.0),
+        top10=mean_of_sequences(scores.top10).within(0.0, 1.0),
         perplexity=perplexity(scores.nll),
         base_perplexity=perplexity(scores.base_nll),
         perplexity_ratio=ratio_of_perplexities(scores.nll, scores.base_nll),

@@ -7,14 +7,13 @@ import math
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.task import CLOSE, OPEN, Answer, Choose, Chosen, Request, Write, Written
 from qwenq.events import Listener, silent
 from qwenq.http import (
-    FIRST_PAUSE,
     RefusedError,
     Server,
     ServerState,
@@ -39,47 +38,27 @@ generation_config.json, which has 1.1 in Qwen's chat models."""
 
 @dataclass(frozen=True)
 class Reply:
-    """A whole answer with the facts that are recorded.
+    """A whole answer with the facts that are recorded."""
 
-    Attributes:
-        answer: a text, cut before what stops it, or the log probabilities of continuations.
-        prompt_tokens: of the prompt, as they were counted; 0: unknown, as the text's tokens may be.
-        how: the code that ran, or the way in which a server scored letters.
-    """
-
-    answer: Answer
-    prompt_tokens: int
-    how: str = ""
+    answer: Answer  # a text, cut before what stops it, or the log probabilities of continuations
+    prompt_tokens: int  # of the prompt, as they were counted; 0: unknown, as the text's tokens may be
+    how: str = ""  # the code that ran, or the way in which a server scored letters
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A server's address and a model's name there.
+    """A server and a model's name there."""
 
-    Attributes:
-        url: up to and with ``/v1``.
-        model: its name there.
-        key: sent as a bearer token; None: none.
-        concurrency: requests under way at a time.
-        timeout: seconds without a byte after which an attempt is given up.
-        pause: seconds before the second attempt.
-        trouble: state that all requests share.
-        thinking: sent as ``enable_thinking`` for the chat template; None: left to the server.
-    """
-
-    url: str
+    server: Server
     model: str
-    key: str | None = field(default=None, repr=False)
-    concurrency: int = CONCURRENCY
-    timeout: float = 300.0
-    pause: float = FIRST_PAUSE
-    trouble: ServerState = field(default_factory=ServerState, repr=False, compare=False)
+    concurrency: int = CONCURRENCY  # requests under way at a time
+    # sent as ``enable_thinking`` for the chat template; None: left to the server
     thinking: bool | None = None
 
     @property
-    def server(self) -> Server:
-        """Return the server that it is on."""
-        return Server(self.url, self.key, self.timeout, self.pause, self.trouble)
+    def url(self) -> str:
+        """Return the server's address, up to and with ``/v1``."""
+        return self.server.url
 
     def ask(self, request: Request) -> Reply:
         """Return one answer: a text decoded greedily, or scores of letters."""
@@ -107,24 +86,21 @@ class Endpoint:
 
     def without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         """Return the reply without repetition penalty; a server that refuses the option applies none."""
-        if PENALTY not in self.trouble.unknown:
-            try:
-                return self.server.ask(path, {**body, PENALTY: 1.0})
-            except RefusedError as refused:
-                if not refused.concerns(PENALTY):
-                    raise
-                found = self.server.ask(path, body)
-                self.trouble.lacks(PENALTY, self.url)
-                return found
-        return self.server.ask(path, body)
+        if PENALTY in self.server.state.unknown:
+            return self.server.ask(path, body)
+        try:
+            return self.server.ask(path, {**body, PENALTY: 1.0})
+        except RefusedError as refused:
+            if not refused.concerns(PENALTY):
+                raise
+            found = self.server.ask(path, body)
+            self.server.state.lacks(PENALTY, self.url)
+            return found
 
     def ask_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield every answer as it arrives, as (index, reply), ``concurrency`` at a time.
 
-        After SIGTERM (see ``stopping.finishing``) no further requests are sent.
-
-        Raises:
-            QwenqError: as ``ask``; requests that were not begun are not sent any more.
+        After SIGTERM (see ``stopping.finishing``), or an error, no further requests are sent.
         """
         waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
         for index in range(len(requests)):
@@ -201,18 +177,12 @@ def endpoint_at(
     concurrency: int = CONCURRENCY,
     listener: Listener = silent,
 ) -> Endpoint:
-    """Return the endpoint at a URL, after one request for the models that it serves.
+    """Return the endpoint at ``http://HOST/v1``, after one request for the models that it serves.
 
-    Args:
-        url: ``http://HOST/v1``; a missing ``/v1`` is not added.
-        model: its name there; None: the only one that is served.
-        key: see ``Endpoint``.
-        concurrency: see ``Endpoint``.
-        listener: receives a notice when a request has failed and is retried.
+    Without a name the model is the only one there. A request that has failed and is retried is a notice.
     """
-    state = ServerState(listener)
-    found = Endpoint(checked_address(url), model or "", checked_key(key), concurrency, trouble=state)
-    return replace(found, model=served_model(found.server, model))
+    server = Server(checked_address(url), checked_key(key), state=ServerState(listener))
+    return Endpoint(server, served_model(server, model), concurrency)
 
 
 # Score the continuations of a prompt by a server's log probabilities: letters of questions with options.
@@ -225,8 +195,8 @@ def endpoint_at(
 # - **echo**: ``echo`` with ``logprobs`` returns the log probability of each token of the text (in vLLM: its
 #   ``prompt_logprobs``). It takes a request for each continuation, and scores any number of tokens.
 #
-# Both are the log softmax over the vocabulary that ``evals.scoring`` computes, so the scores are those of our
-# engine up to the server's dtype. Nothing is guessed: a letter that neither way scores is an error.
+# Both are the log softmax over the vocabulary that ``evals.answering`` computes, so the scores are those of
+# our engine up to the server's dtype. Nothing is guessed: a letter that neither way scores is an error.
 
 
 TOPS = (20, 2000)
@@ -239,12 +209,7 @@ class _Absent(Exception):  # noqa: N818  no error yet
 
 
 def score_letters(endpoint: Endpoint, request: Choose) -> Reply:
-    """Return the log probability of each continuation of a plain prompt.
-
-    Raises:
-        UsageError: the server gives no log probabilities, or not those of all continuations.
-        QwenqError: it refused the request, or every attempt failed.
-    """
+    """Return the log probability of each continuation of a plain prompt."""
     prompt = request.prompt
     if not isinstance(prompt, str):
         raise TypeError("a chat has no continuations")
@@ -304,7 +269,7 @@ def _complete(
     endpoint: Endpoint, prompt: str, more: Mapping[str, Any], option: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the reply to a request for one token, and its only choice; a refused option is sent once."""
-    if option in endpoint.trouble.unknown:
+    if option in endpoint.server.state.unknown:
         raise _Absent(f"it refuses {option}")
     body = {"model": endpoint.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": False}
     try:
@@ -312,7 +277,7 @@ def _complete(
     except RefusedError as error:
         if not concerns_logprobs(error.what):
             raise
-        endpoint.trouble.unknown |= {option}
+        endpoint.server.state.unknown |= {option}
         raise _Absent(f"it refuses {option}") from error
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -28,20 +28,14 @@ from qwenq.runtime.sampling import Sampling, protocol_sampling
 # Choose whether a model thinks before it answers.
 
 
-Wish = Literal["auto", "on", "off"]
-"""As ``--thinking`` takes it. ``auto`` asks for answers without thoughts where the model has the switch."""
 MAX_NEW_TOKENS = 32_768
 """Tokens of thoughts and answer, the output length that Qwen3's model cards recommend for most queries."""
 
 
-@dataclass(frozen=True)
-class Thinking:
-    """Thinking mode of one model's chats.
+class Thinking(NamedTuple):
+    """Whether a model thinks before it answers a chat, and its tokenizer with ``enable_thinking`` set.
 
-    Attributes:
-        tokenizer: whose chat template gets ``enable_thinking`` where it reads it.
-        on: whether the model thinks first.
-        notice: of a choice that the user did not make; else empty.
+    The notice is of a choice that the user did not make, else empty.
     """
 
     tokenizer: Tokenizer
@@ -50,10 +44,9 @@ class Thinking:
 
 
 def choose_thinking(tokenizer: Tokenizer, wish: str) -> Thinking:
-    """Choose whether a model thinks, by the user's wish and the abilities of its chat template.
+    """Choose whether a model thinks, by the user's ``--thinking`` and the abilities of its chat template.
 
-    Raises:
-        UsageError: the template cannot do what was asked for.
+    ``auto`` asks for answers without thoughts where the template has the switch.
     """
     kind = tokenizer.thinking
     if kind == "switch":
@@ -96,25 +89,16 @@ class LoadOptions:
 
 @dataclass
 class LocalModel:
-    """A checkpoint that is evaluated on this machine.
+    """A checkpoint that is evaluated on this machine."""
 
-    Attributes:
-        checkpoint: where its weights are.
-        model: its identity in rows of results.
-        tokenizer: its own.
-        how: settings that it runs with; device, dtype and attention are resolved, not ``auto``.
-        notices: lines for the user.
-        base: fingerprint of the model that it was quantised from, where known, see ``assign_bases``.
-        thinking: whether it thinks before it answers a chat.
-    """
-
-    checkpoint: Checkpoint
-    model: Model
+    checkpoint: Checkpoint  # where its weights are
+    model: Model  # its identity in rows of results
     tokenizer: Tokenizer
-    how: LoadOptions
-    notices: list[str] = field(default_factory=list)
+    how: LoadOptions  # settings that it runs with; device, dtype and attention are resolved, not ``auto``
+    notices: list[str] = field(default_factory=list)  # lines for the user
+    # fingerprint of the model that it was quantised from, where known, see ``assign_bases``
     base: str | None = None
-    thinking: bool = False
+    thinking: bool = False  # whether it thinks before it answers a chat
 
     @property
     def quantised(self) -> bool:
@@ -172,12 +156,7 @@ class LocalModel:
 
 
 def open_eval_model(given: str | None, how: LoadOptions) -> LocalModel:
-    """Open a model to evaluate.
-
-    Args:
-        given: a folder, a hub id, or None for the bundled model.
-        how: settings as the user gave them.
-    """
+    """Open a model to evaluate: a folder, a hub id, or None for the bundled model."""
     place = resolve_device(how.device)
     number = find_dtype(how.dtype, place, how.engine)
     resolved = resolve_model(given)
@@ -282,17 +261,11 @@ def bases_first(eval_models: Sequence[EvalModel]) -> list[EvalModel]:
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model behind an endpoint.
-
-    Attributes:
-        endpoint: its server.
-        quantised: unknown, so it is not compared with a base here.
-        protocol: the default.
-        how: unknown settings.
-    """
+    """A model behind an endpoint; weights and settings are unknown, so it is compared with no base here."""
 
     endpoint: Endpoint
     quantised: ClassVar[bool] = False
+    base: ClassVar[str | None] = None
     protocol: ClassVar[ProtocolName] = "card"
     how: ClassVar[LoadOptions] = LoadOptions("served", "unknown", "served", "unknown", "unknown")
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from typing import Any
@@ -25,6 +25,7 @@ from qwenq.environment import MACHINE
 from qwenq.errors import OutOfMemoryError, QwenqError, UsageError
 from qwenq.evals.check import SLAB_ELEMENTS, SLAB_TOKENS
 from qwenq.evals.model import LocalModel
+from qwenq.events import Update
 from qwenq.models.qwen_v1 import long_context_of
 from qwenq.results import Row, Value
 from qwenq.runtime.decoder import Decoder
@@ -39,9 +40,6 @@ TOKENS_PER_PASS = 4096
 LARGEST = 40.0
 """Nats; a larger mean is not a measurement, as no vocabulary is that large."""
 
-Progress = Callable[[int, int], None]
-"""Called with (tokens done, tokens in all)."""
-
 
 @dataclass(frozen=True)
 class Switches:
@@ -53,15 +51,10 @@ class Switches:
 
 @dataclass(frozen=True)
 class ScoredText:
-    """A text that is scored.
+    """A text that is scored."""
 
-    Attributes:
-        name: a label; not a path.
-        tokens: int64 [windows, longest].
-    """
-
-    name: str
-    tokens: Tensor
+    name: str  # a label; not a path
+    tokens: Tensor  # int64 [windows, longest]
 
     @property
     def fingerprint(self) -> str:
@@ -74,13 +67,7 @@ def combinations(
 ) -> list[Switches | None]:
     """Return the combinations of switches to measure; [None] for a model without switches.
 
-    Args:
-        config: of the model.
-        ntk, logn: None: both on and off, the plain model first.
-        name: of the model, for the message.
-
-    Raises:
-        UsageError: a switch was asked for that the model does not have.
+    Of a switch that is None, both off and on are measured, the plain model first.
     """
     if long_context_of(config) is None:
         if ntk is not None or logn is not None:
@@ -95,11 +82,7 @@ def combinations(
 
 
 def require_lengths(lengths: Sequence[int], text: ScoredText) -> None:
-    """Refuse lengths that cannot be cut from the text so that all score the same tokens.
-
-    Raises:
-        UsageError: one is too small, or does not divide the longest.
-    """
+    """Refuse lengths that cannot be cut from the text so that all score the same tokens."""
     longest = text.tokens.shape[1]
     for length in lengths:
         if length < 2 or longest % length:
@@ -117,7 +100,7 @@ def perplexities(
     switches: Sequence[Switches | None],
     *,
     command: str = "",
-    progress: Progress | None = None,
+    progress: Update | None = None,
     known: Sequence[Row] = (),
 ) -> Iterator[Row]:
     """Yield a row for each combination of switches and length, as they are measured.
@@ -151,12 +134,7 @@ def perplexities(
 
 @torch.inference_mode()
 def window_nats(decoder: Decoder | Engine, windows: Tensor) -> NDArray[np.float64]:
-    """Return −log of the probability of each token but the first: float64 [windows, length − 1].
-
-    Args:
-        decoder: the model.
-        windows: int64 [windows, length].
-    """
+    """Return −log of the probability of each token of [windows, length] but the first: float64."""
     count, length = windows.shape
     rows = max(1, TOKENS_PER_PASS // length)
     if isinstance(decoder, Engine):
@@ -178,11 +156,7 @@ def window_nats(decoder: Decoder | Engine, windows: Tensor) -> NDArray[np.float6
 
 
 def _decoder(engine: Engine, switch: Switches | None) -> Decoder | Engine:
-    """Return what runs the windows, Qwen v1's switches set.
-
-    Raises:
-        UsageError: an engine that has none of them.
-    """
+    """Return what runs the windows, Qwen v1's switches set."""
     if not isinstance(engine, FastEngine):
         if switch is not None:
             raise UsageError(
@@ -209,12 +183,20 @@ def _measure(decoder: Decoder | Engine, windows: Tensor) -> NDArray[np.float64] 
 def _facts(
     eval_model: LocalModel, engine: Engine, text: ScoredText, length: int, switch: Switches | None
 ) -> dict[str, Any]:
-    """Return every field of a row that its value depends on."""
+    """Return every field of a row that its value depends on; the point is equal for models measured alike."""
     context = engine.decoder.spec.long_context if isinstance(engine, FastEngine) else None
+    point: dict[str, Value] = {
+        "seq_len": length,
+        "text": text.name,
+        "text_fingerprint": text.fingerprint,
+        "dtype": eval_model.how.dtype,
+    }
+    if switch is not None:
+        point |= {name: "on" if on else "off" for name, on in asdict(switch).items()}
     return {
         "metric": METRIC,
         "model": eval_model.model,
-        "point": _point(eval_model, text, length, switch),
+        "point": point,
         "unit": "ratio",
         "implementation": engine.implementation,
         "settings": {
@@ -236,32 +218,12 @@ def _measured(row: Row, facts: Mapping[str, Any]) -> bool:
 def _row(
     facts: Mapping[str, Any], found: NDArray[np.float64] | QwenqError, details: Mapping[str, Any]
 ) -> Row:
+    """Return the row of a perplexity with its interval, or of a failure."""
     if isinstance(found, QwenqError):
         values: dict[str, Any] = {"value": None, "status": "unavailable", "reason": found.what}
+    elif not (mean := mean_of_sequences(found)).value < LARGEST:  # NaN, too
+        values = {"value": None, "status": "failed", "reason": "the logits are not finite"}
     else:
-        values = _estimate(found)
+        low, high = (None if x is None else math.exp(min(x, LARGEST)) for x in (mean.low, mean.high))
+        values = {"value": math.exp(mean.value), "low": low, "high": high, "n": found.size}
     return Row(**facts, details=dict(details), date=date.today().isoformat(), **values)
-
-
-def _point(
-    eval_model: LocalModel, text: ScoredText, length: int, switch: Switches | None
-) -> dict[str, Value]:
-    """Return the point: equal for two models that were measured alike."""
-    point: dict[str, Value] = {
-        "seq_len": length,
-        "text": text.name,
-        "text_fingerprint": text.fingerprint,
-        "dtype": eval_model.how.dtype,
-    }
-    if switch is not None:
-        point |= {name: "on" if on else "off" for name, on in asdict(switch).items()}
-    return point
-
-
-def _estimate(nats: NDArray[np.float64]) -> dict[str, Any]:
-    """Return perplexity with its interval, or a failure."""
-    mean = mean_of_sequences(nats)
-    if not mean.value < LARGEST:  # NaN, too
-        return {"value": None, "status": "failed", "reason": "the logits are not finite"}
-    low, high = (None if x is None else math.exp(min(x, LARGEST)) for x in (mean.low, mean.high))
-    return {"value": math.exp(mean.value), "low": low, "high": high, "n": nats.size}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 from qwenq.comparison import choose_base, pair_verdicts
-from qwenq.errors import CorruptFileError, QwenqError, UsageError
-from qwenq.evals.model import EvalModel, RemoteModel
-from qwenq.evals.run import Answers, Judged, TaskPlan
-from qwenq.evals.task import MAIN, Score
+from qwenq.errors import CorruptFileError, QwenqError
+from qwenq.evals.model import EvalModel
+from qwenq.evals.run import Answers, TaskPlan
+from qwenq.evals.task import MAIN, Judged, Score
 from qwenq.events import Listener, Notice
 from qwenq.models.folders import MANIFEST
 from qwenq.models.integrity import verify_files
@@ -27,18 +27,16 @@ def rows_of(
     eval_model: EvalModel,
     plan: TaskPlan,
     answers: Answers,
-    base: Row | None,
+    base: Row | str | None,
     settings: Mapping[str, Any],
     command: str = "",
-    apart: str | None = None,
 ) -> list[Row]:
     """Return a row for each score; the first, main one also holds the verdict on every item.
 
     Args:
-        base: the row of the base, see ``base_row``; None: not in this run folder.
+        base: see ``base_row``.
         settings: everything else that the value depends on.
         command: as the user typed it.
-        apart: why rows of the base do not match, if there are any.
     """
     rows = []
     for place, score in enumerate(plan.task.scores(answers.judged)):
@@ -50,11 +48,11 @@ def rows_of(
         details["notes"] = [*plan.notes, *cut_notice(plan, answers)] or None
         if place == 0:
             details["items"] = verdicts(answers.judged)
-            details["base"] = None if isinstance(eval_model, RemoteModel) else eval_model.base
+            details["base"] = eval_model.base
             details["questions"] = answers.questions or None
             if answers.written:
                 details["cut"] = {"answers": answers.cut, "of": answers.written}
-            details |= _beside(base, details, score.value) if base is not None else {"unpaired": apart}
+            details |= _beside(base, details, score.value)
         rows.append(
             Row(
                 metric=score.metric,
@@ -64,7 +62,7 @@ def rows_of(
                 unit="share",
                 low=found.low,
                 high=found.high,
-                n=score.n,
+                n=len(score.verdicts),
                 implementation="; ".join(answers.implementations),
                 settings={**dict(settings), **_interval(score, found)},
                 details={name: value for name, value in details.items() if value not in ({}, None)},
@@ -107,67 +105,48 @@ def verdicts(judged: Judged) -> dict[str, bool]:
     return {item.id: judgement.correct for item, judgement in judged}
 
 
-def _beside(base: Row, details: Mapping[str, Any], score: float) -> dict[str, Any]:
+def _beside(base: Row | str | None, details: Mapping[str, Any], score: float) -> dict[str, Any]:
     """Return ``paired``, the comparison with the base, or ``unpaired``, why there is none."""
-    if base.value is None:
-        return {}
+    if not isinstance(base, Row):
+        return {"unpaired": base}
     questions = base.details.get("questions"), details["questions"]
     found = pair_verdicts(base.details["items"], details["items"], questions=questions)
     if isinstance(found, str):
         return {"unpaired": found}
-    return {"paired": {**found.to_json(score - base.value), "base": base.model.precision}}
+    return {"paired": {**found.to_json(score - (base.value or 0.0)), "base": base.model.precision}}
 
 
-def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | None:
+def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | str | None:
     """Return the base's row at the same point of this run folder, by the fingerprint ``LocalModel.base``.
 
-    Of several precisions `choose_base` takes one, as in reports; of several rows the last counts.
+    Of several precisions `choose_base` takes one, as in reports; of several rows the last counts. Where the
+    base was evaluated at another point alone, it is a phrase that says so; None without any evaluation.
     """
-    wanted = "ok", eval_model.model.family, point_of(plan)
+    if eval_model.base is None or not (run / RESULTS_FILE).exists():
+        return None
+    task = MAIN, eval_model.base, plan.task.name
+    rows = [
+        row for row in read_rows(run) if (row.metric, row.model.fingerprint, row.point.get("task")) == task
+    ]
+    point = point_of(plan)
+    wanted = "ok", eval_model.model.family, point
     found = {
         row.model.precision: row
-        for row in _rows_of_base(run, eval_model, plan)
+        for row in rows
         if (row.status, row.model.family, row.point) == wanted and isinstance(row.details.get("items"), dict)
     }
-    return choose_base(found, eval_model.how.dtype)
-
-
-def unpaired_reason(run: Path, eval_model: EvalModel, plan: TaskPlan) -> str | None:
-    """Return why rows of the base on this task do not match; None without any, or where one does."""
-    point, found = point_of(plan), [row.point for row in _rows_of_base(run, eval_model, plan)]
-    if not found or point in found:
-        return None
-    other = [key for key in {**found[-1], **point} if found[-1].get(key) != point.get(key)]
+    base = choose_base(found, eval_model.how.dtype)
+    if base is not None or not rows or point in [row.point for row in rows]:
+        return base
+    last = rows[-1].point
+    other = [key for key in {**last, **point} if last.get(key) != point.get(key)]
     return f"its base was evaluated with another {', '.join(other)}: evaluate both alike"
 
 
-def _rows_of_base(run: Path, eval_model: EvalModel, plan: TaskPlan) -> list[Row]:
-    """Return the main scores of a model's base on this task, at whatever point."""
-    if isinstance(eval_model, RemoteModel) or eval_model.base is None or not (run / RESULTS_FILE).exists():
-        return []
-    wanted = MAIN, eval_model.base, plan.task.name
-    rows = read_rows(run)
-    return [row for row in rows if (row.metric, row.model.fingerprint, row.point.get("task")) == wanted]
-
-
 def _accuracy(score: Score, judged: Judged) -> Accuracy:
-    if score.verdicts:
-        return micro_accuracy(score.verdicts)
-    correct = _correct(score.metric, judged)
     if score.macro:
-        return macro_accuracy(correct, [item.subject for item, _ in judged])
-    return micro_accuracy(correct)
-
-
-def _correct(metric: str, judged: Judged) -> Sequence[bool]:
-    """Return a metric's verdicts: of ``accuracy`` the main ones, of ``accuracy.NAME`` those called NAME."""
-    if metric == MAIN:
-        return [judgement.correct for _, judgement in judged]
-    name = metric.removeprefix(f"{MAIN}.")
-    try:
-        return [judgement.also[name] for _, judgement in judged]
-    except KeyError as error:
-        raise UsageError(f"no verdicts for the metric {metric}") from error
+        return macro_accuracy(score.verdicts, [item.subject for item, _ in judged])
+    return micro_accuracy(score.verdicts)
 
 
 def _interval(score: Score, found: Accuracy) -> dict[str, Any]:
@@ -198,11 +177,7 @@ def has_check(folder: Path) -> bool:
 def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") -> list[Row]:
     """Return the rows of a quantised model's check, and append those that the run folder does not have.
 
-    Args:
-        folder: of the model.
-        model: its identity in rows.
-        run: the run folder, which has to be locked (``storage.locked``).
-        command: that quantised it; empty: unknown.
+    The run folder has to be locked (``storage.locked``); ``command`` is what quantised the model, if known.
     """
     rows = _sound_rows(folder / MANIFEST, model, command)
     known = read_rows(run) if (run / RESULTS_FILE).exists() else []
@@ -215,12 +190,9 @@ def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") 
 
 
 def record_checks(named: Iterable[tuple[str | None, Model]], run: Path, listener: Listener) -> list[Row]:
-    """Append the check's rows of those models that are folders with one; what cannot be is a notice.
+    """Append the check's rows of those models, typed and as rows name them, that are folders with one.
 
-    Args:
-        named: what the user typed, and the model as rows name it.
-        run: the run folder, which has to be locked (``storage.locked``).
-        listener: receives the notices.
+    A check that cannot be read is a notice. The run folder has to be locked (``storage.locked``).
     """
     rows: list[Row] = []
     for folder, model in dict.fromkeys((Path(given), model) for given, model in named if given):
@@ -261,14 +233,16 @@ def _check_rows(manifest: dict[str, Any], model: Model, command: str) -> Iterato
         yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
 
 
+_UNSOUND = ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError
+
+
 def _sound_rows(path: Path, model: Model, command: str) -> list[Row]:
     """Return the rows, once they are known to be readable: others would make the run folder unreadable."""
-    manifest = _read(path)
     try:
-        rows = list(_check_rows(manifest, model, command))
+        rows = list(_check_rows(json.loads(path.read_text(encoding="utf-8")), model, command))
         for row in rows:
             require_readable(row)
-    except (ArithmeticError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+    except _UNSOUND as error:
         raise CorruptFileError(
             f"its check is incomplete, or not as `qwenq quantize` writes it: {error!r}", where=path
         ) from error
@@ -293,19 +267,9 @@ def _details_of_kl(manifest: dict[str, Any]) -> dict[str, Any]:
         "lows": [part["low"] for part in measured],
         "highs": [part["high"] for part in measured],
     }
-    bits = (
-        {"mixed_bits": {key: mixed[key] for key in ("tokens", "bytes", "curve", "remaining")}}
-        if mixed
-        else {}
-    )
-    return {"modules": check["modules"], **(curve if measured else {}), **bits}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(manifest["check"], dict) and isinstance(manifest["calibration"], dict):
-            return dict(manifest)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptFileError(f"no manifest of a quantised model: {error!r}", where=path) from error
-    raise CorruptFileError("the manifest holds no check", where=path)
+    bits = {key: mixed[key] for key in ("tokens", "bytes", "curve", "remaining")} if mixed else None
+    return {
+        "modules": check["modules"],
+        **(curve if measured else {}),
+        **({"mixed_bits": bits} if bits else {}),
+    }

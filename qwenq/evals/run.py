@@ -8,17 +8,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
-from qwenq.errors import DataError
-from qwenq.evals.answer_log import (
-    AnswerLog,
-    AnswerRecord,
-    cost,
-    merge_rank_logs,
-    name_of,
-    rank_title,
-    require_none_missing,
-    split_by_cost,
-)
+from qwenq.errors import DataError, StorageError
+from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, name_of, split_by_cost
+from qwenq.evals.answering import generate_answers, score_choices
 from qwenq.evals.batching import (
     ChoiceTokens,
     RequestTokens,
@@ -31,21 +23,9 @@ from qwenq.evals.batching import (
     require_context,
 )
 from qwenq.evals.endpoint import Reply
-from qwenq.evals.generation import generate_answers
 from qwenq.evals.model import EvalModel, LocalModel, RemoteModel
 from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
-from qwenq.evals.scoring import score_choices
-from qwenq.evals.task import (
-    Answer,
-    Chosen,
-    DataSource,
-    Item,
-    Judgement,
-    Request,
-    Task,
-    Written,
-    final_answer,
-)
+from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
 from qwenq.events import Advance, Finish, Listener, Start, silent
 from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
@@ -53,28 +33,17 @@ from qwenq.stopping import finishing
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """A task's items with the settings that a model is asked with.
+    """A task's items with the settings that a model is asked with."""
 
-    Attributes:
-        task: a benchmark under a protocol.
-        items: in their order; at least one.
-        shots: number of examples; None: the protocol's default, given or not.
-        limit: items of each subject at most; None: all, also where the limit was larger.
-        subjects: only these; empty: all.
-        source: of the items.
-        notes: notices for the user.
-        max_new_tokens: the limit of written answers; None: the protocol's own.
-        thinking: whether the model thinks before it answers; the text behind its thoughts is judged.
-    """
-
-    task: Task
-    items: Sequence[Item]
-    shots: int | None = None
-    limit: int | None = None
-    subjects: tuple[str, ...] = ()
-    source: DataSource = field(default_factory=DataSource)
-    notes: tuple[str, ...] = ()
-    max_new_tokens: int | None = None
+    task: Task  # a benchmark under a protocol
+    items: Sequence[Item]  # in their order; at least one
+    shots: int | None = None  # number of examples; None: the protocol's default, given or not
+    limit: int | None = None  # items of each subject at most; None: all, also where the limit was larger
+    subjects: tuple[str, ...] = ()  # only these; empty: all
+    source: DataSource = field(default_factory=DataSource)  # of the items
+    notes: tuple[str, ...] = ()  # notices for the user
+    max_new_tokens: int | None = None  # the limit of written answers; None: the protocol's own
+    # whether the model thinks before it answers; the text behind its thoughts is judged
     thinking: bool = False
 
     def request(self, item: Item) -> Request:
@@ -82,40 +51,23 @@ class TaskPlan:
         return limited(self.task.request(item), self.max_new_tokens)
 
 
-Judged = list[tuple[Item, Judgement]]
-
-
 @dataclass(frozen=True)
 class Answers:
-    """All verdicts of a model on a task.
+    """All verdicts of a model on a task."""
 
-    Attributes:
-        judged: in the order of the items.
-        implementations: code that ran, each once; several where a run was continued elsewhere.
-        recorded: items that were not asked again.
-        questions: a hash of all requests, the same for every model; empty: unknown.
-        sandboxes: that programs ran in, each once.
-        cut: written answers that reached their limit of tokens before they ended.
-        written: generated answers; the others are letters scored by logits.
-    """
-
-    judged: Judged
-    implementations: tuple[str, ...]
-    recorded: int
-    questions: str = ""
-    sandboxes: tuple[str, ...] = ()
-    cut: int = 0
-    written: int = 0
+    judged: list[tuple[Item, Judgement]]  # in the order of the items
+    implementations: tuple[str, ...]  # code that ran, each once; several where a run was continued elsewhere
+    recorded: int  # items that were not asked again
+    questions: str = ""  # a hash of all requests, the same for every model; empty: unknown
+    sandboxes: tuple[str, ...] = ()  # that programs ran in, each once
+    cut: int = 0  # written answers that reached their limit of tokens before they ended
+    written: int = 0  # generated answers; the others are letters scored by logits
 
 
 def make_plan(
     task: Task, source: DataSource, subjects: Sequence[str], shots: int | None, limit: int | None
 ) -> TaskPlan:
-    """Load and validate the items: of each subject the first ``limit``.
-
-    Raises:
-        DataError: no data, broken data, an unknown subject, the same id twice, or no item at all.
-    """
+    """Load and validate the items: of each subject the first ``limit``."""
     counts: dict[str | None, int] = defaultdict(int)
     items: dict[str, Item] = {}
     cut = False
@@ -156,33 +108,26 @@ def answer(
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
         team: further processes that ask a share, each in ``answer_share``; this one is rank 0.
-
-    Raises:
-        DataError: prompts that do not fit the model's context; nothing has been asked then.
-        ModelError: logits that are not finite; what was recorded before stays.
     """
     if plan.task.needs_sandbox and sandbox is None:
         raise ValueError(f"{plan.task.name} needs a sandbox")
-    task, title, key = plan.task, _title(eval_model, plan), answer_log_key(eval_model, plan)
     hashes = {item.id: request_hash(item, plan.request(item)) for item in plan.items}
-    with AnswerLog(run, title, key) as records:
-        merge_rank_logs(records, run, title, key)
+    with _log(eval_model, plan, run, team) as records:
+        records.merge_ranks()
         open_ = [item for item in plan.items if records.find(item.id, hashes[item.id]) is None]
         step = step_name(eval_model, plan)
         listener(Start(step, len(plan.items), "items", len(plan.items) - len(open_)))
         team.broadcast_object([item.id for item in open_])
         _ask(eval_model, plan, open_, records, listener, batch, team)
         team.barrier()
-        for record in merge_rank_logs(records, run, title, key):
+        for record in records.merge_ranks():
             listener(Advance(step, result=record.correct))
-        require_none_missing(sum(records.find(item.id, hashes[item.id]) is None for item in open_), team, run)
-        found_records = _all(records, hashes)
-        if sandbox is not None and task.program is not None:
-            _run_pending(task.program, plan.items, found_records, records, sandbox, listener, step)
-            found_records = _all(records, hashes)
+        found = _all(records, hashes, run)
+        if sandbox is not None and plan.task.program is not None:
+            _run_pending(plan.task.program, plan.items, found, records, sandbox, listener, step)
+            found = _all(records, hashes, run)
     listener(Finish(step))
-    answers = _answers_of(plan.items, found_records, len(plan.items) - len(open_))
-    return replace(answers, questions=questions_hash(hashes))
+    return _answers_of(plan.items, found, len(plan.items) - len(open_), questions_hash(hashes))
 
 
 def step_name(eval_model: EvalModel, plan: TaskPlan) -> str:
@@ -196,9 +141,7 @@ def answer_share(
     """Ask this rank's share of the items of ``answer``, and leave the records for rank 0."""
     wanted = set(team.broadcast_object())
     open_ = [item for item in plan.items if item.id in wanted]
-    with AnswerLog(
-        run, rank_title(_title(eval_model, plan), team), answer_log_key(eval_model, plan)
-    ) as records:
+    with _log(eval_model, plan, run, team) as records:
         _ask(eval_model, plan, open_, records, silent, batch, team)
     team.barrier()
 
@@ -278,6 +221,10 @@ def _title(eval_model: EvalModel, plan: TaskPlan) -> str:
     return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
 
 
+def _log(eval_model: EvalModel, plan: TaskPlan, run: Path, team: Team) -> AnswerLog:
+    return AnswerLog(run, _title(eval_model, plan), answer_log_key(eval_model, plan), team.rank)
+
+
 def _replies(
     eval_model: EvalModel,
     plan: TaskPlan,
@@ -289,7 +236,7 @@ def _replies(
     if isinstance(eval_model, RemoteModel):
         return ([response] for response in eval_model.respond(items, requests))
     encoded = encode_requests(eval_model.tokenizer, items, requests)
-    require_context(encoded, eval_model.engine.context)
+    require_context(encoded, eval_model.engine.context)  # before the first is asked
     return _generated(eval_model, encoded, batch, plan.thinking)
 
 
@@ -347,22 +294,31 @@ def _run_pending(
     run_programs([one for _, one in pending.values()], sandbox=sandbox, on_done=done)
 
 
-def _all(records: AnswerLog, hashes: Mapping[str, str]) -> list[AnswerRecord]:
-    """Return the records of all items, each of which has been answered."""
-    found = {id_: records.find(id_, asked) for id_, asked in hashes.items()}
-    missing = [id_ for id_, record in found.items() if record is None]
-    if missing:
-        raise AssertionError(f"{len(missing)} items were not answered, the first is {missing[0]}")
-    return [record for record in found.values() if record is not None]
+def _all(records: AnswerLog, hashes: Mapping[str, str], run: Path) -> list[AnswerRecord]:
+    """Return the records of all items; refuse a run folder that the ranks do not share."""
+    found = [record for id_, asked in hashes.items() if (record := records.find(id_, asked)) is not None]
+    if missing := len(hashes) - len(found):
+        raise StorageError(
+            f"{missing} answers of other processes are missing",
+            where=run,
+            hint="name a run folder with --out on a disk that all machines share",
+        )
+    return found
 
 
-def _answers_of(items: Sequence[Item], found: Sequence[AnswerRecord], recorded: int) -> Answers:
-    judged = [
-        (item, Judgement(bool(record.correct), record.extracted, record.also, record.note))
-        for item, record in zip(items, found, strict=True)
-    ]
-    implementations = tuple(dict.fromkeys(record.implementation for record in found))
-    sandboxes = tuple(dict.fromkeys(record.sandbox for record in found if record.sandbox))
-    cut = sum(record.output is not None and not record.stopped for record in found)
-    written = sum(record.output is not None for record in found)
-    return Answers(judged, implementations, recorded, sandboxes=sandboxes, cut=cut, written=written)
+def _answers_of(
+    items: Sequence[Item], found: Sequence[AnswerRecord], recorded: int, questions: str
+) -> Answers:
+    written = [record for record in found if record.output is not None]
+    return Answers(
+        judged=[
+            (item, Judgement(bool(record.correct), record.extracted, record.also, record.note))
+            for item, record in zip(items, found, strict=True)
+        ],
+        implementations=tuple(dict.fromkeys(record.implementation for record in found)),
+        recorded=recorded,
+        questions=questions,
+        sandboxes=tuple(dict.fromkeys(record.sandbox for record in found if record.sandbox)),
+        cut=sum(not record.stopped for record in written),
+        written=len(written),
+    )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from qwenq.evals.model import (
     open_eval_model,
     open_served,
 )
-from qwenq.evals.rows import base_row, cut_notice, record_checks, rows_of, unpaired_reason
+from qwenq.evals.rows import base_row, cut_notice, record_checks, rows_of
 from qwenq.evals.run import Answers, TaskPlan, answer, answer_log_name, answer_share, make_plan
 from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
 from qwenq.evals.task import MAIN, DataSource, ProtocolName
@@ -40,58 +40,8 @@ from qwenq.results import RESULTS_FILE, Row, append_row, read_rows, write_enviro
 from qwenq.storage import atomic_write_json, locked
 
 
-@dataclass(frozen=True)
-class EvalRequest:
-    """Settings of an evaluation.
-
-    Attributes:
-        tasks: by name.
-        protocol: None: each model's default, ``card`` for chat models and ``base`` for others.
-        subjects: only these; empty: all.
-        shots: number of examples; None: the protocol's default.
-        limit: items of each subject at most, for every task or by its name; None: all.
-        source: of the items.
-        batch: rows at once; None: as many as fit.
-        unsafe_code: run programs without a sandbox.
-        max_new_tokens: the limit of generated answers, for every task or by its name; None: the protocol's,
-            or that of thinking models (``evals.model``).
-
-    Raises:
-        UsageError: a number by task names one that is not evaluated.
-    """
-
-    tasks: tuple[str, ...]
-    protocol: ProtocolName | None = None
-    subjects: tuple[str, ...] = ()
-    shots: int | None = None
-    limit: int | Mapping[str, int] | None = None
-    source: DataSource = field(default_factory=DataSource)
-    batch: int | None = None
-    unsafe_code: bool = False
-    max_new_tokens: int | Mapping[str, int] | None = None
-
-    def __post_init__(self) -> None:
-        for option, numbers in (("--limit", self.limit), ("--max-new-tokens", self.max_new_tokens)):
-            for task in numbers if isinstance(numbers, Mapping) else ():
-                if task not in self.tasks:
-                    hint = f"--tasks are {', '.join(self.tasks)}"
-                    raise UsageError(f"{task!r} is not among the tasks", where=option, hint=hint)
-
-    def plan_for(self, eval_model: EvalModel, plan: TaskPlan) -> TaskPlan:
-        """Return the plan for this model: whether it thinks, and the limit of answers."""
-        wanted = self.max_new_tokens
-        limit = wanted.get(plan.task.name) if isinstance(wanted, Mapping) else wanted
-        thinking = eval_model.thinking and plan.task.protocol == "card"
-        limit = MAX_NEW_TOKENS if thinking and limit is None else limit
-        return replace(plan, thinking=thinking, max_new_tokens=limit)
-
-
 def source_of(data: str | None, sample: bool) -> DataSource:
-    """Return where the benchmarks' files come from.
-
-    Raises:
-        UsageError: both a folder and the sample suite, or no such folder.
-    """
+    """Return where the benchmarks' files come from."""
     if data is None:
         return DataSource(None, sample)
     if sample:
@@ -104,19 +54,23 @@ def source_of(data: str | None, sample: bool) -> DataSource:
     return DataSource(folder)
 
 
-def request_of(chosen: EvalRecipe, batch: int | None, *, unsafe_code: bool) -> EvalRequest:
-    """Return the request for what a recipe chooses; raises as `source_of` and `EvalRequest`."""
-    return EvalRequest(
-        tasks=chosen.tasks,
-        protocol=None if chosen.protocol == "auto" else chosen.protocol,
-        subjects=chosen.subjects,
-        shots=chosen.shots,
-        limit=chosen.limit,
-        max_new_tokens=chosen.max_new_tokens,
-        source=source_of(chosen.data, chosen.sample),
-        batch=batch,
-        unsafe_code=unsafe_code,
-    )
+def require_settings(chosen: EvalRecipe) -> None:
+    """Refuse data that is not there, and numbers of tasks that are not evaluated: no model is open yet."""
+    source_of(chosen.data, chosen.sample)
+    for option, numbers in (("--limit", chosen.limit), ("--max-new-tokens", chosen.max_new_tokens)):
+        for task in numbers if isinstance(numbers, Mapping) else ():
+            if task not in chosen.tasks:
+                hint = f"--tasks are {', '.join(chosen.tasks)}"
+                raise UsageError(f"{task!r} is not among the tasks", where=option, hint=hint)
+
+
+def plan_for(eval_model: EvalModel, plan: TaskPlan, chosen: EvalRecipe) -> TaskPlan:
+    """Return the plan for this model: whether it thinks, and the limit of answers."""
+    wanted = chosen.max_new_tokens
+    limit = wanted.get(plan.task.name) if isinstance(wanted, Mapping) else wanted
+    thinking = eval_model.thinking and plan.task.protocol == "card"
+    limit = MAX_NEW_TOKENS if thinking and limit is None else limit
+    return replace(plan, thinking=thinking, max_new_tokens=limit)
 
 
 def run_folder(out: Path | str | None, models: Sequence[str | None], served: str | None) -> Path:
@@ -127,40 +81,46 @@ def run_folder(out: Path | str | None, models: Sequence[str | None], served: str
 
 def open_and_evaluate(
     models: list[str | None] | tuple[str, str | None],
-    wanted: EvalRequest,
+    chosen: EvalRecipe,
     how: LoadOptions,
     run: Path,
     listener: Listener,
     command: str,
     team: Team,
+    batch: int | None,
+    *,
+    unsafe_code: bool,
 ) -> list[Row]:
     """Open models and evaluate them; ranks but the first ask their share and return no rows.
 
-    Args:
-        models: folders or hub ids, None is the bundled model; or an address and the name of a model there.
+    Models are folders or hub ids, None is the bundled model; or an address and the name of a model there.
     """
+    require_settings(chosen)
     opened: list[EvalModel]
     if isinstance(models, tuple):
         url, name = models
-        opened = [open_served(url, name, how, wanted.batch, listener)]
+        opened = [open_served(url, name, how, batch, listener)]
     else:
         local = [open_eval_model(name, how) for name in models]
         for notice in dict.fromkeys(notice for one in local for notice in one.notices):
             listener(Notice(notice))
         opened = [*local]
     if not team.is_rank0:
-        evaluate_share(opened, wanted, run, team)
+        _evaluate_share(opened, chosen, run, team, batch)
         return []
-    return evaluate(opened, wanted, run, listener, command, team)
+    return evaluate(opened, chosen, run, listener, command, team, batch=batch, unsafe_code=unsafe_code)
 
 
 def evaluate(
     eval_models: Sequence[EvalModel],
-    wanted: EvalRequest,
+    chosen: EvalRecipe,
     run: Path,
     listener: Listener,
     command: str = "",
     team: Team = ALONE,
+    *,
+    batch: int | None = None,
+    unsafe_code: bool = False,
 ) -> list[Row]:
     """Run every task on every model; return the rows, which are appended to ``run`` as they are made.
 
@@ -169,12 +129,14 @@ def evaluate(
 
     Args:
         command: as the user typed it, for the rows.
-        team: further processes that ask a share, each in ``evaluate_share``; this one is rank 0.
+        team: further processes that ask a share, each in ``_evaluate_share``; this one is rank 0.
+        batch: rows at once; None: as many as fit.
+        unsafe_code: run programs without a sandbox.
     """
     order = bases_first(eval_models)
-    plans = _plans(order, wanted)
+    plans = _plans(order, chosen)
     coded = [plan for plan in plans.values() if plan.task.needs_sandbox]
-    sandbox = find_sandbox(wanted.unsafe_code) if coded else None
+    sandbox = find_sandbox(unsafe_code) if coded else None
     rows: list[Row] = []
     here = [one for one in order if isinstance(one, LocalModel)]
     with locked(run):
@@ -192,11 +154,9 @@ def evaluate(
         for eval_model in order:
             if isinstance(eval_model, LocalModel) and eval_model.quantised:
                 rows += record_checks([(str(eval_model.checkpoint.folder), eval_model.model)], run, listener)
-            for name in wanted.tasks:
-                plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
-                answers = answer(
-                    eval_model, plan, run, listener, batch=wanted.batch, sandbox=sandbox, team=team
-                )
+            for name in chosen.tasks:
+                plan = plan_for(eval_model, plans[name, _protocol(eval_model, chosen)], chosen)
+                answers = answer(eval_model, plan, run, listener, batch=batch, sandbox=sandbox, team=team)
                 if isinstance(eval_model, RemoteModel) and answers.recorded:
                     # the server may have got other weights under the same name
                     count = "1 answer is" if answers.recorded == 1 else f"{answers.recorded:,} answers are"
@@ -204,42 +164,45 @@ def evaluate(
                     listener(Notice(f"{count} {again}"))
                 for line in cut_notice(plan, answers):
                     listener(Notice(f"{eval_model.model.label}: {line}"))
-                rows += _append_rows(eval_model, plan, answers, wanted, run, sandbox, command)
+                rows += _append_rows(eval_model, plan, answers, batch, run, sandbox, command)
                 if name == "ceval-test":
                     listener(Notice(_write_submission(eval_model, plan, answers, run)))
             eval_model.unload()
     return rows
 
 
-def evaluate_share(eval_models: Sequence[EvalModel], wanted: EvalRequest, run: Path, team: Team) -> None:
+def _evaluate_share(
+    eval_models: Sequence[EvalModel], chosen: EvalRecipe, run: Path, team: Team, batch: int | None
+) -> None:
     """Ask this rank's share of every task of ``evaluate``."""
     order = bases_first(eval_models)
-    plans = _plans(order, wanted)
+    plans = _plans(order, chosen)
     for eval_model in order:
-        for name in wanted.tasks:
-            plan = wanted.plan_for(eval_model, plans[name, wanted.protocol or eval_model.protocol])
-            answer_share(eval_model, plan, run, team, batch=wanted.batch)
+        for name in chosen.tasks:
+            plan = plan_for(eval_model, plans[name, _protocol(eval_model, chosen)], chosen)
+            answer_share(eval_model, plan, run, team, batch=batch)
         eval_model.unload()
 
 
-def _plans(order: Sequence[EvalModel], wanted: EvalRequest) -> dict[tuple[str, ProtocolName], TaskPlan]:
+def _protocol(eval_model: EvalModel, chosen: EvalRecipe) -> ProtocolName:
+    return eval_model.protocol if chosen.protocol == "auto" else chosen.protocol
+
+
+def _plans(order: Sequence[EvalModel], chosen: EvalRecipe) -> dict[tuple[str, ProtocolName], TaskPlan]:
     """Return every task under every protocol that is needed, with its items."""
-    by_task = wanted.limit if isinstance(wanted.limit, Mapping) else dict.fromkeys(wanted.tasks, wanted.limit)
+    source = source_of(chosen.data, chosen.sample)
+    by_task = chosen.limit if isinstance(chosen.limit, Mapping) else dict.fromkeys(chosen.tasks, chosen.limit)
     return {
         (name, protocol): make_plan(
-            get_task(name, protocol), wanted.source, wanted.subjects, wanted.shots, by_task.get(name)
+            get_task(name, protocol), source, chosen.subjects, chosen.shots, by_task.get(name)
         )
-        for protocol in dict.fromkeys(wanted.protocol or one.protocol for one in order)
-        for name in wanted.tasks
+        for protocol in dict.fromkeys(_protocol(one, chosen) for one in order)
+        for name in chosen.tasks
     }
 
 
 def check_solutions(plan: TaskPlan, sandbox: Sandbox, run: Path, listener: Listener) -> None:
-    """Run the benchmark's own solutions, once for each run folder: if they fail, no verdict means anything.
-
-    Raises:
-        DataError: more of them fail than the task allows (``spare``).
-    """
+    """Run the benchmark's own solutions, once for each run folder: if they fail, verdicts mean nothing."""
     name, program, reference = plan.task.name, plan.task.program, plan.task.reference
     if program is None or reference is None:
         raise ValueError(f"{name} has no programs")
@@ -278,7 +241,7 @@ def _append_rows(
     eval_model: EvalModel,
     plan: TaskPlan,
     answers: Answers,
-    wanted: EvalRequest,
+    batch: int | None,
     run: Path,
     sandbox: Sandbox | None,
     command: str,
@@ -298,11 +261,10 @@ def _append_rows(
         settings["thinking"] = kind
     if not answers.recorded:  # records do not hold the batch size
         served = eval_model.endpoint.concurrency if isinstance(eval_model, RemoteModel) else None
-        settings["batch"] = served or wanted.batch or "auto"
+        settings["batch"] = served or batch or "auto"
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = "; ".join(answers.sandboxes) or sandbox.implementation
-    base, apart = base_row(run, eval_model, plan), unpaired_reason(run, eval_model, plan)
-    rows = rows_of(eval_model, plan, answers, base, settings, command, apart)
+    rows = rows_of(eval_model, plan, answers, base_row(run, eval_model, plan), settings, command)
     for row in rows:
         append_row(run, row)
     return rows

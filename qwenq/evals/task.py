@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,6 @@ from typing import Any, Literal
 from qwenq.errors import UsageError
 from qwenq.evals.sandbox.run import Program
 
-# Define items, requests, answers and scores.
-#
 # A task knows no model, tokenizer or engine: it makes a request for each item (``Choose`` one of some
 # continuations, or ``Write`` text) and judges the answer. ``evals.run`` turns requests into tokens.
 
@@ -29,19 +28,12 @@ SYSTEM = "You are a helpful assistant."
 
 @dataclass(frozen=True)
 class Item:
-    """One question.
+    """One question."""
 
-    Attributes:
-        id: unique in the task: ``abstract_algebra/12``, ``HumanEval/3``.
-        subject: the group that it is averaged with; None where the task has no subjects.
-        data: the row of the data file.
-        shots: rows shown before it, in order.
-    """
-
-    id: str
-    subject: str | None
-    data: Mapping[str, str]
-    shots: tuple[Mapping[str, str], ...] = ()
+    id: str  # unique in the task: ``abstract_algebra/12``, ``HumanEval/3``
+    subject: str | None  # the group that it is averaged with; None where the task has no subjects
+    data: Mapping[str, str]  # the row of the data file
+    shots: tuple[Mapping[str, str], ...] = ()  # rows shown before it, in order
 
 
 @dataclass(frozen=True)
@@ -66,16 +58,13 @@ Request = Choose | Write
 
 @dataclass(frozen=True)
 class Chosen:
-    """Answer to ``Choose``.
+    """Answer to ``Choose``."""
 
-    Attributes:
-        logprobs: float32 log softmax over the vocabulary, summed over each continuation's tokens.
-        published: the published base scripts' score: softmax over the vocabulary, then over the choices, both
-            in the model's own dtype. Near choices tie there, and the first of them wins. Empty where a server
-            gave the log probabilities, as its dtype is unknown.
-    """
-
+    # float32 log softmax over the vocabulary, summed over each continuation's tokens
     logprobs: tuple[float, ...]
+    # the published base scripts' score: softmax over the vocabulary, then over the choices, both in the
+    # model's own dtype. Near choices tie there, and the first of them wins. Empty where a server gave the log
+    # probabilities, as its dtype is unknown
     published: tuple[float, ...]
 
 
@@ -109,56 +98,37 @@ Answer = Chosen | Written
 
 @dataclass(frozen=True)
 class Judgement:
-    """Verdict on an answer.
+    """Verdict on an answer."""
 
-    Attributes:
-        correct: the task's main metric.
-        extracted: the final answer found in the text; None: nothing was found.
-        also: further verdicts by metric name, such as ``published`` or ``flexible``.
-        note: a reason, such as the sandbox's verdict on a program.
-        known: whether the right answer is published; else ``correct`` means nothing.
-    """
-
-    correct: bool
-    extracted: str | None
+    correct: bool  # the task's main metric
+    extracted: str | None  # the final answer found in the text; None: nothing was found
+    # further verdicts by metric name, such as ``published`` or ``flexible``
     also: Mapping[str, bool] = field(default_factory=dict)
-    note: str | None = None
-    known: bool = True
+    note: str | None = None  # a reason, such as the sandbox's verdict on a program
+    known: bool = True  # whether the right answer is published; else ``correct`` means nothing
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share of correct items under one metric.
+    """A share of correct items under one metric."""
 
-    Attributes:
-        metric: ``accuracy``, or ``accuracy.published``, ``accuracy.flexible`` …
-        value: micro or macro average, as the protocol defines it.
-        macro: whether subjects count alike, whatever their size.
-        parts: value by subject; empty where the task has none.
-        categories: value by category, as the protocol groups subjects and averages them.
-        verdicts: what is averaged, where that is not one verdict an item.
-    """
-
-    metric: str
-    value: float
-    macro: bool
-    n: int
+    metric: str  # ``accuracy``, or ``accuracy.published``, ``accuracy.flexible`` …
+    value: float  # micro or macro average, as the protocol defines it
+    macro: bool  # whether subjects count alike, whatever their size
+    verdicts: Sequence[bool]  # what is averaged: one an item, but for tasks that judge parts of an answer
+    # value by subject; empty where the task has none
     parts: Mapping[str, float] = field(default_factory=dict)
+    # value by category, as the protocol groups subjects and averages them
     categories: Mapping[str, float] = field(default_factory=dict)
-    verdicts: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)
 class DataSource:
-    """Source of benchmark files.
+    """Source of benchmark files."""
 
-    Attributes:
-        folder: holds ``mmlu/``, ``ceval/``, ``gsm8k/`` … in the original layouts; None: the hub.
-        sample: the suite that ships with qwenq, which is not the benchmark.
-    """
-
+    # holds ``mmlu/``, ``ceval/``, ``gsm8k/`` … in the original layouts; None: the hub
     folder: Path | None = None
-    sample: bool = False
+    sample: bool = False  # the suite that ships with qwenq, which is not the benchmark
 
 
 # Average verdicts over items (micro) or over subjects (macro).
@@ -166,14 +136,10 @@ class DataSource:
 
 Judged = Sequence[tuple[Item, Judgement]]
 MAIN = "accuracy"
-_Verdict = tuple[str | None, bool]  # subject of an item, and whether it was answered correctly
 
 
 def score_all(
-    judged: Judged,
-    *,
-    macro: bool = False,
-    categories: Mapping[str, Sequence[str]] | None = None,
+    judged: Judged, *, macro: bool = False, categories: Mapping[str, Sequence[str]] | None = None
 ) -> list[Score]:
     """Return the main score, then one for each further verdict of all items (``accuracy.published``).
 
@@ -182,50 +148,41 @@ def score_all(
         macro: subjects count alike; else items do. Categories are averaged the same way inside.
         categories: subjects by category; a subject may be in several. Those without items are left out.
     """
-    further = [name for name in judged[0][1].also if all(name in verdict.also for _, verdict in judged)]
-    main = [(item.subject, verdict.correct) for item, verdict in judged]
-    scores = [_score(MAIN, main, macro, categories or {})]
-    for name in further:
-        verdicts = [(item.subject, verdict.also[name]) for item, verdict in judged]
-        scores.append(_score(f"{MAIN}.{name}", verdicts, macro, categories or {}))
-    return scores
+    verdicts = {MAIN: [(item.subject, verdict.correct) for item, verdict in judged]}
+    for name in judged[0][1].also:
+        if all(name in verdict.also for _, verdict in judged):
+            verdicts[f"{MAIN}.{name}"] = [(item.subject, verdict.also[name]) for item, verdict in judged]
+    return [_score(metric, found, macro, categories or {}) for metric, found in verdicts.items()]
 
 
 def _score(
-    metric: str, verdicts: Sequence[_Verdict], macro: bool, categories: Mapping[str, Sequence[str]]
+    metric: str,
+    verdicts: Sequence[tuple[str | None, bool]],
+    macro: bool,
+    categories: Mapping[str, Sequence[str]],
 ) -> Score:
-    by_category = {
-        name: _average([verdict for verdict in verdicts if verdict[0] in subjects], macro)
-        for name, subjects in categories.items()
-        if any(subject in subjects for subject, _ in verdicts)
-    }
+    by_subject: dict[str | None, list[bool]] = defaultdict(list)
+    for subject, correct in verdicts:
+        by_subject[subject].append(correct)
+
+    def average(subjects: Iterable[str | None]) -> float:
+        groups = [by_subject[subject] for subject in subjects]
+        return mean(list(map(mean, groups)) if macro else [one for group in groups for one in group])
+
+    present = {name: [one for one in by_subject if one in members] for name, members in categories.items()}
     return Score(
-        metric=metric,
-        value=_average(verdicts, macro),
-        macro=macro,
-        n=len(verdicts),
-        parts=_by_subject(verdicts),
-        categories=by_category,
+        metric,
+        average(by_subject),
+        macro,
+        [correct for _, correct in verdicts],
+        parts={subject: mean(group) for subject, group in by_subject.items() if subject is not None},
+        categories={name: average(subjects) for name, subjects in present.items() if subjects},
     )
 
 
-def _average(verdicts: Sequence[_Verdict], macro: bool) -> float:
-    if macro:
-        return _mean(_by_subject(verdicts).values())
-    return _mean(float(correct) for _, correct in verdicts)
-
-
-def _by_subject(verdicts: Sequence[_Verdict]) -> dict[str, float]:
-    subjects = dict.fromkeys(subject for subject, _ in verdicts if subject is not None)
-    return {
-        subject: _mean(float(correct) for name, correct in verdicts if name == subject)
-        for subject in subjects
-    }
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)
+def mean(values: Sequence[float]) -> float:
+    """Return the mean of at least one value."""
+    return sum(values) / len(values)
 
 
 # Compose a benchmark under one protocol from data: prompts are templates, filled from an item's row.
@@ -242,56 +199,35 @@ class Task:
     """A benchmark under one protocol: copy ``tasks/gsm8k.py`` for a new one.
 
     In templates, ``{options}`` are the lines of a row's options, and ``{subject}`` is the item's in words.
-
-    Attributes:
-        name: ``mmlu``, ``gsm8k`` …
-        protocol: whose prompts, extraction and averages it uses; ``card`` asks in a chat.
-        version: raised whenever prompts, extraction or averages change: older records are not used then.
-        load: items of a source, of these subjects (none: all), each with this many examples.
-        question: template of the item, which the prompt ends with.
-        judge: the judgement on an item's answer; it runs no code.
-        shots: default number of examples.
-        allowed_shots: numbers of examples that the protocol has a prompt for.
-        header: template that the prompt begins with.
-        shot: template of an example.
-        alone: template of the item where no example is shown; empty: as with examples.
-        option: template of an option's line.
-        fill: what the templates are filled with.
-        system: the chat's first message; None: there is none.
-        max_new_tokens: limit of a written answer.
-        until: strings that end a written answer.
-        choices: template of the continuations to choose from, one a letter; empty: the answer is written.
-        average: scores, the main one first.
-        subjects: all of the benchmark's; empty: it has none.
-        comment: further notices on a set of items.
-        program: the sandbox's program for an item and the extracted code; None: nothing has to be run.
-        reference: the benchmark's own solution of an item, where there are programs.
-        spare: references that may fail before the data or the sandbox counts as broken.
     """
 
-    name: str
-    protocol: ProtocolName
-    version: int
+    name: str  # ``mmlu``, ``gsm8k`` …
+    protocol: ProtocolName  # whose prompts, extraction and averages it uses; ``card`` asks in a chat
+    version: int  # raised whenever prompts, extraction or averages change: older records are not used then
+    # items of a source, of these subjects (none: all), each with this many examples
     load: Callable[[DataSource, Sequence[str], int], list[Item]]
-    question: str
-    judge: Callable[[Item, Any], Judgement]
-    shots: int = 0
-    allowed_shots: Sequence[int] = (0,)
-    header: str = ""
-    shot: str = ""
-    alone: str = ""
-    option: str = "{letter}. {text}"
-    fill: Fill = dict
-    system: str | None = SYSTEM
-    max_new_tokens: int = 512
-    until: tuple[str, ...] = ()
+    question: str  # template of the item, which the prompt ends with
+    judge: Callable[[Item, Any], Judgement]  # the judgement on an item's answer; it runs no code
+    shots: int = 0  # default number of examples
+    allowed_shots: Sequence[int] = (0,)  # numbers of examples that the protocol has a prompt for
+    header: str = ""  # template that the prompt begins with
+    shot: str = ""  # template of an example
+    alone: str = ""  # template of the item where no example is shown; empty: as with examples
+    option: str = "{letter}. {text}"  # template of an option's line
+    fill: Fill = dict  # what the templates are filled with
+    system: str | None = SYSTEM  # the chat's first message; None: there is none
+    max_new_tokens: int = 512  # limit of a written answer
+    until: tuple[str, ...] = ()  # strings that end a written answer
+    # template of the continuations to choose from, one a letter; empty: the answer is written
     choices: str = ""
-    average: Callable[[Judged], list[Score]] = score_all
-    subjects: Collection[str] = ()
-    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []
+    average: Callable[[Judged], list[Score]] = score_all  # scores, the main one first
+    subjects: Collection[str] = ()  # all of the benchmark's; empty: it has none
+    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []  # further notices on a set of items
+    # the sandbox's program for an item and the extracted code; None: nothing has to be run
     program: Callable[[Item, str], Program] | None = None
+    # the benchmark's own solution of an item, where there are programs
     reference: Callable[[Item], str] | None = None
-    spare: int = 0
+    spare: int = 0  # references that may fail before the data or the sandbox counts as broken
 
     @property
     def needs_sandbox(self) -> bool:
@@ -299,18 +235,17 @@ class Task:
         return self.program is not None
 
     def items(self, source: DataSource, subjects: Sequence[str] = (), shots: int | None = None) -> list[Item]:
-        """Return all items, validated.
-
-        Raises:
-            DataError: no data, broken data, or a subject that does not exist.
-            UsageError: a number of examples that this protocol has no prompt for.
-        """
+        """Return all items, validated, with examples of a number that this protocol has a prompt for."""
         wanted = self.shots if shots is None else shots
         if wanted not in self.allowed_shots:
+            allowed = list(self.allowed_shots)
+            taken = " or ".join(map(str, allowed))
+            if len(allowed) > 2 and allowed == list(range(allowed[0], allowed[-1] + 1)):
+                taken = f"{allowed[0]} to {allowed[-1]}"
             raise UsageError(
                 f"{self.name} under the {self.protocol} protocol cannot show {wanted} examples",
                 where="--shots",
-                hint=f"it takes {_spoken(self.allowed_shots)}; leave the option out for {self.shots}",
+                hint=f"it takes {taken}; leave the option out for {self.shots}",
             )
         return self.load(source, tuple(subjects), wanted)
 
@@ -350,9 +285,3 @@ class Task:
 def letters_of(row: Mapping[str, str]) -> list[str]:
     """Return the letters of a row's options."""
     return [letter for letter in LETTERS if letter in row]
-
-
-def _spoken(numbers: Sequence[int]) -> str:
-    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]} to {numbers[-1]}"
-    return " or ".join(map(str, numbers))

@@ -13,7 +13,7 @@ from qwenq.errors import UnsupportedError, UsageError
 from qwenq.gptq.coordinate_descent import SWEEPS
 from qwenq.gptq.grid import ScaleSearch
 from qwenq.models.block_shapes import AUTOMATIC_BITS
-from qwenq.models.gptq_format import CheckpointFormat
+from qwenq.models.gptq_config import CheckpointFormat
 from qwenq.models.shapes import GROUP_SIZES, fitting_group_sizes
 from qwenq.models.transformers_model import linears_of
 
@@ -54,7 +54,7 @@ class Settings:
             scale_search=recipe.scale_search,
             damp=recipe.damp,
             asymmetric_calibration=recipe.asymmetric_calibration,
-            coordinate_descent=recipe.refine,
+            coordinate_descent=recipe.coordinate_descent,
             module_bits=module_bits,
         )
 

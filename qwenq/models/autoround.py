@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 METHODS = ("auto-round", "autoround", "intel/auto-round")
 _GPTQ = {

@@ -42,7 +42,7 @@ _PROCESSOR = ("preprocessor_config.json", "video_preprocessor_config.json", "pro
 
 
 def write_aux_files(source: Path | None, target: Path, config: Mapping[str, Any]) -> list[str]:
-    """Copy what belongs to a model but is neither weights nor config.json.
+    """Copy what belongs to a model but is neither weights nor config.json; return notices for the user.
 
     Beside Qwen v1's ranks file stands a ``tokenizer.json`` made from it; generation_config.json is
     written with the keys of today's transformers.
@@ -51,9 +51,6 @@ def write_aux_files(source: Path | None, target: Path, config: Mapping[str, Any]
         source: the folder of the original model; None: its weights are random and lie on no disk.
         target: an existing folder.
         config: config.json as it is (to be) written in ``target``.
-
-    Returns:
-        Notices for the user, one line each.
     """
     if source is None:
         return ["random weights come from no folder: no tokenizer is written beside them"]

@@ -26,20 +26,14 @@ NOTHING: Tensors = ()
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear module of a block: ``weight`` is [rows, columns] = [out, in].
+    """A linear module of a block: ``weight`` is [rows, columns] = [out, in]."""
 
-    Attributes:
-        name: relative to the block; ``{}`` stands for the number of the expert.
-        copies: experts that have one each; 1: it is no expert's.
-        active: how many of the copies a token uses.
-    """
-
-    name: str
+    name: str  # relative to the block; ``{}`` stands for the number of the expert
     rows: int
     columns: int
     bias: bool
-    copies: int = 1
-    active: int = 1
+    copies: int = 1  # experts that have one each; 1: it is no expert's
+    active: int = 1  # how many of the copies a token uses
 
     @property
     def elements(self) -> int:
@@ -63,20 +57,13 @@ class Linear:
 
 @dataclass(frozen=True)
 class Experts:
-    """A mixture of experts.
+    """A mixture of experts."""
 
-    Attributes:
-        count, active: experts of a block, and how many of them a token is routed to.
-        width: of one expert.
-        shared_width: of the expert that every token uses; 0: there is none.
-        dense_layers: layers that have a dense MLP all the same.
-    """
-
-    count: int
-    active: int
-    width: int
-    shared_width: int = 0
-    dense_layers: tuple[int, ...] = ()
+    count: int  # experts of a block
+    active: int  # how many of them a token is routed to
+    width: int  # of one expert
+    shared_width: int = 0  # of the expert that every token uses; 0: there is none
+    dense_layers: tuple[int, ...] = ()  # layers that have a dense MLP all the same
 
     def distinct(self, tokens: int) -> float:
         """Return how many experts that many tokens use, if each chooses evenly and on its own."""
@@ -85,19 +72,14 @@ class Experts:
 
 @dataclass(frozen=True)
 class LinearAttention:
-    """Attention with a recurrent state (gated delta rule), behind a short convolution.
-
-    Attributes:
-        kernel: width of the convolution.
-        fused: queries, keys, values and output gate are one linear layer (Qwen3-Next).
-    """
+    """Attention with a recurrent state (gated delta rule), behind a short convolution."""
 
     key_heads: int
     value_heads: int
     key_dim: int
     value_dim: int
-    kernel: int
-    fused: bool
+    kernel: int  # width of the convolution
+    fused: bool  # queries, keys, values and output gate are one linear layer (Qwen3-Next)
 
     @property
     def channels(self) -> int:
@@ -140,19 +122,12 @@ class LinearAttention:
 
 @dataclass(frozen=True)
 class Block:
-    """One kind of block.
+    """One kind of block."""
 
-    Attributes:
-        layers: which layers of the model are of this kind.
-        linears: that are quantised.
-        kept: tensors that are not, biases of the linears aside.
-        attends: to all earlier tokens, whose keys and values it keeps; else it has a recurrent state.
-    """
-
-    layers: tuple[int, ...]
-    linears: tuple[Linear, ...]
-    kept: Tensors
-    attends: bool
+    layers: tuple[int, ...]  # which layers of the model are of this kind
+    linears: tuple[Linear, ...]  # that are quantised
+    kept: Tensors  # that are not, biases of the linears aside
+    attends: bool  # to all earlier tokens, whose keys and values it keeps; else it has a recurrent state
 
     @property
     def parameters(self) -> int:

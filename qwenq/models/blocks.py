@@ -44,12 +44,7 @@ VOCABULARY_CHUNK = 16_384  # rows of the head converted at a time: bounds the co
 
 
 class BlockwiseDecoder:
-    """The blocks of a checkpoint's decoder, one at a time.
-
-    Args:
-        checkpoint: plain weights (a GPTQ folder is read through ``DequantisedSource``).
-        device: where blocks are computed.
-        dtype: of weights and hidden states.
+    """The blocks of a checkpoint's decoder, one at a time; GPTQ is read through ``DequantisedSource``.
 
     Attributes:
         blocks: all of them, without weights.

@@ -14,14 +14,13 @@ import importlib.metadata
 import importlib.util
 import json
 import shutil
-import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import CorruptFileError, UsageError
-from qwenq.storage import atomic_write_bytes, atomic_write_json, cache_folder, fsync_folder, guard_storage
+from qwenq.models.folders import new_folder
+from qwenq.storage import atomic_write_bytes, atomic_write_json, cache_folder
 
 if TYPE_CHECKING:
     import gguf
@@ -38,7 +37,6 @@ _FILES = (
 )  # fmt: skip
 _LAYOUT = 1  # counts up when the files written here change, so that an older cache is left alone
 _FLOAT32_BYTES = 540_000_000
-_STALE_SECONDS = 3600.0
 
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
@@ -69,21 +67,12 @@ def bundled_model() -> Path:
     if _is_whole(folder):
         return folder
     file = find_gguf()
-    with guard_storage(folder, _FLOAT32_BYTES):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}.*"):  # half-made ones of processes that were killed
-            with suppress(OSError):
-                if time.time() - left.stat().st_mtime > _STALE_SECONDS:
-                    shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-            made = Path(temporary) / folder.name
+    try:
+        with new_folder(folder, _FLOAT32_BYTES) as made:
             convert(file, made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not _is_whole(folder):  # else another process was first, with the same bytes
-                    raise
-            fsync_folder(folder.parent)
+    except UsageError:
+        if not _is_whole(folder):  # else another process was first, with the same bytes
+            raise
     return folder
 
 
@@ -118,7 +107,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def convert(file: Path, folder: Path) -> None:
-    """Write the GGUF model ``file`` as a checkpoint ``folder``: weights, config, tokenizer, licence."""
+    """Write the GGUF model ``file`` into an empty ``folder``: weights, config, tokenizer, licence."""
     try:
         from gguf import GGUFReader
     except ImportError:
@@ -141,7 +130,6 @@ def convert(file: Path, folder: Path) -> None:
     reader = PlainReader(str(file))
     facts = {name: field.contents() for name, field in reader.fields.items()}
     config = llama_config(facts)
-    folder.mkdir(parents=True)
     _write_weights(reader, config, folder)
     _write_tokenizer(facts, folder)
     tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

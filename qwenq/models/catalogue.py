@@ -15,7 +15,7 @@ from typing import Any
 from qwenq.errors import UsageError
 from qwenq.models.block_shapes import vision_parameters
 from qwenq.models.config import KNOWN_ARCHITECTURES
-from qwenq.models.qwen_v1 import END_OF_TEXT, IM_END, qwen2_config
+from qwenq.models.qwen_v1 import qwen2_config
 from qwenq.models.shapes import ModelShape
 from qwenq.models.unsupported import refuse_by_name
 from qwenq.published import PublishedRow, published_rows
@@ -23,38 +23,23 @@ from qwenq.published import PublishedRow, published_rows
 BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
 
-_HEAD_OF_LINEAR_ATTENTION = 128
+_NOT_OF_CONFIG = ("names", "hub", "parameters", "stored_head", "like", "vision")
+"""Keys of catalogue.toml that are none of config.json."""
 _FLOAT32 = re.compile(r"(^|/)qwen3\.5-")
 """Names of models whose files store decay and norm of linear attention in float32."""
-_PATCHES = {
-    "in_channels": 3,
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "num_position_embeddings": 2304,
-}
-"""What the vision towers of all sizes have in common."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One public shape.
+    """One public shape."""
 
-    Attributes:
-        names: what it is called here, the preferred name first.
-        hub: hub ids with this shape, in the same order.
-        parameters: of the language model in the publisher's own files, a stored copy of a tied head included.
-        stored_head: the publisher's files hold that copy.
-        config: a config.json in the layout of Llama, Qwen2 (of Qwen v1, too) or a later Qwen.
-        vision_parameters: of the vision tower in the publisher's files.
-    """
-
-    names: tuple[str, ...]
-    hub: tuple[str, ...]
+    names: tuple[str, ...]  # what it is called here, the preferred name first
+    hub: tuple[str, ...]  # hub ids with this shape, in the same order
+    # of the language model in the publisher's own files, a stored copy of a tied head included
     parameters: int
-    stored_head: bool
-    config: dict[str, Any]
-    vision_parameters: int = 0
+    stored_head: bool  # the publisher's files hold that copy
+    config: dict[str, Any]  # a config.json in the layout of Llama, Qwen2 (of Qwen v1, too) or a later Qwen
+    vision_parameters: int = 0  # of the vision tower in the publisher's files
 
     @property
     def shape(self) -> ModelShape:
@@ -137,116 +122,25 @@ def published(name: str) -> list[PublishedRow]:
 
 @cache
 def _entries() -> tuple[Entry, ...]:
-    text = files("qwenq.models").joinpath("catalogue.toml").read_text(encoding="utf-8")
+    data = tomllib.loads(files("qwenq.models").joinpath("catalogue.toml").read_text(encoding="utf-8"))
     tables: dict[str, dict[str, Any]] = {}
-    for table in tomllib.loads(text)["model"]:
+    for table in data["model"]:
         tables[table["names"][0]] = tables.get(table.get("like"), {}) | table
-    return tuple(map(_entry, tables.values()))
+    return tuple(_entry(table, data) for table in tables.values())
 
 
-def _entry(table: dict[str, Any]) -> Entry:
+def _entry(table: dict[str, Any], data: dict[str, Any]) -> Entry:
+    """Return an entry of its table, and of what all models, or those of its type, have in common."""
+    kind = table["model_type"]
+    own = {key: value for key, value in table.items() if key not in _NOT_OF_CONFIG}
+    config = {**data["common"], "architectures": [KNOWN_ARCHITECTURES[kind]], **data["type"][kind], **own}
+    tower = data["vision"] | table.get("vision", {})  # of a model without one no depth is known
+    seen = {"out_hidden_size": own["hidden_size"], "deepstack_visual_indexes": range(tower["taps"])}
     return Entry(
         names=tuple(table["names"]),
         hub=tuple(table["hub"]),
         parameters=table["parameters"],
         stored_head=table.get("stored_head", False),
-        config=_config(table),
-        vision_parameters=_vision_parameters(table),
+        config=qwen2_config(config) if kind == "qwen" else config,
+        vision_parameters=vision_parameters(tower | seen) or 0,
     )
-
-
-def _vision_parameters(table: dict[str, Any]) -> int:
-    if not (tower := table.get("vision")):
-        return 0
-    sizes = {
-        "depth": tower["depth"],
-        "hidden_size": tower["hidden"],
-        "intermediate_size": tower["ffn"],
-        "out_hidden_size": table["hidden"],
-        "deepstack_visual_indexes": range(tower.get("taps", 0)),
-    }
-    return vision_parameters({**_PATCHES, **sizes}) or 0
-
-
-def _config(table: dict[str, Any]) -> dict[str, Any]:
-    """Convert a catalogue table to the config.json that transformers would save for such a model."""
-    if table["family"] == "v1":
-        return qwen2_config(_v1_config(table))
-    kind = table["family"]
-    config: dict[str, Any] = {
-        "architectures": [KNOWN_ARCHITECTURES[kind]],
-        "model_type": kind,
-        "attention_dropout": 0.0,
-        "hidden_act": "silu",
-        "hidden_size": table["hidden"],
-        "initializer_range": 0.02,
-        "max_position_embeddings": table["context"],
-        "num_attention_heads": table["heads"],
-        "num_hidden_layers": table["layers"],
-        "num_key_value_heads": table["kv_heads"],
-        "rms_norm_eps": table.get("rms_norm_eps", 1e-6),
-        "rope_theta": table.get("rope_theta", 1_000_000.0),
-        "tie_word_embeddings": table.get("tied", False),
-        "torch_dtype": table.get("dtype", "bfloat16"),
-        "use_cache": True,
-        "vocab_size": table["vocab"],
-    }
-    if "ffn" in table:
-        config["intermediate_size"] = table["ffn"]
-    if kind == "llama":
-        return config | {"attention_bias": False, "mlp_bias": False, "bos_token_id": 1, "eos_token_id": 2}
-    config |= {"bos_token_id": END_OF_TEXT, "eos_token_id": IM_END}
-    if kind == "qwen2":
-        return config | {"use_sliding_window": False}
-    config |= {"head_dim": table["head_dim"], "attention_bias": False}
-    if "attention" not in table:
-        config["use_sliding_window"] = False
-    return config | _experts(table) | _linear_attention(table)
-
-
-def _experts(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of config.json about a mixture of experts; empty where there is none."""
-    if "experts" not in table:
-        return {}
-    shared = table.get("shared_width")
-    keys = {
-        "num_experts": table["experts"],
-        "num_experts_per_tok": table["active_experts"],
-        "moe_intermediate_size": table["expert_width"],
-        "norm_topk_prob": True,
-    }
-    return keys | ({"shared_expert_intermediate_size": shared} if shared else {})
-
-
-def _linear_attention(table: dict[str, Any]) -> dict[str, Any]:
-    """Return the keys of config.json about linear attention; empty where there is none."""
-    if "attention" not in table:
-        return {}
-    return {
-        "full_attention_interval": 4,
-        "linear_conv_kernel_dim": 4,
-        "linear_key_head_dim": _HEAD_OF_LINEAR_ATTENTION,
-        "linear_num_key_heads": table["key_heads"],
-        "linear_num_value_heads": table["value_heads"],
-        "linear_value_head_dim": _HEAD_OF_LINEAR_ATTENTION,
-        "mtp_num_hidden_layers": table.get("draft_layers", 0),
-        "partial_rotary_factor": 0.25,
-    }
-
-
-def _v1_config(table: dict[str, Any]) -> dict[str, Any]:
-    """Convert a catalogue table to the config.json of a Qwen v1 model, which counts both MLP halves."""
-    return {
-        "hidden_size": table["hidden"],
-        "intermediate_size": 2 * table["ffn"],
-        "num_hidden_layers": table["layers"],
-        "num_attention_heads": table["heads"],
-        "kv_channels": table["hidden"] // table["heads"],
-        "max_position_embeddings": table["context"],
-        "rotary_emb_base": table["rope_theta"],
-        "seq_length": table["seq_length"],
-        "use_dynamic_ntk": table["dynamic_ntk"],
-        "use_logn_attn": table["logn"],
-        "torch_dtype": "bfloat16",
-        "vocab_size": table["vocab"],
-    }

@@ -160,10 +160,6 @@ class TemplateProcess:
         """Render the text of a conversation, with the opening of an answer if it is a ``prompt``.
 
         ``special`` holds further variables of the template: the tokenizer's special tokens, tools.
-
-        Raises:
-            UsageError: the template refuses the messages, or takes too long or too much memory.
-            ModelError: the process cannot be started.
         """
         request = json.dumps([self._seconds, template, [dict(m) for m in messages], prompt, dict(special)])
         with self._lock:

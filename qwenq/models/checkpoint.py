@@ -31,29 +31,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model at rest.
+    """A model at rest."""
 
-    Attributes:
-        folder: where the files lie; of a model that lies on no disk, words that stand for that in messages.
-        config: config.json, in the layout of the architecture that is run (Qwen v1 is seen as Qwen2; of a
-            vision-language model it is the language model's part).
-        source: the tensors, under the names of that architecture; of a vision-language model, a model with a
-            draft head or fused experts it is a ``TextView``, or stands before one.
-        notices: for the user, on how it was read, one line each.
-        on_disk: False: weights are drawn as they are read, and nothing in ``folder``, should there be such a
-            one, belongs to them.
-        view: how the language model was found among the files' tensors; None: they are all it has.
-        file_config: config.json as it was read, where ``config`` is a part of it.
-        foreign: the tensors of another tool's quantised model, which ``source`` shows as plain weights.
-    """
-
+    # where the files lie; of a model that lies on no disk, words that stand for that in messages
     folder: Path
+    # config.json in the layout of the architecture that is run (Qwen v1 is seen as Qwen2): of a larger model
+    # the language model's part
     config: dict[str, Any]
+    # the tensors, under the names of that architecture; of a vision-language model, a model with a draft head
+    # or fused experts it is a ``TextView``, or stands before one
     source: TensorSource
-    notices: list[str] = field(default_factory=list)
-    on_disk: bool = True
+    notices: list[str] = field(default_factory=list)  # for the user, on how it was read, one line each
+    on_disk: bool = True  # else weights are drawn as they are read, and nothing in ``folder`` belongs to them
+    # how the language model was found among the files' tensors; None: they are all it has
     view: TextView | None = None
-    file_config: dict[str, Any] | None = None
+    file_config: dict[str, Any] | None = None  # config.json as it was read, where ``config`` is a part of it
+    # the tensors of another tool's quantised model, which ``source`` shows as plain weights
     foreign: ForeignSource | None = None
 
     @property
@@ -164,7 +157,7 @@ def _view(folder: Path, config: dict[str, Any], source: TensorSource) -> TextVie
     hidden = config.get("hidden_size")
     if not by_inspection(config):
         return TextView(source, hidden, folder)
-    from qwenq.models.tensor_names import model_names
+    from qwenq.models.inspection import model_names
 
     layers = config["num_hidden_layers"] if config.get("num_nextn_predict_layers") else None
     return TextView(source, hidden, folder, layers=layers, rename=model_names(config["model_type"], folder))

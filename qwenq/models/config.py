@@ -11,9 +11,6 @@ from typing import Any
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.unsupported import NOT_SUPPORTED_YET, missing_by_config, recognise, refuse_prefix
 
-# Read the language model's config inside the config.json of a larger model.
-
-
 SAME_DECODER = {"qwen3_vl_text": "qwen3", "qwen3_vl_moe_text": "qwen3_moe"}
 """Types whose blocks are another type's: the three rows of positions are equal for text, so mrope is rope."""
 
@@ -51,9 +48,6 @@ def whole_config(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str
     changed = {key: value for key, value in text.items() if before.get(key) != value}
     top = {key: changed.pop(key) for key in _OF_THE_WHOLE if key in changed}
     return {**config, **top, "text_config": {**config["text_config"], **changed}}
-
-
-# Read how config.json rotates heads: two spellings, which have to agree.
 
 
 DEFAULT_THETA = 10_000.0
@@ -115,9 +109,6 @@ def _check_scaling(rope: Mapping[str, Any], *, whole: bool) -> None:
             )
 
 
-# Read config.json and check it against the architectures that are known here.
-
-
 KNOWN_ARCHITECTURES: dict[str, str] = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -173,6 +164,7 @@ _COUNTS: dict[str, _Bound] = {
     "vocab_size": (1, 1 << 26),
     "max_position_embeddings": (1, _LIMIT),
     "seq_length": (1, _LIMIT),
+    "max_window_layers": (0, _LIMIT),
     "num_experts": (1, 1 << 16),
     "num_local_experts": (1, 1 << 16),  # what transformers 5 calls them
     "n_routed_experts": (1, 1 << 16),  # and what DeepSeek and GLM do
@@ -200,12 +192,7 @@ _POSITIVE_REALS = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "rotary_e
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """Read and check config.json of a model folder; return it with notices for the user.
-
-    Raises:
-        ModelError: no model folder, or a value that no model can have; names key and value.
-        UnsupportedError: an architecture that is not supported here; lists those that are.
-    """
+    """Read and check config.json of a model folder; return it with notices for the user."""
     config = _load(folder)
     path = folder / "config.json"
     _refuse_private_keys(config, path)
@@ -218,12 +205,6 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
         except ModelError as error:
             raise ModelError(error.what, where=path, hint=error.hint) from None
     return config, notices
-
-
-def quantization_of(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Return ``quantization_config`` of a quantised model, else None."""
-    found = config.get("quantization_config")
-    return found if isinstance(found, dict) else None
 
 
 def _load(folder: Path) -> dict[str, Any]:
@@ -439,9 +420,6 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
         raise _absurd("qwen_v1.real_vocab", real, "a positive whole number", path)
     if config.get("use_sliding_window") and config.get("sliding_window") == 0:
         raise _absurd("sliding_window", 0, "1 or more where use_sliding_window is set", path)
-    windows = config.get("max_window_layers")
-    if windows is not None and not _is_count(windows, (0, _LIMIT)):
-        raise _absurd("max_window_layers", windows, "a whole number", path)
 
 
 def _is_count(value: Any, bound: _Bound) -> bool:

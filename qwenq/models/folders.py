@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
+import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from secrets import token_hex
+
+import psutil
 
 from qwenq.errors import CorruptFileError, ModelError, UsageError
-from qwenq.storage import readable_bytes
-
-# Turn what the user typed into a path; a name that no disk takes is an error in a line.
+from qwenq.storage import fsync_folder, guard_storage, held, readable_bytes
 
 
 def local_path(text: str | Path, what: str) -> Path:
-    """Return the path, ``~`` expanded, of what was typed for ``what``; nothing need be there.
-
-    Raises:
-        UsageError: a name that no disk takes, a folder that may not be searched, the home of nobody; a name
-            that is not UTF-8.
-    """
+    """Return the path, ``~`` expanded, of what was typed for ``what``; nothing need be there."""
     require_utf8(text, what)
     try:
         path = Path(text).expanduser()
@@ -103,16 +103,18 @@ def _check(entry: Path, homes: list[Path]) -> None:
         raise CorruptFileError(
             f"{entry.name} is neither a file nor a folder", where=entry, hint="remove it from the folder"
         )
-    size = entry.stat().st_size if entry.suffix in _READ_WHOLE and entry.is_file() else 0
-    if size > LARGEST:
+    if entry.suffix in _READ_WHOLE and entry.is_file():
+        refuse_large(entry)
+
+
+def refuse_large(file: Path) -> None:
+    """Refuse a file that is read whole if it has more than ``LARGEST`` bytes."""
+    if (size := file.stat().st_size) > LARGEST:
         raise CorruptFileError(
-            f"{entry.name} has {readable_bytes(size)} to be read whole; no model's file has so many",
-            where=entry,
+            f"{file.name} has {readable_bytes(size)} to be read whole; no model's file has so many",
+            where=file,
             hint="download it again, or do not use this model",
         )
-
-
-# Publish a folder whole, in one step: rename it to the name that the user gave.
 
 
 _LONGER = "." * 24  # what work folders have in their names besides
@@ -160,7 +162,35 @@ def take_name(made: Path, target: Path) -> None:
         ) from error
 
 
-# Name qwenq.json and the folders of an unfinished run, and check for them.
+@contextmanager
+def new_folder(target: Path, needed: int | None = None) -> Iterator[Path]:
+    """Yield a sibling folder that gets the target's name at the end; remove it on an error.
+
+    ``needed`` are the bytes that will be written, if that is known.
+    """
+    place = target.absolute()
+    # Processes of several machines or containers may have one number.
+    temporary = place.with_name(f".{place.name}.{token_hex(4)}.{os.getpid()}.tmp")
+    with guard_storage(target, needed):
+        _remove_left_behind(place)
+        temporary.mkdir(parents=True)
+        try:
+            with held(temporary):
+                yield temporary
+                take_name(temporary, target)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        fsync_folder(place.parent)
+
+
+def _remove_left_behind(place: Path) -> None:
+    """Remove what killed processes left of this name: their process is gone, their lock free."""
+    for left in place.parent.glob(f".{glob.escape(place.name)}.*.tmp"):
+        process = left.suffixes[-2].removeprefix(".")
+        if process.isdecimal() and not psutil.pid_exists(int(process)):
+            with suppress(UsageError), held(left):  # held: by a process of another machine
+                shutil.rmtree(left, ignore_errors=True)
 
 
 MANIFEST = "qwenq.json"

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.autoround import METHODS, is_awq_packed, require_weights_only
+from qwenq.models.gptq_format import from_int32
 from qwenq.models.source import TensorInfo, TensorSource
 
-_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
+_AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """Nibble of a word that holds column 0, 1, … of its eight."""
 _OTHER_MODEL = "config.json and the weights are not of one model: copy the folder again"
 _ONE_BYTE = {"int-quantized", "float-quantized", "naive-quantized"}
@@ -39,40 +40,26 @@ _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class ForeignFormat:
-    """How the weights of a checkpoint were quantised by another tool.
+    """How the weights of a checkpoint were quantised by another tool."""
 
-    Attributes:
-        name: for people, such as "AWQ Int4, groups of 128".
-        precision: for rows and tables, such as ``awq-int4``.
-        bits: of a weight; where there are several widths, that of most modules.
-        group_size: input columns that share a scale; -1: all of them, or blocks of another form.
-        symmetric: whether zero points are in the middle.
-        integers: whether weights are integers, and no floats.
-        activations: whether the engines that it was made for quantise activations, too.
-        suffixes: of the tensors that stand for a weight; the first tells that a module is quantised.
-        shape: (source, module) → [out, in] of its weight, from headers.
-        dequantise: (source, module) → the weight in float32.
-    """
-
-    name: str
-    precision: str
-    bits: int
+    name: str  # for people, such as "AWQ Int4, groups of 128"
+    precision: str  # for rows and tables, such as ``awq-int4``
+    bits: int  # of a weight; where there are several widths, that of most modules
+    # of the tensors that stand for a weight; the first tells that a module is quantised
     suffixes: tuple[str, ...]
+    # (source, module) → [out, in] of its weight, from headers
     shape: Callable[[TensorSource, str], tuple[int, ...]]
-    dequantise: Callable[[TensorSource, str], Tensor]
-    group_size: int = -1
-    symmetric: bool = True
-    integers: bool = True
-    activations: bool = False
+    dequantise: Callable[[TensorSource, str], Tensor]  # (source, module) → the weight in float32
+    group_size: int = -1  # input columns that share a scale; -1: all of them, or blocks of another form
+    symmetric: bool = True  # whether zero points are in the middle
+    integers: bool = True  # whether weights are integers, and no floats
+    activations: bool = False  # whether the engines that it was made for quantise activations, too
 
 
 class ForeignSource:
     """A checkpoint of another tool that reads like a plain one: ``X.weight`` in place of what stands for it.
 
-    Attributes:
-        stored: the tensors as they lie in the files.
-        format: how the weights were quantised.
-        modules: the names of the quantised modules.
+    ``stored`` has the tensors as they lie in the files.
     """
 
     def __init__(self, stored: TensorSource, found: ForeignFormat, dtype: torch.dtype) -> None:
@@ -125,12 +112,7 @@ def _fitting(module: str) -> Iterator[None]:
 
 
 def foreign_format(config: Mapping[str, Any], where: Path) -> ForeignFormat | None:
-    """Return the format of another tool that config.json names; None: plain weights or GPTQ.
-
-    Raises:
-        UnsupportedError: a method or a variant that is not read here; names it.
-        ModelError: settings that make no sense.
-    """
+    """Return the format of another tool that config.json names; None: plain weights or GPTQ."""
     keys = config.get("quantization_config")
     if not isinstance(keys, Mapping):
         return None
@@ -172,13 +154,9 @@ def unpack_int32(words: Tensor, bits: int, count: int) -> Tensor:
     The lowest bits come first; an integer may lie across two words.
     """
     if 32 % bits == 0:
-        shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-        whole = (words.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)  # [rows, words, 32 / bits]
-        return whole.to(torch.uint8).reshape(len(words), -1)[:, :count]
-    shifts = torch.arange(32, dtype=torch.int32)
-    stream = (words.unsqueeze(-1) >> shifts) & 1  # [rows, words, 32]
-    stream = stream.reshape(len(words), -1)[:, : count * bits].reshape(len(words), count, bits)
-    return (stream << torch.arange(bits, dtype=torch.int32)).sum(-1, dtype=torch.int32).to(torch.uint8)
+        return from_int32(words, bits)[:, :count]
+    stream = from_int32(words, 1)[:, : count * bits].reshape(len(words), count, bits)
+    return (stream << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
 def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
@@ -217,8 +195,7 @@ def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
 
 def _awq_nibbles(words: Tensor) -> Tensor:
     """Return uint8 [rows, 8 · words] in the order of the columns."""
-    shifts = torch.tensor([4 * nibble for nibble in _AWQ_ORDER], dtype=torch.int32)
-    return ((words.unsqueeze(-1) >> shifts) & 15).to(torch.uint8).flatten(1)
+    return from_int32(words, 4).view(len(words), -1, 8)[..., _AWQ_ORDER].flatten(1)
 
 
 def _compressed_tensors(keys: Mapping[str, Any], where: Path) -> ForeignFormat:

@@ -11,12 +11,10 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, Literal, cast, get_args
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
 
 from qwenq.errors import ModelError, UnsupportedError
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 LAYER_PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """Tensors of a quantised linear."""
@@ -90,9 +88,7 @@ def block_rules(
 ) -> dict[str, dict[str, Any]]:
     """Return rules for modules whose bits differ from those of the same name in other blocks.
 
-    Args:
-        block_bits: (full name, bits), whole layers of the engines.
-        settings: as in ``dynamic_rules``.
+    ``block_bits`` are (full name, bits) of whole layers of the engines.
     """
     members: dict[tuple[int, str, str], list[str]] = {}
     for name, bits in block_bits:
@@ -156,9 +152,6 @@ def module_groups(groups: Iterable[Iterable[str]]) -> list[list[str]]:
     return found
 
 
-# Read and write the settings themselves.
-
-
 SUPPORTED_BITS = (2, 4, 8)
 CheckpointFormat = Literal["gptq", "gptq_v2"]
 CHECKPOINT_FORMATS = get_args(CheckpointFormat)
@@ -168,33 +161,23 @@ _WIDEST = 1 << 24  # input columns of the widest linear that config.json may nam
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Settings of a quantised checkpoint.
+    """Settings of a quantised checkpoint."""
 
-    Attributes:
-        bits: 2, 4 or 8.
-        group_size: input columns that share a scale; -1 for all of them.
-        sym: whether every zero point is ``2 ** (bits - 1)``.
-        desc_act: whether the *file* is in activation order (``g_idx`` not trivial). Act-order with static
-            groups leaves the natural order: false.
-        static_groups: whether scales were fixed before the columns were reordered.
-        true_sequential: whether modules of a block were quantised in the order in which they run.
-        damp_percent: share of the Hessian's mean diagonal that was added to it; between 0 and 1.
-        checkpoint_format: ``gptq`` stores zero points minus one, ``gptq_v2`` as they are.
-        lm_head: whether the head is quantised too.
-        dynamic: rules for modules that are not quantised, or otherwise than the rest.
-        modules: ``modules_in_block_to_quantize``: names within a block; empty: the file does not say.
-    """
-
-    bits: int = 4
-    group_size: int = 128
-    sym: bool = True
+    bits: int = 4  # 2, 4 or 8
+    group_size: int = 128  # input columns that share a scale; -1 for all of them
+    sym: bool = True  # whether every zero point is ``2 ** (bits - 1)``
+    # whether the *file* is in activation order (``g_idx`` not trivial). Act-order with static groups leaves
+    # the natural order: false
     desc_act: bool = False
-    static_groups: bool = False
-    true_sequential: bool = True
-    damp_percent: float = 0.01
+    static_groups: bool = False  # whether scales were fixed before the columns were reordered
+    true_sequential: bool = True  # whether modules of a block were quantised in the order in which they run
+    damp_percent: float = 0.01  # share of the Hessian's mean diagonal that was added to it; between 0 and 1
+    # ``gptq`` stores zero points minus one, ``gptq_v2`` as they are
     checkpoint_format: CheckpointFormat = "gptq"
-    lm_head: bool = False
+    lm_head: bool = False  # whether the head is quantised too
+    # rules for modules that are not quantised, or otherwise than the rest
     dynamic: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    # ``modules_in_block_to_quantize``: names within a block; empty: the file does not say
     modules: tuple[tuple[str, ...], ...] = ()
 
     def of(self, module: str) -> QuantConfig:
@@ -262,12 +245,7 @@ class QuantConfig:
 
     @classmethod
     def read(cls, config: Mapping[str, Any], where: str | Path = "config.json") -> QuantConfig:
-        """Read a whole config.json, or the contents of quantize_config.json; ``where`` is for messages.
-
-        Raises:
-            ModelError: there is no quantisation config in it, or a value makes no sense.
-            UnsupportedError: another method, width or layout than those read here.
-        """
+        """Read a whole config.json, or the contents of quantize_config.json; ``where`` is for messages."""
         keys = config.get("quantization_config", config)
         if not isinstance(keys, Mapping) or "bits" not in keys:
             _refuse_foreign_method(keys if isinstance(keys, Mapping) else {})

@@ -33,24 +33,18 @@ from qwenq.models.source import TensorInfo, TensorSource
 
 __all__ = ["CheckpointFormat", "QuantConfig", "is_quantised"]  # of gptq_config: importable from here, too
 
+_OTHER: dict[CheckpointFormat, CheckpointFormat] = {"gptq": "gptq_v2", "gptq_v2": "gptq"}
 _ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 temporary
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """One quantised linear as it lies in a file.
+    """One quantised linear as it lies in a file."""
 
-    Attributes:
-        qweight: int32 ``[in * bits / 32, out]``.
-        qzeros: int32 ``[groups, out * bits / 32]``.
-        scales: float16 ``[groups, out]`` (third-party files: any float).
-        g_idx: int32 ``[in]``, the group of each input column.
-    """
-
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    g_idx: Tensor
+    qweight: Tensor  # int32 ``[in * bits / 32, out]``
+    qzeros: Tensor  # int32 ``[groups, out * bits / 32]``
+    scales: Tensor  # float16 ``[groups, out]`` (third-party files: any float)
+    g_idx: Tensor  # int32 ``[in]``, the group of each input column
 
     @property
     def out_features(self) -> int:
@@ -125,13 +119,8 @@ def pack(
 def unpack(
     packed: PackedLinear, bits: int, checkpoint_format: CheckpointFormat = "gptq"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Invert ``pack``; columns stay in file order, whatever ``g_idx`` is.
-
-    Returns:
-        integers uint8 ``[out, in]``, scales ``[out, groups]`` in their stored dtype, zeros uint8
-        ``[out, groups]``.
-    """
-    integers = _from_int32(packed.qweight.t(), bits)  # [out, in]
+    """Invert ``pack``: integers, scales in their stored dtype, zeros; columns stay in file order."""
+    integers = from_int32(packed.qweight.t(), bits)  # [out, in]
     return integers, packed.scales.t(), unpack_zeros(packed.qzeros, bits, checkpoint_format)
 
 
@@ -152,7 +141,7 @@ def dequantise(
     columns = packed.g_idx.long()
     for start in range(0, packed.out_features, _ROWS_AT_ONCE):
         block = slice(start, start + _ROWS_AT_ONCE)
-        values = _from_int32(packed.qweight[:, block].t(), bits).to(torch.float32)
+        values = from_int32(packed.qweight[:, block].t(), bits).to(torch.float32)
         if runs:
             grouped = values.view(len(values), packed.groups, -1)  # [rows, groups, group_size]
             grouped.sub_(zeros[block].unsqueeze(-1)).mul_(scales[block].unsqueeze(-1))
@@ -176,7 +165,7 @@ def pack_zeros(zeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "
 
 def unpack_zeros(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat = "gptq") -> Tensor:
     """Unpack int32 ``[groups, out * bits / 32]`` to zero points uint8 ``[out, groups]``."""
-    zeros = _from_int32(qzeros, bits).t()
+    zeros = from_int32(qzeros, bits).t()
     if checkpoint_format == "gptq":
         zeros = (zeros + 1) & (2**bits - 1)  # at 8 bits uint8 wraps by itself
     return zeros.contiguous()
@@ -205,8 +194,8 @@ def _to_int32(values: Tensor, bits: int) -> Tensor:
     return values.view(torch.int32).view(rows, -1)
 
 
-def _from_int32(words: Tensor, bits: int) -> Tensor:
-    """Unpack int32 ``[rows, n * bits / 32]`` to uint8 ``[rows, n]``: ``_to_int32`` backwards."""
+def from_int32(words: Tensor, bits: int) -> Tensor:
+    """Unpack int32 ``[rows, n * bits / 32]`` to uint8 ``[rows, n]``, 1, 2, 4 or 8 bits each, lowest first."""
     values, width = words.flatten().view(torch.uint8), 4
     while width >= bits:
         mask = (2**width - 1) * 0x0101
@@ -233,9 +222,6 @@ def _check_unpacked(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) 
     top = 2**bits - 1
     if integers.numel() and (int(integers.max()) > top or int(zeros.max()) > top):
         raise ValueError(f"integers and zeros must be at most {top} at {bits} bits")
-
-
-# Check GPTQ checkpoints, read their modules, and show them as plain checkpoints.
 
 
 def quantised_modules(source: TensorSource) -> list[str]:
@@ -329,13 +315,7 @@ def surplus_biases(
 
 
 def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
-    """Check every quantised module against the config; returns their names.
-
-    Raises:
-        ModelError: no quantised module at all, a tensor of a module is missing, a shape contradicts bits or
-            group size, a ``g_idx`` names a group that does not exist, or the zero points of a symmetric model
-            are stored in the other format than the config says.
-    """
+    """Check the tensors of every quantised module against the config; return the modules' names."""
     modules = quantised_modules(source)
     if not modules:
         raise ModelError(
@@ -416,31 +396,31 @@ def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
     own = quant if module is None else quant.of(module)
     if module is None or not own.sym or f"{module}.qzeros" not in set(source.names()):
         return quant.checkpoint_format
-    qzeros = source.read(f"{module}.qzeros")
-    other: CheckpointFormat = "gptq_v2" if quant.checkpoint_format == "gptq" else "gptq"
+    qzeros, other = source.read(f"{module}.qzeros"), _OTHER[quant.checkpoint_format]
     if str(qzeros.dtype) != "torch.int32" or qzeros.ndim != 2 or not qzeros.numel():
         return quant.checkpoint_format
-    fits = bool((unpack_zeros(qzeros, own.bits, other) == 2 ** (own.bits - 1)).all())
-    return other if fits else quant.checkpoint_format
+    return other if _all_in_the_middle(qzeros, own.bits, other) else quant.checkpoint_format
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
     """Check that every zero point of a symmetric model is the middle; one off means the other format."""
     quant = quant.of(module)
-    zeros = unpack_zeros(qzeros, quant.bits, quant.checkpoint_format)
-    middle = 2 ** (quant.bits - 1)
-    if bool((zeros == middle).all()):
+    form, other = quant.checkpoint_format, _OTHER[quant.checkpoint_format]
+    if _all_in_the_middle(qzeros, quant.bits, form):
         return
-    other = "gptq_v2" if quant.checkpoint_format == "gptq" else "gptq"
-    off_by_one = middle + 1 if other == "gptq_v2" else middle - 1
-    if bool((zeros == off_by_one).all()):
+    if _all_in_the_middle(qzeros, quant.bits, other):
         raise ModelError(
-            f"the config says {quant.checkpoint_format}, but the zero points are stored as {other} does",
+            f"the config says {form}, but the zero points are stored as {other} does",
             where=f"{module}.qzeros",
             hint=f'set "checkpoint_format": "{other}" in config.json and quantize_config.json',
         )
+    zeros = unpack_zeros(qzeros, quant.bits, form)
     raise ModelError(
         f"the config says sym, but zero points run from {int(zeros.min())} to {int(zeros.max())}",
         where=f"{module}.qzeros",
         hint='an asymmetric model needs "sym": false; otherwise the file is damaged',
     )
+
+
+def _all_in_the_middle(qzeros: Tensor, bits: int, checkpoint_format: CheckpointFormat) -> bool:
+    return bool((unpack_zeros(qzeros, bits, checkpoint_format) == 2 ** (bits - 1)).all())

@@ -37,10 +37,6 @@ def fetch(repo_id: str) -> tuple[Path, str]:
 
     Safetensors are preferred; pickle weights are fetched only where there are no others. When the hub cannot
     be reached or is out of order, a whole copy in the cache is used, and the line says so.
-
-    Raises:
-        HubError: not found, no access, gated, out of order, no network, or a download that broke off.
-        StorageError: the cache cannot be written.
     """
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -37,7 +37,7 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
     ``-GPTQ-Int4`` and the like. ``dtype``, what it is run in, is an unquantised model's precision; ``given``
     is what the user typed: a folder, a hub id, or None for the bundled model.
     """
-    name = model_name(given)
+    name, precision = model_name(given), precision_of(checkpoint, dtype)
     if is_random(checkpoint.config):
         fingerprint = f"random:{checkpoint.config[RANDOM_KEY].get('seed')}:{name}"
     else:
@@ -47,17 +47,26 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         size = sum(stored.info(tensor).nbytes for tensor in stored.names())
         found = checkpoint.foreign.format
         group = None if found.group_size == -1 else found.group_size
-        return Model(name, fingerprint, found.precision, family_name(name), size, group)
+        return Model(name, fingerprint, precision, family_name(name), size, group)
     if not is_quantised(checkpoint.config):
         size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
-        run_in = str(dtype).removeprefix("torch.")
-        return Model(name, fingerprint, _SHORT.get(run_in, run_in), name, size)
+        return Model(name, fingerprint, precision, name, size)
     size = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint.names())
     quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
     base = base_of(checkpoint.folder)
     named = base.get("name") or (model_name(base["model"]) if "model" in base else None)
     family = named or family_name(name)
-    return Model(name, fingerprint, f"int{quant.bits}", family, size, quant.group_size)
+    return Model(name, fingerprint, precision, family, size, quant.group_size)
+
+
+def precision_of(checkpoint: Checkpoint, dtype: torch.dtype) -> str:
+    """Return ``int4``, ``awq-int4`` and the like; of unquantised weights the short name of ``dtype``."""
+    if checkpoint.foreign is not None:
+        return checkpoint.foreign.format.precision
+    if is_quantised(checkpoint.config):
+        return f"int{QuantConfig.read(checkpoint.config, checkpoint.folder / 'config.json').bits}"
+    run_in = str(dtype).removeprefix("torch.")
+    return _SHORT.get(run_in, run_in)
 
 
 def family_name(name: str) -> str:

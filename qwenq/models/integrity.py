@@ -30,10 +30,6 @@ def verify_files(folder: Path) -> list[str]:
 
     The manifest is ``qwenq.json`` with ``{"files": {name: {"sha256": hex, "bytes": count}}}``. Other files
     may have been added, a model card for one, but no weights or index: those could be read instead.
-
-    Raises:
-        ModelError: there is no manifest, so nothing can be said.
-        CorruptFileError: a file is missing, cut off or altered, or weights were added; names it.
     """
     path = folder / MANIFEST
     listed = _listed_files(path)
@@ -89,11 +85,7 @@ def require_numbers(name: str, tensor: torch.Tensor, where: Path | None = None) 
 
 
 def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> torch.Tensor:
-    """Check that every element is a number that a weight can be; return the tensor itself.
-
-    Raises:
-        CorruptFileError: how many elements are NaN and how many infinite, or the one beyond ``LARGEST``.
-    """
+    """Check that every element is a number that a weight can be; return the tensor itself."""
     if not tensor.is_floating_point() or not tensor.numel():
         return tensor
     nan = infinite = 0
@@ -119,9 +111,6 @@ def check_finite(name: str, tensor: torch.Tensor, where: Path | None = None) -> 
             hint="most likely a flipped bit: compare the checksum with the publisher's, copy the file again",
         )
     return tensor
-
-
-# Compute a short hash that names a model: over its weights, or what they follow from, and its config.
 
 
 _BESIDE_THE_POINT = {

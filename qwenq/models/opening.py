@@ -72,11 +72,6 @@ def resolve_model(model: str | None) -> Resolved:
     """Return the folder of MODEL: an existing folder, a hub id ``owner/name``, None or "bundled".
 
     An existing folder wins over a hub id of the same spelling.
-
-    Raises:
-        UsageError: a path that does not exist (suggests the nearest), or a file instead of a folder.
-        HubError: the hub could not be reached or refused.
-        UnsupportedError: by its name, a model of Qwen's that is not supported yet: nothing is downloaded.
     """
     if model is None or is_bundled(model):
         from qwenq.models.bundled import bundled_model

@@ -22,12 +22,7 @@ _CONVERT = (
 
 
 class PickleSource(FileSource):
-    """Tensors of pytorch_model.bin files, memory-mapped, so that only what is read becomes resident.
-
-    Raises:
-        UnsupportedError: the pickle holds anything but plain tensors, or is the old format without zip.
-        CorruptFileError: the file is cut off or damaged.
-    """
+    """Tensors of pytorch_model.bin files, memory-mapped, so that only what is read becomes resident."""
 
     def _header(self, file: Path) -> dict[str, TensorInfo]:
         return {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in load_pickle(file).items()}

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -38,6 +37,7 @@ from qwenq.storage import (
     fsync_file,
     fsync_folder,
     guard_storage,
+    locked,
     sha256_file,
     take_lock,
 )
@@ -60,11 +60,6 @@ class LayerStore:
     """The work folder of one run, ``OUT.partial``.
 
     ``run`` holds the facts that decide the result; a store of another run is not resumed.
-
-    Raises:
-        UsageError: the folder holds an unfinished run with other settings, or foreign files, or another
-            process works in it.
-        StorageError: the disk refused.
     """
 
     def __init__(self, folder: Path, run: dict[str, Any], *, resume: bool) -> None:
@@ -136,8 +131,8 @@ class LayerStore:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return all packed tensors of a finished layer."""
-        with safe_open(self._file(index), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+        source = SafetensorsSource([self._file(index)])
+        return {name: source.read(name) for name in source.names()}
 
     def discard(self) -> None:
         """Remove the work folder, once its result stands elsewhere."""
@@ -176,9 +171,7 @@ class LayerStore:
 @contextmanager
 def work_folder(folder: Path) -> Iterator[Path]:
     """Hold the work folder ``OUT.partial`` while something other than its layers is written there."""
-    with guard_storage(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with take_lock(folder, _LOCK):
+    with locked(folder, _LOCK):
         yield folder
 
 
@@ -225,9 +218,6 @@ def _read_json(path: Path) -> dict[str, Any] | None:
             f"{path.name} cannot be read: {error.strerror}", where=path, hint="name another --out"
         ) from error
     return content if isinstance(content, dict) else None
-
-
-# Make a checkpoint folder of finished layers; it gets its name in one step, once it is whole.
 
 
 def require_free(target: Path) -> None:
@@ -277,10 +267,7 @@ def stage(
     """Write the quantised checkpoint, without its manifest, inside the work folder of ``store``.
 
     Its first ``layers`` layers are finished. Tensors of the base that are not quantised keep their stored
-    dtype, bit for bit.
-
-    Returns:
-        The staging folder, and notices for the user.
+    dtype, bit for bit. Return the staging folder, and notices for the user.
     """
     folder = store.folder / STAGED
     with guard_storage(folder):

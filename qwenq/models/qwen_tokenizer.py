@@ -241,9 +241,6 @@ def _corrupt(what: str, where: str | Path) -> CorruptFileError:
     )
 
 
-# Export Qwen v1's tokenizer as a ``tokenizer.json``, which clients load without remote code.
-
-
 WRITTEN = ("tokenizer.json", "tokenizer_config.json")
 
 

@@ -160,17 +160,11 @@ def _usual_keys(config: Mapping[str, Any], wrong: Callable[[str], ModelError]) -
 
 @dataclass(frozen=True)
 class LongContext:
-    """How Qwen v1 goes beyond the length that it was trained on.
+    """How Qwen v1 goes beyond the length that it was trained on."""
 
-    Attributes:
-        seq_length: tokens up to which the model is a plain Qwen2.
-        dynamic_ntk: stretch the rotary base by the prompt's length.
-        logn: scale queries by ``log(position + 1) / log(seq_length)`` beyond ``seq_length``.
-    """
-
-    seq_length: int
-    dynamic_ntk: bool
-    logn: bool
+    seq_length: int  # tokens up to which the model is a plain Qwen2
+    dynamic_ntk: bool  # stretch the rotary base by the prompt's length
+    logn: bool  # scale queries by ``log(position + 1) / log(seq_length)`` beyond ``seq_length``
 
 
 def long_context_of(config: Mapping[str, Any], where: str | Path = "config.json") -> LongContext | None:
@@ -222,9 +216,6 @@ def _stretched_from(config: Mapping[str, Any]) -> int | None:
     """Return the tokens beyond which v1 is no plain Qwen2; None: it always is one."""
     context = long_context_of(config)
     return context.seq_length if context is not None and (context.dynamic_ntk or context.logn) else None
-
-
-# Show tensors.
 
 
 _TOP = {

@@ -35,6 +35,7 @@ _STREAM = 1
 """Counts up when the same seed would draw other values; reports and resumed runs name models by it."""
 _UNFINISHED = ".qwenq-random-weights-unfinished"  # in the folder until the model is whole
 _CHUNK = 1 << 20  # elements drawn at once, whatever the tensor
+_DTYPES = ("bfloat16", "float16", "float32")
 _BITS_OF = {2: torch.int16, 4: torch.int32}
 
 
@@ -57,10 +58,6 @@ class RandomSource:
     """The tensors of a model that exists nowhere: each is made when it is read.
 
     The same seed, name and device type give the same values; on another device they differ.
-
-    Attributes:
-        seed, std, device: as given.
-        decided_by: all that the values follow from, for ``fingerprint``.
     """
 
     def __init__(
@@ -134,20 +131,6 @@ def tensor_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def random_config(
-    name_or_config: str | dict[str, Any], seed: int, dtype: str = "bfloat16", layers: int | None = None
-) -> dict[str, Any]:
-    """Build a config.json marked as random, from a catalogue name or a config."""
-    config = catalogue.config_for(name_or_config) if isinstance(name_or_config, str) else dict(name_or_config)
-    _dtype(dtype)
-    if layers is not None and layers < 1:
-        raise UsageError(f"a model of {layers} layers cannot be made", hint="give at least 1")
-    if layers is not None:
-        config["num_hidden_layers"] = layers
-        config.pop("layer_types", None)
-    return config | {"torch_dtype": dtype, RANDOM_KEY: {"seed": seed}}
-
-
 def random_checkpoint(
     name_or_config: str | dict[str, Any],
     seed: int = 0,
@@ -156,15 +139,22 @@ def random_checkpoint(
     layers: int | None = None,
     device: str | torch.device = "cpu",
 ) -> Checkpoint:
-    """Make a checkpoint that lies on no disk: its tensors are made as they are read."""
-    config = random_config(name_or_config, seed, dtype, layers)
-    source = RandomSource(
-        ModelShape.from_config(config),
-        seed,
-        _dtype(dtype),
-        std=config.get("initializer_range", 0.02),
-        device=device,
-    )
+    """Make a checkpoint that lies on no disk, of a catalogue name or a config.json; its config is marked.
+
+    ``layers`` overrides the depth.
+    """
+    config = catalogue.config_for(name_or_config) if isinstance(name_or_config, str) else dict(name_or_config)
+    if dtype not in _DTYPES:
+        raise UsageError(f"{dtype!r} is no dtype for weights", hint=f"use {', '.join(_DTYPES)}")
+    if layers is not None:
+        if layers < 1:
+            raise UsageError(f"a model of {layers} layers cannot be made", hint="give at least 1")
+        config["num_hidden_layers"] = layers
+        config.pop("layer_types", None)
+    config |= {"torch_dtype": dtype, RANDOM_KEY: {"seed": seed}}
+    std = config.get("initializer_range", 0.02)
+    shape = ModelShape.from_config(config)
+    source = RandomSource(shape, seed, getattr(torch, dtype), std=std, device=device)
     return Checkpoint(Path("random-weights"), config, source, on_disk=False)
 
 
@@ -210,10 +200,3 @@ def _clear(folder: Path) -> None:
     config.unlink(missing_ok=True)  # first: without it the folder is no model
     for item in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
         item.unlink()
-
-
-def _dtype(name: str) -> torch.dtype:
-    known = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-    if name not in known:
-        raise UsageError(f"{name!r} is no dtype for weights", hint=f"use {', '.join(known)}")
-    return known[name]

@@ -12,18 +12,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from qwenq.errors import CorruptFileError, ModelError
 from qwenq.models.source import TensorInfo
-from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, require_space
-
-if TYPE_CHECKING:
-    from typing import BinaryIO
-
+from qwenq.storage import atomic_write_json, fsync_folder, guard_storage, new_file, require_space
 
 INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
@@ -39,35 +35,7 @@ DTYPES: dict[str, torch.dtype] = {
 
 
 _SMALL = 2**20
-"""Bytes up to which a tensor is copied out of a file that stays open for others."""
-_THROUGH_ONE = 32 * 2**20
-"""Bytes that are read before that file is opened anew."""
-
-
-class _OpenFile:
-    """One file, open for reads of small tensors."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self._state, self._bytes = path, _state(path), 0
-        self._file: Any = safe_open(path, framework="pt")
-
-    def serves(self, path: Path) -> bool:
-        """Return whether it is that file, as it is on disk now, with room for another read."""
-        return path == self._path and self._bytes < _THROUGH_ONE and _state(path) == self._state
-
-    def read(self, name: str, nbytes: int) -> torch.Tensor:
-        self._bytes += nbytes
-        tensor: torch.Tensor = self._file.get_tensor(name).clone()  # a view would hold the whole mapping
-        return tensor
-
-    def close(self) -> None:
-        self._file.__exit__(None, None, None)
-
-
-def _state(path: Path) -> tuple[int, int, int]:
-    """Return what differs when a file is replaced, cut or written to: reading a cut mapping kills."""
-    found = path.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+"""Bytes up to which a tensor is read in place: the library would parse the whole header for it."""
 
 
 class FileSource:
@@ -114,58 +82,57 @@ class SafetensorsSource(FileSource):
     """Tensors of one or many safetensors files, read one at a time.
 
     A file is opened for one read and closed again: what is resident is the tensor that was asked for, so the
-    memory stays flat however large the checkpoint is. Only small tensors share an open file for a while, as
-    its header takes longer to read than they do.
+    memory stays flat however large the checkpoint is.
     """
 
-    _open: _OpenFile | None = None
+    def __init__(self, files: Sequence[Path], owners: Mapping[str, str] | None = None) -> None:
+        self._states: dict[Path, tuple[int, int]] = {}
+        self._starts: dict[tuple[Path, str], int] = {}
+        super().__init__(files, owners)
 
     def _header(self, file: Path) -> dict[str, TensorInfo]:
-        return read_header(file)
+        header, found = read_header(file), file.stat()
+        self._states[file] = found.st_ino, found.st_size
+        start = found.st_size - sum(info.nbytes for info in header.values())
+        for name, info in header.items():  # which cover the rest of the file in this order
+            self._starts[file, name] = start
+            start += info.nbytes
+        return header
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor on the CPU, in its stored dtype."""
         file, info = self._find(name)
-        with self._readable(file, name):
-            if info.nbytes > _SMALL:
-                with safe_open(file, framework="pt") as opened:
-                    tensor: torch.Tensor = opened.get_tensor(name)
-            else:
-                if self._open is None or not self._open.serves(file):
-                    self.close()
-                    self._open = _OpenFile(file)
-                tensor = self._open.read(name, info.nbytes)
-        _require_unchanged(tensor, name, info.shape, info.dtype, file)
+        if info.nbytes <= _SMALL:
+            return self._read_in_place(name, 0, info.shape)
+        with _readable(file, name), safe_open(file, framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(name)
+        if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
+            raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
         return tensor
 
     def read_part(self, name: str, index: int) -> torch.Tensor:
         """Read one step along the first dimension of a tensor; the rest of it is not read."""
+        return self._read_in_place(name, index, self.info(name).shape[1:])
+
+    def _read_in_place(self, name: str, index: int, shape: tuple[int, ...]) -> torch.Tensor:
+        """Read a part of a tensor of that shape, behind ``index`` others of it."""
         file, info = self._find(name)
-        with self._readable(file, name), safe_open(file, framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_slice(name)[index]
-        _require_unchanged(tensor, name, info.shape[1:], info.dtype, file)
-        return tensor
-
-    @contextmanager
-    def _readable(self, file: Path, name: str) -> Iterator[None]:
-        try:
-            yield
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            self.close()
-            raise _damaged(f"the tensor {name} cannot be read: {error}", file) from error
-
-    def close(self) -> None:
-        """Let the file go that is open, if one is; it is opened again when it is needed."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        data = torch.empty(TensorInfo(shape, info.dtype).nbytes, dtype=torch.uint8)
+        with _readable(file, name), file.open("rb") as opened:
+            found = os.fstat(opened.fileno())
+            opened.seek(self._starts[file, name] + index * data.numel())
+            whole = opened.readinto(data.numpy().data) == data.numel()
+            if not whole or self._states[file] != (found.st_ino, found.st_size):
+                raise ValueError("the file has changed since it was opened")
+        return data.view(info.dtype).reshape(shape)
 
 
-def _require_unchanged(
-    tensor: torch.Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, file: Path
-) -> None:
-    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-        raise CorruptFileError(f"{name} changed while it was read", where=file, hint="run again")
+@contextmanager
+def _readable(file: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
+        raise _damaged(f"the tensor {name} cannot be read: {error}", file) from error
 
 
 def open_safetensors(folder: Path) -> SafetensorsSource | None:
@@ -271,9 +238,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
     Checked: its length against the file's, that it is JSON, that every dtype is known, that each tensor has
     as many bytes as its shape takes, and that tensors cover the file from end to end without overlap.
-
-    Raises:
-        CorruptFileError: any of these is wrong; the message names the tensor where one is to blame.
     """
     try:
         size = path.stat().st_size
@@ -338,9 +302,6 @@ def _check_layout(entries: dict[str, dict[str, Any]], data_bytes: int, path: Pat
         raise _damaged(f"{data_bytes - end} bytes too many at the end", path)
 
 
-# Write safetensors as a stream: one tensor in memory, however large the checkpoint.
-
-
 Entry = tuple[str, TensorInfo]
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -368,14 +329,8 @@ def write_shards(
     """Write tensors to ``model.safetensors``, or to numbered shards and their index, and flush them.
 
     ``read`` is called once a tensor, in the order of ``entries``, and what it returned, on any device, is
-    forgotten before the next call. Each file appears under its name only when it is whole.
-
-    Returns:
-        The safetensors files written, in order (the index is not among them).
-
-    Raises:
-        StorageError: the disk is full, read-only or forbids it; says how much was needed and is free.
-        ModelError: a name comes twice, or a tensor is not what its entry announced.
+    forgotten before the next call. Each file appears under its name only when it is whole. Return the
+    safetensors files in order.
     """
     if twice := [name for name, count in Counter(name for name, _ in entries).items() if count > 1]:
         raise ModelError(f"the tensor {twice[0]} is to be written twice", where=folder)
@@ -389,7 +344,10 @@ def write_shards(
         if count == 1:
             names = ["model.safetensors"]
         for name, shard in zip(names, shards, strict=True):
-            _write_file(folder / name, shard, read)
+            with new_file(folder / name) as file:
+                file.write(_header(shard))
+                for tensor, info in shard:
+                    _write_tensor(file, tensor, info, read(tensor))
         if count > 1:
             owners = {e[0]: name for name, shard in zip(names, shards, strict=True) for e in shard}
             index = {"metadata": {"total_size": total}, "weight_map": owners}
@@ -411,22 +369,7 @@ def _header(entries: Sequence[Entry]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_file(path: Path, entries: Sequence[Entry], read: Callable[[str], torch.Tensor]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(_header(entries))
-            for name, info in entries:
-                _write_tensor(file, name, info, read(name))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def _write_tensor(file: BinaryIO, name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
+def _write_tensor(file: IO[bytes], name: str, info: TensorInfo, tensor: torch.Tensor) -> None:
     if tuple(tensor.shape) != info.shape or tensor.dtype != info.dtype:
         raise ModelError(
             f"{name} was announced as {info.dtype} {list(info.shape)} "

@@ -50,52 +50,33 @@ def fitting_group_sizes(widths: Iterable[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a decoder, Qwen2 layout.
+    """Sizes of a decoder, Qwen2 layout."""
 
-    Attributes:
-        architecture: the model type of the language model; Qwen v1 counts as ``qwen2``.
-        ffn: width of the dense MLP as it is computed (v1's config counts both halves; this does not); 0: no
-            layer has one.
-        vocab: rows of the embedding, padding included.
-        tied: the head is the embedding and is not stored again.
-        context: the longest sequence that the config promises; None where it says nothing.
-        fused_qkv: the model's own GPTQ files hold q, k and v as one module (Qwen v1).
-        output_gate: q_proj has a second half, which gates what attention gives.
-        experts: None: all layers have a dense MLP.
-        linear_attention: None: all layers attend to all earlier tokens.
-        attending: layers that do so in a model with linear attention.
-        draft_layers: of multi-token prediction, which lie in the same files and are not quantised (``mtp.``).
-    """
-
-    architecture: str
+    architecture: str  # the model type of the language model; Qwen v1 counts as ``qwen2``
     hidden: int
     layers: int
     heads: int
     kv_heads: int
     head_dim: int
-    ffn: int
-    vocab: int
-    tied: bool
-    context: int | None
+    ffn: int  # width of the dense MLP as it is computed, half of what v1's config says; 0: no layer has one
+    vocab: int  # rows of the embedding, padding included
+    tied: bool  # the head is the embedding and is not stored again
+    context: int | None  # the longest sequence that the config promises; None where it says nothing
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    fused_qkv: bool = False
-    output_gate: bool = False
-    experts: Experts | None = None
-    linear_attention: LinearAttention | None = None
-    attending: tuple[int, ...] = ()
+    fused_qkv: bool = False  # the model's own GPTQ files hold q, k and v as one module (Qwen v1)
+    output_gate: bool = False  # q_proj has a second half, which gates what attention gives
+    experts: Experts | None = None  # None: all layers have a dense MLP
+    linear_attention: LinearAttention | None = None  # None: all layers attend to all earlier tokens
+    attending: tuple[int, ...] = ()  # layers that do so in a model with linear attention
+    # of multi-token prediction, which lie in the same files and are not quantised (``mtp.``)
     draft_layers: int = 0
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> ModelShape:
-        """Read a config.json of a Llama or Qwen model; of a vision-language model, its language model.
-
-        Raises:
-            UnsupportedError: another architecture; names what is missing for it.
-            ModelError: a size is missing, not a positive integer, or contradicts another one.
-        """
+        """Read a config.json of a Llama or Qwen model; of a vision-language model, its language model."""
         where = Path("config.json")
         config = {"model_type": "none", **config}
         check_architecture(config, where)

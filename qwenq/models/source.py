@@ -69,9 +69,6 @@ def require_tensors(
 
     Only names and headers are read. Biases of zeros that the source hides from its names, but reads, count as
     there.
-
-    Raises:
-        ModelError: names the first tensor that is missing, of another shape, or unknown to the architecture.
     """
     names = set(source.names())
     for name, shape in expected.items():
@@ -116,19 +113,13 @@ _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Part:
-    """Where a tensor of the view lies: in which tensor of the files, and of fused experts in which part.
+    """Where a tensor of the view lies: in which tensor of the files, and of fused experts in which part."""
 
-    Attributes:
-        stored: name in the files.
-        expert: index along the first dimension; None: the tensor is shown as it is stored.
-        rows: of the expert's matrix, once that is [out, in]: from the first up to the second.
-        transposed: the expert's matrix is stored as [in, out].
-    """
-
-    stored: str
-    expert: int | None = None
+    stored: str  # name in the files
+    expert: int | None = None  # index along the first dimension; None: the tensor is shown as it is stored
+    # of the expert's matrix, once that is [out, in]: from the first up to the second
     rows: tuple[int, int | None] = (0, None)
-    transposed: bool = False
+    transposed: bool = False  # the expert's matrix is stored as [in, out]
 
 
 class TextView:

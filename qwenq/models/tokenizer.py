@@ -23,7 +23,7 @@ from qwenq import stopping
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.chatml import DEFAULT_MAX_WINDOW, PROCESS, Message
 from qwenq.models.config import check_labels
-from qwenq.models.folders import refuse_foreign_links
+from qwenq.models.folders import refuse_foreign_links, refuse_large
 from qwenq.models.qwen_tokenizer import (
     RANK_COUNT,
     RANKS_FILE,
@@ -109,9 +109,6 @@ def _growth(rule: Any) -> float:
     return times
 
 
-# Load a tokenizer.
-
-
 _SUFFICIENT = ("tokenizer.json", "vocab.json", "tokenizer.model", RANKS_FILE)
 
 
@@ -120,14 +117,11 @@ TemplateThinking = Literal["never", "switch", "always"]
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
-    """Load the tokenizer of a model folder, or of one ``*.tiktoken`` or ``tokenizer.json`` file.
-
-    Raises:
-        ModelError: nothing there that is a tokenizer, or transformers cannot load it without remote code.
-        CorruptFileError: a damaged ranks file or generation_config.json.
-    """
+    """Load the tokenizer of a model folder, or of one ``*.tiktoken`` or ``tokenizer.json`` file."""
     if not path.exists():
         raise ModelError("no such tokenizer", where=path, hint="name a model folder, or a tokenizer file")
+    if path.is_file():
+        refuse_large(path)
     refuse_foreign_links(path)
     if path.suffix == ".tiktoken":
         return QwenTokenizer.from_file(path)

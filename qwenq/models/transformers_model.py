@@ -24,9 +24,6 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.inspection import fill_computed
 from qwenq.models.source import require_shape
 
-# Build transformers' config object from config.json; its refusals become our errors.
-
-
 _STEERS_THE_LOADER = {
     "attn_implementation", "experts_implementation",  # could name a kernel on the hub: code to fetch and run
     "auto_map", "quantization_config", "device_map", "kernel_config", "use_kernels",
@@ -95,23 +92,14 @@ def refused_by_transformers(folder: Path | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Routed:
-    """Which tokens an expert is given.
+    """Which tokens an expert is given."""
 
-    Attributes:
-        hidden: [tokens, width], the input of all experts of the block.
-        rows: int64, ascending: those that this expert is given.
-    """
-
-    hidden: Tensor
-    rows: Tensor
+    hidden: Tensor  # [tokens, width], the input of all experts of the block
+    rows: Tensor  # int64, ascending: those that this expert is given
 
 
 class Expert(nn.Module):
-    """A gated MLP.
-
-    Attributes:
-        routed: what the linear that is about to run was routed; for the hooks of ``gptq.sequential``.
-    """
+    """A gated MLP; ``routed`` is what the linear that is about to run was routed, for ``gptq.sequential``."""
 
     def __init__(
         self, hidden: int, width: int, activation: Callable[[Tensor], Tensor], dtype: torch.dtype
@@ -194,9 +182,6 @@ def _is_fused(module: nn.Module) -> bool:
     )
 
 
-# Choose what of a block is quantised, and name the reason for what stays as it is.
-
-
 KEPT: tuple[tuple[str, str], ...] = (
     (r"\.gate$|\.router$", "the router: a few rows that choose the experts"),
     (r"shared_expert_gate$", "one row, which weighs the shared expert"),
@@ -243,9 +228,6 @@ def summary(kept: Iterable[dict[str, str]]) -> str | None:
 
 def _reason(module: str) -> str | None:
     return next((reason for pattern, reason in KEPT if re.search(pattern, f".{module}")), None)
-
-
-# Build a whole model with transformers, from a config and tensors that are here: nothing is fetched.
 
 
 def build_whole_model(

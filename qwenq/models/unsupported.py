@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qwenq.errors import ModelError, QwenqError, UnsupportedError
 from qwenq.storage import read_json
-
-# Recognise related models that are not supported: by model type, by name, or by their config.json.
-
 
 _ROUTING, _LINEAR = "the experts' routing", "linear-attention layers"
 _VISION, _AUDIO = "the vision tower", "the audio tower"
@@ -101,9 +98,6 @@ def _listed(parts: Iterable[str]) -> str | None:
     return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named) or None
 
 
-# Recognise folders that are taken for a model: adapters, caches, what a trainer wrote.
-
-
 _MERGE = (
     "merge the adapter into its base first, with peft's `merge_and_unload()` and `save_pretrained()`, "
     "and name that folder"
@@ -112,14 +106,70 @@ _MERGE = (
 
 Known = tuple[str, str]
 """What a folder is, and what to do."""
+_MADE_FROM = "name the folder of the model it was made from: config.json and *.safetensors"
+_BY_FILES = (
+    (
+        ("zero_to_fp32.py", "global_step*"),
+        "it is a DeepSpeed checkpoint, in pieces",
+        "join it with its own zero_to_fp32.py, and put the model's config.json and tokenizer beside it",
+    ),
+    (
+        ("*.distcp", "pytorch_model_fsdp*"),
+        "it is an FSDP checkpoint, in pieces",
+        "join it, e.g. with `accelerate merge-weights`, and put config.json and tokenizer beside it",
+    ),
+    (("*.gguf",), "it holds GGUF files, which are not read here", _MADE_FROM),
+    (("*.onnx", "*.engine"), "it holds a model built for another engine, which is not read here", _MADE_FROM),
+    (
+        ("dataset_info.json", "dataset_dict.json"),
+        "it is a data set",
+        "name a model; texts go to --calibration or --text",
+    ),
+    (
+        ("model_index.json",),
+        "it is a diffusion pipeline, not a language model",
+        "name a causal language model",
+    ),
+    (
+        ("consolidated*",),
+        "it is in the original layout of its publisher, params.json and consolidated files",
+        "name its copy in the layout of transformers, with config.json",
+    ),
+)
+"""Files by which a folder is recognised, what it is, and what to do."""
 
 
 def recognise(folder: Path) -> Known | None:
     """Return what a folder without a usable config.json is; None: nothing that is known here."""
-    if not folder.is_dir():
-        return None
-    finders = (_adapter, _trainer, _cache, _other_format, _above_a_model)
-    return next((known for find in finders if (known := find(folder))), None)
+    return next(_known(folder), None) if folder.is_dir() else None
+
+
+def _known(folder: Path) -> Iterator[Known]:
+    """Yield what a folder is: an adapter, a trainer's, a cache, a model of another kind, or above a model."""
+    if (adapter := folder / "adapter_config.json").is_file():
+        base = None
+        with suppress(OSError, QwenqError):
+            base = read_json(adapter).get("base_model_name_or_path")
+        of = f" of {base}" if isinstance(base, str) and base else ""
+        yield f"it is a LoRA adapter{of}, which holds no model", _MERGE
+    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
+    if whole := [path for path in checkpoints if (path / "config.json").is_file()]:
+        yield "it is a trainer's output", f"name one of its checkpoints, such as {whole[-1]}"
+    if any((path / "adapter_config.json").is_file() for path in checkpoints):
+        yield "it is a trainer's output of LoRA adapters", _MERGE
+    if snapshots := sorted(folder.glob("snapshots/*/config.json")):
+        what = "it is a model's folder in the hub's cache, whose files lie deeper"
+        yield what, f"name its hub id, or {snapshots[-1].parent}"
+    root = folder / "hub" if (folder / "hub").is_dir() else folder
+    names = [path.name.removeprefix("models--").replace("--", "/") for path in root.glob("models--*")]
+    if names:
+        listed = f"{', '.join(sorted(names)[:5])}{' …' * (len(names) > 5)}"
+        yield f"it is the hub's cache, with {listed}", "name one of them by its hub id"
+    for patterns, what, hint in _BY_FILES:
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            yield what, hint
+    if inside := sorted(str(path.parent) for path in folder.glob("*/config.json")):
+        yield "the model's files are not in it but in a folder below", f"name {', '.join(inside[:3])}"
 
 
 def refuse_prefix(names: Iterable[str], folder: Path) -> None:
@@ -148,79 +198,3 @@ def _without(prefix: str) -> str:
     if prefix == "module.":
         return "a parallel wrapper was saved: save the model inside, `model.module.save_pretrained()`"
     return "save the weights again under names that begin with model. and lm_head."
-
-
-def _adapter(folder: Path) -> Known | None:
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        return None
-    base = None
-    with suppress(OSError, QwenqError):
-        base = read_json(path).get("base_model_name_or_path")
-    of = f" of {base}" if isinstance(base, str) and base else ""
-    return f"it is a LoRA adapter{of}, which holds no model", _MERGE
-
-
-def _trainer(folder: Path) -> Known | None:
-    """Return what a trainer has left: checkpoints that are models, or pieces that are not."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: (len(path.name), path.name))
-    whole = [path for path in checkpoints if (path / "config.json").is_file()]
-    if whole:
-        return "it is a trainer's output", f"name one of its checkpoints, such as {whole[-1]}"
-    adapters = [path for path in checkpoints if (path / "adapter_config.json").is_file()]
-    if adapters:
-        return "it is a trainer's output of LoRA adapters", _MERGE
-    if (folder / "zero_to_fp32.py").is_file() or any(folder.glob("global_step*")):
-        return (
-            "it is a DeepSpeed checkpoint, in pieces",
-            "join it with its own zero_to_fp32.py, and put the model's config.json and tokenizer beside it",
-        )
-    if any(folder.glob("*.distcp")) or any(folder.glob("pytorch_model_fsdp*")):
-        return (
-            "it is an FSDP checkpoint, in pieces",
-            "join it, e.g. with `accelerate merge-weights`, and put config.json and tokenizer beside it",
-        )
-    return None
-
-
-def _cache(folder: Path) -> Known | None:
-    snapshots = sorted(folder.glob("snapshots/*/config.json"))
-    if snapshots:
-        return (
-            "it is a model's folder in the hub's cache, whose files lie deeper",
-            f"name its hub id, or {snapshots[-1].parent}",
-        )
-    root = folder / "hub" if (folder / "hub").is_dir() else folder
-    models = [path.name.removeprefix("models--").replace("--", "/") for path in root.glob("models--*")]
-    if models:
-        return (
-            f"it is the hub's cache, with {', '.join(sorted(models)[:5])}{' …' * (len(models) > 5)}",
-            "name one of them by its hub id",
-        )
-    return None
-
-
-def _other_format(folder: Path) -> Known | None:
-    name_source = "name the folder of the model it was made from: config.json and *.safetensors"
-    if any(folder.glob("*.gguf")):
-        return "it holds GGUF files, which are not read here", name_source
-    if any(folder.glob("*.onnx")) or any(folder.glob("*.engine")):
-        return "it holds a model built for another engine, which is not read here", name_source
-    if any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
-        return "it is a data set", "name a model; texts go to --calibration or --text"
-    if (folder / "model_index.json").is_file():
-        return "it is a diffusion pipeline, not a language model", "name a causal language model"
-    if (folder / "params.json").is_file() and any(folder.glob("consolidated*")):
-        return (
-            "it is in the original layout of its publisher, params.json and consolidated files",
-            "name its copy in the layout of transformers, with config.json",
-        )
-    return None
-
-
-def _above_a_model(folder: Path) -> Known | None:
-    inside = sorted(path.parent for path in folder.glob("*/config.json"))
-    if not inside:
-        return None
-    names = ", ".join(str(path) for path in inside[:3])
-    return "the model's files are not in it but in a folder below", f"name {names}"

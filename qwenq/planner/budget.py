@@ -20,18 +20,12 @@ _OPTION = "--budget"
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's size is made of, in bytes.
+    """What a model's size is made of, in bytes."""
 
-    Attributes:
-        elements: weights whose bits are open.
-        least, most: their tensors with all of them in 4, and in 8 bits.
-        fixed: all other tensors.
-    """
-
-    elements: int
-    least: int
-    most: int
-    fixed: int
+    elements: int  # weights whose bits are open
+    least: int  # their tensors with all of them in 4 bits
+    most: int  # the same with 8 bits
+    fixed: int  # all other tensors
 
     def described(self, nbytes: int) -> str:
         """Return a size of the open weights in all units: ``4.19 bits, 459.3 MB``."""
@@ -44,11 +38,7 @@ def allowed_bytes(budget: str | float, sizes: Sizes, shape: ModelShape | None) -
     Args:
         budget: ``4.5``: bits that a weight takes, scales and zero points included; ``450MB``: all tensors;
             ``rtx-4090:8192``: what that GPU's memory leaves beside the cache of so many tokens, as in a plan.
-        sizes: of the model.
-        shape: of the model; None: unknown.
-
-    Raises:
-        UsageError: no such size; below what 4 bits take, or above what 8 bits do; a GPU that is not known.
+        sizes, shape: of the model; a shape may be unknown.
     """
     text = str(budget)
     if (found := _BYTES.fullmatch(text)) is not None:

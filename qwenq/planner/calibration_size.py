@@ -17,17 +17,13 @@ USABLE = 0.95
 
 @dataclass(frozen=True)
 class CalibrationSize:
-    """Sequences of calibration, and the memory that quantising with them takes.
-
-    Attributes:
-        limit: bytes of the memory that they have to fit; None: unknown.
-        usual: the defaults that did not fit, and were made smaller; None: none was.
-    """
+    """Sequences of calibration, and the memory that quantising with them takes."""
 
     samples: int
     seq_len: int
     memory: QuantisationMemory
-    limit: int | None = None
+    limit: int | None = None  # bytes of the memory that they have to fit; None: unknown
+    # the defaults that did not fit, and were made smaller; None: none was
     usual: CalibrationSize | None = None
 
     @property
@@ -69,12 +65,10 @@ def calibration_size(
     Defaults are halved, the number of sequences first, until the estimate fits, or they are ``LEAST``.
 
     Args:
-        shape: of the model.
+        shape, longest: of the model, and the tokens that it takes.
         samples, seq_len: as the recipe says; None: open.
-        longest: tokens that the model takes.
         dtype: of the forward pass.
-        on_gpu: whose defaults, and whose memory.
-        limit: bytes of memory; None: unknown, and the defaults stay.
+        on_gpu, limit: whose defaults and whose memory, in bytes; None: unknown, and the defaults stay.
         ranks: processes that share the sequences, on GPUs with this limit each.
     """
 

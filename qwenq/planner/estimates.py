@@ -11,22 +11,17 @@ from qwenq.errors import UsageError
 from qwenq.models.block_shapes import Block
 from qwenq.models.shapes import ITEMSIZE, ModelShape
 
-# List the GPUs that a plan can be made for (``gpus.toml``).
-
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: memory in GiB, peak memory bandwidth in GB/s (10^9 bytes), and where the figures come from.
-
-    Attributes:
-        quantising_tflops: 10^12 operations a second when a dense model was quantised; None: not measured.
-    """
+    """A GPU: memory in GiB, peak memory bandwidth in GB/s (10^9 bytes), and where the figures come from."""
 
     name: str
     title: str
     memory_gib: float
     bandwidth_gb_s: float
     source: str
+    # 10^12 operations a second when a dense model was quantised; None: not measured
     quantising_tflops: float | None = None
 
 
@@ -71,57 +66,38 @@ PROCESS = 550_000_000  # resident after the imports of `qwenq quantize`, no weig
 
 @dataclass(frozen=True)
 class GenerationMemory:
-    """Peak bytes of running a model, by part.
+    """Peak bytes of running a model, by part."""
 
-    Attributes:
-        weights: the checkpoint's tensors, resident.
-        load: weights and the largest tensor in flight, of a lazy loader.
-        kv_cache: keys and values of ``context`` tokens of ``batch`` sequences.
-        states: of linear attention, of ``batch`` sequences of any length.
-        prefill_activations: while ``context`` tokens of one sequence are encoded (without a score matrix;
-            logits of the last position only, with a float32 copy).
-        decode_activations: while one token of each sequence is generated.
-        peak: single-copy cache, a prompt that fills the context: weights, cache, states, prefill activations.
-        decode_peak: single-copy cache, generated from one token: weights, cache, states, decode activations.
-    """
-
-    weights: int
-    load: int
-    kv_cache: int
-    states: int
+    weights: int  # the checkpoint's tensors, resident
+    load: int  # weights and the largest tensor in flight, of a lazy loader
+    kv_cache: int  # keys and values of ``context`` tokens of ``batch`` sequences
+    states: int  # of linear attention, of ``batch`` sequences of any length
+    # while ``context`` tokens of one sequence are encoded (without a score matrix; logits of the last
+    # position only, with a float32 copy)
     prefill_activations: int
-    decode_activations: int
+    decode_activations: int  # while one token of each sequence is generated
+    # single-copy cache, a prompt that fills the context: weights, cache, states, prefill activations
     peak: int
+    # single-copy cache, generated from one token: weights, cache, states, decode activations
     decode_peak: int
 
 
 @dataclass(frozen=True)
 class QuantisationMemory:
-    """Peak bytes of quantising block by block, by part; everything else stays on disk.
+    """Peak bytes of quantising block by block, by part; everything else stays on disk."""
 
-    Attributes:
-        process: Python, torch and transformers.
-        block: the weights of one decoder block, in the compute dtype.
-        file: the same once more in RAM: pages of the file that they are read from; 0 for a GPU's memory.
-        hessians: float32, of the widest input: H, the matrix of asymmetric calibration (C, or W C if
-            smaller); two matrices of the size of H while the factor is made; and a third, which the measured
-            peak shows and this model does not explain.
-        weights: float32 weights of the linears that read one input, twice: the original and the target.
-        activations: hidden states between the blocks, of the original and of the quantised model.
-        block_activations: of both, inside the block: residual, normed input, input of the widest linear.
-        embedding: read for the first block only.
-        peak: all of these, with the larger of the embedding and what a block takes.
-    """
-
-    process: int
-    block: int
-    file: int
+    process: int  # Python, torch and transformers
+    block: int  # the weights of one decoder block, in the compute dtype
+    file: int  # the same once more in RAM: pages of the file that they are read from; 0 for a GPU's memory
+    # float32, of the widest input: H, the matrix of asymmetric calibration (C, or W C if smaller); two
+    # matrices of the size of H while the factor is made; and a third, which the measured peak shows and this
+    # model does not explain
     hessians: int
-    weights: int
-    activations: int
-    block_activations: int
-    embedding: int
-    peak: int
+    weights: int  # float32 weights of the linears that read one input, twice: the original and the target
+    activations: int  # hidden states between the blocks, of the original and of the quantised model
+    block_activations: int  # of both, inside the block: residual, normed input, input of the widest linear
+    embedding: int  # read for the first block only
+    peak: int  # all of these, with the larger of the embedding and what a block takes
 
 
 def activation_bytes(shape: ModelShape, tokens: int, itemsize: int) -> int:
@@ -206,9 +182,6 @@ def _held(shape: ModelShape, block: Block) -> int:
     return int(shape.hidden + mixture + widest)
 
 
-# Estimate how long quantising takes: its operations, at the rates that were measured.
-
-
 CPU_RATES = 293e9, 85e9
 """Operations a second of products and of the solver: 2 threads of an AMD EPYC that multiplies bfloat16
 (reports/benchmarks/quantize_profile.json)."""
@@ -261,21 +234,14 @@ def quantisation_seconds(shape: ModelShape, tokens: int, gpu: Gpu | None = None)
 
 @dataclass(frozen=True)
 class SpeedBound:
-    """Upper bounds in tokens per second, over all sequences of the batch.
-
-    Attributes:
-        bytes_per_step: weight bytes read at each step; of a mixture, those of the active experts.
-        empty: with nothing in the cache.
-        full: with ``context`` tokens of each sequence in the cache.
-        mean: generating from the first token to the last of ``context``.
-    """
+    """Upper bounds in tokens per second, over all sequences of the batch."""
 
     gpu: str
     gpus: int
-    bytes_per_step: int
-    empty: float
-    full: float
-    mean: float
+    bytes_per_step: int  # weight bytes read at each step; of a mixture, those of the active experts
+    empty: float  # with nothing in the cache
+    full: float  # with ``context`` tokens of each sequence in the cache
+    mean: float  # generating from the first token to the last of ``context``
 
 
 def weight_bytes_per_step(shape: ModelShape, weights: int, dtype: str, idle: int = 0) -> int:

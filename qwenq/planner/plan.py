@@ -28,41 +28,26 @@ from qwenq.planner.estimates import (
 )
 from qwenq.planner.tensor_parallel import TENSOR_PARALLEL, Padding, Split, kv_share, padding, split
 
-# Find the config of a folder, a catalogue name, or a hub id (its config.json alone).
-
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model as far as a plan needs it.
-
-    Attributes:
-        origin: where the sizes come from, for the reader.
-        dtype: of the unquantised weights.
-        entry: in the catalogue, if it is there.
-        copied: bytes that lie beside the language model's tensors, and stay as they are when it is quantised:
-            draft layers, a vision tower, tensors of another dtype.
-        copied_note: what is known of them, for the reader.
-    """
+    """A model as far as a plan needs it."""
 
     name: str
-    origin: str
+    origin: str  # where the sizes come from, for the reader
     shape: ModelShape
-    dtype: str
-    entry: catalogue.Entry | None = None
+    dtype: str  # of the unquantised weights
+    entry: catalogue.Entry | None = None  # in the catalogue, if it is there
+    # bytes that lie beside the language model's tensors, and stay as they are when it is quantised: draft
+    # layers, a vision tower, tensors of another dtype
     copied: int = 0
-    copied_note: str | None = None
+    copied_note: str | None = None  # what is known of them, for the reader
 
 
 def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
     """Find a catalogue name, a folder (or its config.json), or a hub id; None is the bundled model.
 
     With ``weights`` "random" it is a catalogue name, with the bfloat16 weights of `--weights random`.
-
-    Raises:
-        UsageError: no such catalogue name, with suggestions; unknown ``weights``.
-        UnsupportedError: the model is not supported, by name or config.json; names what is missing.
-        ModelError: the folder's config.json is missing, damaged or of an unsupported model.
-        HubError: the hub does not have it, or cannot be reached.
     """
     if model is None or is_bundled(model):
         model = catalogue.BUNDLED
@@ -138,22 +123,18 @@ def _beside(shape: ModelShape, dtype: str, vision: int | None, more: int) -> tup
 
 def _hub_config(model: str) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
 
-    known: tuple[type[Exception], ...] = (HFValidationError, LocalEntryNotFoundError, OSError)
-    known += network_errors()
+    known: tuple[type[Exception], ...] = (HFValidationError, OSError, *network_errors())
     try:
         return Path(hf_hub_download(model, "config.json"))
     except known as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise HubError(
-            f"config.json of {model} could not be fetched: {reason}",
+            f"config.json of {model} could not be fetched: {lines[0]}",
             where=model,
             hint=f"check the id and the network; the catalogue has {', '.join(catalogue.suggestions(model))}",
         ) from error
-
-
-# Make a plan: everything that follows from a model's sizes and the user's options, as plain data.
 
 
 QUANTISED_DTYPE = "float16"  # of activations and cache of a quantised model
@@ -164,67 +145,48 @@ _LABELS = {"bfloat16": "BF16", "float16": "FP16", "float32": "FP32"}
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """The options of a plan.
-
-    Attributes:
-        group_size: None is ``auto``.
-        samples, seq_len: of calibration; None: as ``quantize`` takes on a CPU, or on the GPUs named.
-        ram: bytes of the machine that quantises on its CPU, where no GPU is named; None: unknown.
-    """
+    """The options of a plan."""
 
     bits: tuple[int, ...] = (4, 8)
     context: int = 8192
     batch: int = 1
     gpus: tuple[Gpu, ...] = ()
     tensor_parallel: tuple[int, ...] = (1,)
-    group_size: int | None = None
-    samples: int | None = None
+    group_size: int | None = None  # None is ``auto``
+    samples: int | None = None  # of calibration; None: as ``quantize`` takes on a CPU, or on the GPUs named
     seq_len: int | None = None
+    # bytes of the machine that quantises on its CPU, where no GPU is named; None: unknown
     ram: int | None = None
 
 
 @dataclass(frozen=True)
 class Precision:
-    """One way to store the model.
+    """One way to store the model."""
 
-    Attributes:
-        label: BF16, FP16, FP32, Int8 or Int4.
-        dtype: of activations and cache.
-        group_size: None where nothing is quantised.
-        bytes: of the tensors on disk, file headers excluded; what is not quantised keeps the stored dtype.
-        loaded: of the language model's tensors once they are loaded in ``dtype``.
-        active: of those, what one token reads: not the experts that it is not routed to, and of an untied
-            embedding nothing.
-        idle: bytes of experts that a step of the batch does not read.
-        published_bytes: of the publisher's own file, where it differs (see ``published_note``).
-    """
-
-    label: str
-    dtype: str
-    group_size: int | None
-    bytes: int
-    loaded: int
+    label: str  # BF16, FP16, FP32, Int8 or Int4
+    dtype: str  # of activations and cache
+    group_size: int | None  # None where nothing is quantised
+    bytes: int  # of the tensors on disk, file headers excluded; what is not quantised keeps the stored dtype
+    loaded: int  # of the language model's tensors once they are loaded in ``dtype``
+    # of those, what one token reads: not the experts that it is not routed to, and of an untied embedding
+    # nothing
     active: int
-    idle: int
+    idle: int  # bytes of experts that a step of the batch does not read
+    # of the publisher's own file, where it differs (see ``published_note``)
     published_bytes: int | None = None
     published_note: str | None = None
 
 
 @dataclass(frozen=True)
 class Quantisation:
-    """Quantising on one GPU (None: on a CPU, in RAM).
-
-    Attributes:
-        size: of the calibration as ``quantize`` chooses it there, and its memory.
-        fits: None where the memory is not known.
-        fitting: the most sequences that fit, where those asked for do not: a power of two, and their peak.
-        hours: that the layers take, an estimate from a measured rate; None: no rate was measured.
-    """
+    """Quantising on one GPU (None: on a CPU, in RAM)."""
 
     gpu: str | None
-    size: CalibrationSize
-    fits: bool | None = None
+    size: CalibrationSize  # as ``quantize`` chooses it there
+    fits: bool | None = None  # None where the memory is not known
+    # the most sequences that fit, where those asked for do not: a power of two, and their peak
     fitting: tuple[int, int] | None = None
+    # that the layers take, an estimate from a measured rate; None: no rate was measured
     hours: float | None = None
 
 

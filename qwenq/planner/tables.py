@@ -114,33 +114,35 @@ def answer(plan: Plan) -> Iterator[str]:
             yield f"Running {smallest}: {memory:.1f} GiB of memory at {plan.options.context} tokens."
             continue
         gpu = next(gpu for gpu in plan.options.gpus if gpu.name == each.gpu)
-        yield f"Quantising on {gpu.title}: {_quantising(each, 'GPU memory')}."
+        yield f"Quantising on {gpu.title}: {_quantising(each, 'GPU memory', gpu)}."
         for row in plan.deployments:
             if (row.speed.gpu, row.precision) == (gpu.name, smallest):
                 yield _running(row, gpu, plan.options.context)
 
 
-def _time(quantisation: Quantisation) -> str:
-    """Return the estimated time of quantising and what it rests on; empty where no rate was measured."""
+def _time(quantisation: Quantisation, gpu: Gpu | None) -> str:
+    """Return the estimated time of quantising and what it rests on, or why there is none."""
     if (hours := quantisation.hours) is None:
-        return ""
+        measured = gpu is not None and gpu.quantising_tflops is not None
+        why = "only dense models were timed on it" if measured else "no rate was measured on it"
+        return f"; estimated time unavailable: {why}"
     length = f"{hours:.1f} hours" if hours >= 1.5 else f"{max(1, round(60 * hours))} min"
     basis = "two cores of an AMD EPYC" if quantisation.gpu is None else "it, from the rate of a 7B model"
     return f"; estimated time {length} on {basis}"
 
 
-def _quantising(each: Quantisation, kind: str) -> str:
+def _quantising(each: Quantisation, kind: str, gpu: Gpu | None = None) -> str:
     """Return what quantising takes, of how much, and whether that fits."""
     size, of = each.size, f"GiB of {kind}"
     if size.limit is not None:
         of = f"of {round(size.limit / GIB, 1):g} {of}"
     needs = f"{size.memory.peak / GIB:.1f} {of} with {size.tokens}"
     if each.fits is None:
-        return f"{needs}{_time(each)}"
+        return f"{needs}{_time(each, gpu)}"
     if each.fits:
         usual = size.usual
         more = f"; the usual {usual.tokens} need {usual.memory.peak / GIB:.1f}" if usual else ""
-        return f"{needs}: fits{more}{_time(each)}"
+        return f"{needs}: fits{more}{_time(each, gpu)}"
     if each.fitting is None:
         return f"{needs}: does not fit, with any number of samples"
     samples, needed = each.fitting

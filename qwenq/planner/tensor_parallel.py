@@ -40,21 +40,14 @@ class Split:
 
 @dataclass(frozen=True)
 class Padding:
-    """The effect of padding the MLP.
+    """The effect of padding the MLP."""
 
-    Attributes:
-        ffn, to: channels before and after.
-        groups_before, groups_after: groups of ``down_proj``.
-        parameters: elements added to the whole model.
-        possible_before, possible_after: the numbers of GPUs that can share the quantised model.
-    """
-
-    ffn: int
-    to: int
-    groups_before: int
+    ffn: int  # channels before
+    to: int  # and after
+    groups_before: int  # of ``down_proj``
     groups_after: int
-    parameters: int
-    possible_before: tuple[int, ...]
+    parameters: int  # elements added to the whole model
+    possible_before: tuple[int, ...]  # the numbers of GPUs that can share the quantised model
     possible_after: tuple[int, ...]
 
 
@@ -135,9 +128,6 @@ def kv_share(shape: ModelShape, gpus: int) -> float:
     return 1 / min(gpus, shape.kv_heads)
 
 
-# Widen the MLP of a checkpoint before it is quantised (``--pad-ffn``).
-
-
 def padded(
     base: Checkpoint, wanted: QuantizeRecipe, listener: Listener
 ) -> tuple[Checkpoint, dict[str, int] | None]:
@@ -145,11 +135,7 @@ def padded(
 
     As in a plan the group size comes first: ``auto`` takes the one for the model without padding, and the
     width then makes its groups shareable. Otherwise a wider MLP could lead to larger groups, of which there
-    are fewer. The listener receives what was chosen, and why.
-
-    Returns:
-        The checkpoint, ``base`` itself where nothing is padded; and the input widths by module for an
-        automatic group size, None where those of the checkpoint are to be used.
+    are fewer. Without widths, those of the checkpoint are to be used. The listener receives what was chosen.
     """
     if wanted.pad_ffn == "none":
         return base, None

@@ -38,13 +38,9 @@ class Problem:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether an engine loads a checkpoint on a number of GPUs.
+    """Whether an engine of a version loads a checkpoint on a number of GPUs: without problems it does.
 
-    Attributes:
-        engine, version: whose rules these are.
-        gpus: the tensor-parallel size.
-        problems: why it does not load; empty: it does.
-        notes: what else a user of it has to know.
+    ``notes`` are what else a user of it has to know.
     """
 
     engine: str
@@ -70,23 +66,14 @@ class Module:
 
 @dataclass(frozen=True)
 class GptqFolder:
-    """What the rules ask of a checkpoint, from its config and the headers of its files.
+    """What the rules ask of a checkpoint, from its config and the headers of its files."""
 
-    Attributes:
-        config: config.json, whole.
-        quant: its quantization_config.
-        modules: the quantised linears by name.
-        plain: names of unquantised matrices that engines build as linear layers.
-        names: of all tensors.
-        counted_in: the part whose modules these are, such as "each block"; empty: the whole folder.
-    """
-
-    config: Mapping[str, Any]
-    quant: QuantConfig
-    modules: Mapping[str, Module]
-    plain: tuple[str, ...]
-    names: tuple[str, ...]
-    counted_in: str = ""
+    config: Mapping[str, Any]  # config.json, whole
+    quant: QuantConfig  # its quantization_config
+    modules: Mapping[str, Module]  # the quantised linears by name
+    plain: tuple[str, ...]  # names of unquantised matrices that engines build as linear layers
+    names: tuple[str, ...]  # of all tensors
+    counted_in: str = ""  # the part whose modules these are, such as "each block"; empty: the whole folder
 
     @cached_property
     def text(self) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-from qwenq.errors import QwenqError, UsageError
+from qwenq.errors import ModelError, QwenqError, UsageError
 from qwenq.events import Listener, Notice, silent
 from qwenq.models.folders import CARD, CARD_PLOTS, MANIFEST
 from qwenq.publishing.model_card import Measured, Score, require_place, write_model_card
@@ -32,8 +32,7 @@ def fill_cards(
     """Write what a report shows into the cards of the quantised folders that its rows describe; return those.
 
     Args:
-        runs: run folders of the report.
-        page: of the report, with its plots beside it.
+        runs, page: of the report, with its plots beside the page.
         folders: whose cards are filled; None: those that the rows' commands name, as far as they are there
             and their cards can be written.
         listener: receives a notice for each folder of a command whose card is left as it is.
@@ -45,8 +44,9 @@ def fill_cards(
     for folder in _named_folders(collection):
         try:
             written.append(_fill_card(folder, collection, page.parent / PLOTS))
-        except QwenqError as error:
-            listener(Notice(f"the card of {folder} is left as it is: {error.what}"))
+        except (ModelError, UsageError) as error:  # a card that was edited; a full disk ends the command
+            why = f"{error.what}; {error.hint}" if error.hint else error.what
+            listener(Notice(f"the card of {folder} is left as it is: {why}"))
     return written
 
 
@@ -93,11 +93,11 @@ def _fill_card(folder: Path, collection: Collection, plots: Path) -> Path:
     report = make_report(collection, "")
     section = report.sections[collection.families.index(model.family)]
     shown = [f"{section.slug}-{figure.key}.png" for figure in section.figures]
-    for name in shown:
-        atomic_write_bytes(folder / CARD_PLOTS / name, (plots / name).read_bytes())
     before = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else ""
     text = _text(mine, section, collection.label(model), " to ".join(dict.fromkeys(report.dates)))
     written = write_model_card(folder, measured=Measured(text, tuple(_scores(mine, fingerprint))))
+    for name in shown:
+        atomic_write_bytes(folder / CARD_PLOTS / name, (plots / name).read_bytes())
     for name in set(_PLOT.findall(before)) - set(_PLOT.findall(written.read_text(encoding="utf-8"))):
         (folder / CARD_PLOTS / name).unlink(missing_ok=True)
     return written

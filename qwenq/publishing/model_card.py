@@ -32,19 +32,15 @@ _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _INDEX = re.compile(r"^model-index:.*\n(?:[ -].*\n|\n)*", re.MULTILINE)
 _MARK = "<!-- qwenq:{} -->"
 _END = "<!-- /qwenq:{} -->"
+_MARKS = re.compile(rf"<!-- (/?)qwenq:({'|'.join(SECTIONS)}) -->")
 
 
 @dataclass(frozen=True)
 class Score:
-    """A figure of the model-index.
+    """A figure of the model-index."""
 
-    Attributes:
-        dataset: its kind, its name for people, and what else decides the figure.
-        metric: its kind, and its name for people.
-    """
-
-    dataset: tuple[str, str, str]
-    metric: tuple[str, str]
+    dataset: tuple[str, str, str]  # its kind, its name for people, and what else decides the figure
+    metric: tuple[str, str]  # its kind, and its name for people
     value: float
 
 
@@ -63,10 +59,6 @@ def write_model_card(folder: Path, base: Path | None = None, measured: Measured 
         folder: a quantised model with its qwenq.json.
         base: the folder of the base, whose card names licence and languages; None: not at hand.
         measured: from a report; None: a section that is there stays, and so do scores.
-
-    Raises:
-        ModelError: qwenq.json is missing or no manifest; README.md is not UTF-8, has one half of a mark only,
-            or a front matter that is no YAML.
     """
     text = model_card(folder.name, _manifest(folder), open_checkpoint(folder), base, measured)
     atomic_write_bytes(folder / CARD, text.encode("utf-8"))
@@ -105,6 +97,7 @@ def require_place(folder: Path) -> None:
     """Require a card that can take what a report adds: none yet, or one with the marks of that section."""
     begin, end = _MARK.format("measured"), _END.format("measured")
     existing = _existing(folder / CARD)
+    _require_pairs(existing, folder / CARD)
     if existing and begin not in existing:
         raise ModelError(
             f"{CARD} has no place for a report",
@@ -189,18 +182,27 @@ _OURS = {"tool": "qwenq"}
 
 def _renewed(existing: str, sections: Mapping[str, str], scores: Sequence[Score], card: Path) -> str:
     """Return a card whose marked sections are new; what people removed is not put back."""
+    _require_pairs(existing, card)
     for key, content in sections.items():
-        begin, end = _MARK.format(key), _END.format(key)
-        before, found, rest = existing.partition(begin)
-        if bool(found) != (end in rest if found else end in existing):
+        before, found, rest = existing.partition(_MARK.format(key))
+        if content and found:
+            existing = f"{before}{_marked(key, content)}{rest.partition(_END.format(key))[2]}"
+    return _with_scores(existing, scores, card) if scores else existing
+
+
+def _require_pairs(existing: str, card: Path) -> None:
+    """Require that each marked section ends before the next begins: else what people wrote would be lost."""
+    begun = None
+    for slash, key in [*_MARKS.findall(existing), ("", None)]:
+        if begun != (key if slash else None):
+            broken = begun or key
             raise ModelError(
-                f"{CARD} has only one of the marks {begin} and {end}, or has them in the other order",
+                f"{CARD} has only one of the marks {_MARK.format(broken)} and {_END.format(broken)}, or has "
+                "them in the wrong order",
                 where=card,
                 hint="put the other one back, or remove both to keep that section as it is",
             )
-        if content and found:
-            existing = f"{before}{_marked(key, content)}{rest.partition(end)[2]}"
-    return _with_scores(existing, scores, card) if scores else existing
+        begun = None if slash else key
 
 
 def _with_scores(text: str, scores: Sequence[Score], card: Path) -> str:

@@ -32,22 +32,14 @@ _IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
 
 @dataclass(frozen=True)
 class Upload:
-    """What is, or would be, published.
-
-    Attributes:
-        repo: owner/name.
-        private: whether a new repository is private.
-        files: name → bytes, of all that goes there.
-        url: of the commit; None: nothing was sent.
-        notices: what else was done, or has to be known, one line each.
-    """
+    """What is, or would be, published."""
 
     repo: str
     branch: str
     private: bool
-    files: dict[str, int]
-    url: str | None = None
-    notices: tuple[str, ...] = ()
+    files: dict[str, int]  # name → bytes, of all that goes there
+    url: str | None = None  # of the commit; None: nothing was sent
+    notices: tuple[str, ...] = ()  # what else was done, or has to be known, one line each
 
     @property
     def nbytes(self) -> int:
@@ -68,18 +60,10 @@ def push(
 
     Args:
         folder: what `qwenq quantize` made.
-        repo: owner/name on the hub; it is made where it is missing.
+        repo, branch: owner/name on the hub, and a branch there; they are made where they are missing.
         private: make a new repository private.
-        branch: of the repository; it is made where it is missing.
         dry_run: return what would be published, and send nothing.
         base: folder of the base, for the card's licence and languages.
-
-    Raises:
-        UsageError: no owner/name; or the repository holds files of something else.
-        ModelError: the folder was not written by qwenq, a file is not as it was written, or the card shows an
-            image that is not in the folder.
-        VerificationError: the folder was never compared with its base, or is broken.
-        HubError: no network, no token, or a token that may not write; says what would have been uploaded.
     """
     if not _REPO.fullmatch(repo):
         raise UsageError(f"{repo!r} is no OWNER/NAME", where="push", hint="like my-name/Qwen3-0.6B-GPTQ-Int4")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from qwenq.published import PublishedRow, published_of
 from qwenq.reporting.collect import ATTENTION, PRECISIONS, Collection, Measured, attention, rank
-from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, pivot
+from qwenq.reporting.tables import Cell, Draft, Layout, Pivot, Table, by_metric, pivot
 from qwenq.reporting.text import clean, count, fixed, format_of
 from qwenq.results import Model, Row, Value
 
@@ -95,18 +94,9 @@ _UNRESET = "peak since the process began, loading included, as the cards measure
 _RESET = "peak of generating alone: the counter is reset after loading, unlike the cards'"
 
 
-def card_tables(collection: Collection, family: str) -> list[Table]:
-    """Make those of the three tables that have measurements."""
-    return [
-        table for make in (accuracy_table, speed_table, memory_table) if (table := make(collection, family))
-    ]
-
-
 def accuracy_table(collection: Collection, family: str) -> Table | None:
     """Make Quantization | MMLU | CEval (val) | GSM8K | Humaneval; percent of items."""
     rows = collection.of(family, "accuracy")
-    if not rows:
-        return None
     layout = Layout("Quantization", _score, count="items", used=frozenset({"task"}))
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "items answered correctly, with 95 % intervals")
@@ -123,7 +113,7 @@ def _how_asked(rows: list[Measured]) -> str:
     """Return ``letters by logits: MMLU; written answers: GSM8K``."""
     by: dict[str, dict[str, None]] = {"logits": {}, "generation": {}}
     for item in sorted(rows, key=lambda item: task_order(item.row)):
-        by[asked_by(item.row)][_task(item)[1]] = None
+        by[asked_by(item.row)][task_name(item.row)] = None
     parts = {"letters asked by logits": by["logits"], "answers by generation": by["generation"]}
     return "; ".join(f"{how}: {', '.join(tasks)}" for how, tasks in parts.items() if tasks)
 
@@ -133,7 +123,7 @@ def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
     for item in sorted(rows, key=lambda item: task_order(item.row)):
         if (found := cut_of(item.row)) is None:
             continue
-        score = _task(item)[1]
+        score = task_name(item.row)
         heading = f"{score} cut (%)"
         note = made.notes.number(f"{score}: {found.warning}") if found.many else None
         label = collection.label(item.row.model)
@@ -146,7 +136,7 @@ def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
 
 
 def _as_the_cards(row: Row) -> bool:
-    """Whether the benchmark itself was asked as for the cards: else theirs is the score of another thing."""
+    """Return whether the benchmark was asked as for the cards: else theirs is the score of another thing."""
     asked = row.point.get("protocol"), row.point.get("shots") or None
     return asked == ("card", None) and not {"data", "subjects"} & row.point.keys()
 
@@ -154,8 +144,6 @@ def _as_the_cards(row: Row) -> bool:
 def speed_table(collection: Collection, family: str) -> Table | None:
     """Make Quantization | Attention | Speed, 2048 tokens (tokens/s) | Speed, 8192 tokens (tokens/s)."""
     rows = collection.of(family, "speed.protocol")
-    if not rows:
-        return None
     layout = Layout(
         "Quantization",
         _length(
@@ -187,8 +175,6 @@ def memory_table(collection: Collection, family: str) -> Table | None:
     rows, how = collection.of(family, "memory.unreset"), _UNRESET
     if not _measured(rows):
         rows, how = collection.of(family, "memory.generate"), _RESET
-    if not rows:
-        return None
     layout = Layout(
         "Quantization Level",
         _length(
@@ -232,14 +218,14 @@ def task_order(row: Row) -> tuple[int, str]:
     return (known.index(task) if task in known else len(known)), task
 
 
-def _task(item: Measured) -> tuple[Any, str]:
-    order = task_order(item.row)
-    return order, TASKS.get(order[1], clean(order[1]))
+def task_name(row: Row) -> str:
+    """Return the name of a row's task as the card's headings have it."""
+    task = str(row.point.get("task"))
+    return TASKS.get(task, clean(task))
 
 
 def _score(item: Measured) -> tuple[Any, str]:
-    order, name = _task(item)
-    return order, f"{name} (%)"
+    return task_order(item.row), f"{task_name(item.row)} (%)"
 
 
 def _length(generating: str, encoding: str, both: str) -> Any:
@@ -269,13 +255,9 @@ def _add_published(
     label = f"{PRECISIONS.get(row.precision.lower(), row.precision)}, published"
     cells = {heading: Cell(fixed(digits)(value), value) for heading, value in shown.items()}
     names = [label, *(labels.get(header, "") for header in made.headers[1:])]
-    place = sum(_rank(line.labels[0]) <= rank(row.precision.lower()) for line in made.lines)
+    ranks = [rank(line.labels[0].partition(",")[0]) for line in made.lines]  # of "Int4, groups of 64"
+    place = sum(one <= rank(row.precision.lower()) for one in ranks)
     made.lines.insert(place, Draft(names, cells, published=True, note=note))
-
-
-def _rank(label: str) -> int:
-    """Return the place of a line by its label, ``Int4, groups of 64`` or ``Int4, published``."""
-    return rank(label.partition(",")[0])
 
 
 # Make the tables that a card does not have: closeness to the base; speed and memory in parts.
@@ -301,11 +283,8 @@ SPLIT = {
 
 def closeness_table(collection: Collection, family: str) -> Table | None:
     """Tabulate how close each model is to the unquantised one, and its bytes."""
-    rows = collection.of(family, *CLOSENESS)
-    if not rows:
-        return None
-    layout = Layout("Quantization", _by_metric(CLOSENESS), names={"text": _text_name}, count="tokens")
-    made = pivot(rows, layout, collection)
+    layout = Layout("Quantization", by_metric(CLOSENESS), names={"text": _text_name}, count="tokens")
+    made = pivot(collection.of(family, *CLOSENESS), layout, collection)
     sizes = {collection.label(model): nbytes for model, nbytes in model_bytes(collection, family).items()}
     heading = "Weights (MB)"
     write = format_of("size", "bytes")
@@ -333,8 +312,6 @@ def split_table(collection: Collection, family: str) -> Table | None:
         if not (twice and metric == "memory.generate")
         for item in _of_prompts_or_answers(collection.of(family, metric), metric)
     ]
-    if not rows:
-        return None
     lengths = {metric: {_length_of(item) for item in rows if item.row.metric == metric} for metric in SPLIT}
     places = list(SPLIT)
 
@@ -383,11 +360,9 @@ def _length_of(item: Measured) -> tuple[int, int]:
 def other_accuracies(collection: Collection, family: str) -> Table | None:
     """Tabulate accuracies by another rule, such as ``accuracy.published``, where any figure differs."""
     found = [item for item in collection.of(family) if item.row.metric.startswith("accuracy.")]
-    main = {_answers(item): item.row.value for item in collection.of(family, "accuracy")}
-    other = {_task_and_rule(item) for item in found if item.row.value != main.get(_answers(item))}
+    main = {item.place: item.row.value for item in collection.of(family, "accuracy")}
+    other = {_task_and_rule(item) for item in found if item.row.value != main.get(item.place)}
     rows = [item for item in found if _task_and_rule(item) in other]
-    if not rows:
-        return None
     layout = Layout("Quantization", _task_and_rule, count="items", used=frozenset({"task"}))
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "percent of the same answers, read by another rule")
@@ -403,20 +378,6 @@ def model_bytes(collection: Collection, family: str) -> dict[Model, int]:
     }
 
 
-def _by_metric(titles: dict[str, str]) -> Callable[[Measured], tuple[Any, str]]:
-    places = {metric: place for place, metric in enumerate(titles)}
-    return lambda item: (places[item.row.metric], titles[item.row.metric])
-
-
-def _answers(item: Measured) -> tuple[object, ...]:
-    """Return what an accuracy shares with those of the same answers by other rules."""
-    return (
-        item.row.model,
-        item.run.name,
-        *sorted((key, str(value)) for key, value in item.row.point.items()),
-    )
-
-
 def _task_and_rule(item: Measured) -> tuple[Any, str]:
     task, rule = clean(item.row.point.get("task")), clean(item.row.metric.partition(".")[2])
     return (task, rule), f"{task}, {rule}"
@@ -427,21 +388,13 @@ def _task_and_rule(item: Measured) -> tuple[Any, str]:
 
 def long_context_table(collection: Collection, family: str) -> Table | None:
     """Make Quantization | Dynamic NTK | LogN | 1024 | 2048 …; newer models have neither NTK nor LogN."""
-    rows = collection.of(family, "perplexity.context")
-    if not rows:
-        return None
     layout = Layout(
         "Quantization",
-        _context_length,
+        lambda item: (_count(item.row.point.get("seq_len")), str(item.row.point.get("seq_len"))),
         labels={"ntk": "Dynamic NTK", "logn": "LogN"},
         used=frozenset({"seq_len"}),
         count="tokens",
     )
-    made = pivot(rows, layout, collection)
+    made = pivot(collection.of(family, "perplexity.context"), layout, collection)
     made.caption.insert(0, "perplexity by tokens of context; all lengths score the same text")
     return made.table("long-context", "Long context")
-
-
-def _context_length(item: Measured) -> tuple[Any, str]:
-    length = item.row.point.get("seq_len")
-    return (length if isinstance(length, int) else 0), str(length)

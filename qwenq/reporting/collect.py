@@ -34,17 +34,12 @@ PRECISIONS = {
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
+    """A run folder."""
 
-    Attributes:
-        name: the folder's own name; never its path, which may name a machine or its owner.
-        environment: what it was measured on (``qwenq.environment``).
-        kernels: instructions of all its figures of a CPU; empty where they differ. A point that was never
-            begun names none, and stands in the line of the others.
-    """
-
-    name: str
-    environment: dict[str, Any]
+    name: str  # the folder's own name; never its path, which may name a machine or its owner
+    environment: dict[str, Any]  # what it was measured on (``qwenq.environment``)
+    # instructions of all its figures of a CPU; empty where they differ. A point that was never begun names
+    # none, and stands in the line of the others
     kernels: str = ""
 
 
@@ -54,6 +49,12 @@ class Measured:
 
     row: Row
     run: Run
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """Return what figures of different metrics share if they are of one measurement."""
+        point = sorted((key, str(value)) for key, value in self.row.point.items())
+        return (self.row.model, self.run.name, *point)
 
     @property
     def hardware(self) -> str:
@@ -91,27 +92,22 @@ class Collection:
 
     def label(self, model: Model) -> str:
         """Return ``Int4``, with group size or name if the family has several models of that precision."""
-        siblings = {
-            item.row.model
-            for item in self.measured
-            if (item.row.model.family, item.row.model.precision) == (model.family, model.precision)
-        }
+        kind = model.family, model.precision
+        models = {item.row.model for item in self.measured}
+        siblings = [other for other in models if (other.family, other.precision) == kind]
         base = PRECISIONS.get(model.precision, clean(model.precision))
-        if len({other.fingerprint for other in siblings}) < 2:
+        distinct = len({other.fingerprint for other in siblings})
+        if distinct < 2:
             return base
-        if len({other.group_size for other in siblings}) == len({other.fingerprint for other in siblings}):
+        if len({other.group_size for other in siblings}) == distinct:
             return f"{base}, groups of {model.group_size}" if model.group_size else base
-        if len({other.name for other in siblings}) == len({other.fingerprint for other in siblings}):
+        if len({other.name for other in siblings}) == distinct:
             return f"{base}, {clean(model.name)}"
         return f"{base}, {clean(model.fingerprint.rsplit(':', 1)[-1][:8])}"
 
 
 def collect(folders: list[Path]) -> Collection:
-    """Read run folders.
-
-    Raises:
-        UsageError: no folder is named, or one twice, one has no results, or together they have no row.
-    """
+    """Read run folders, each named once, which together have a row at least."""
     if not folders:
         raise UsageError("no run folder is named", where="RUNS", hint="name folders of qwenq eval or profile")
     places = [folder.resolve() for folder in folders]
@@ -142,11 +138,7 @@ DEEPEST = 100
 
 
 def _refuse_depths(values: list[Any], folder: Path) -> None:
-    """Refuse values that can be read, but neither copied nor written again.
-
-    Raises:
-        UsageError: a value is nested too deeply.
-    """
+    """Refuse values that can be read, but are nested too deeply to be copied or written again."""
     for _ in range(DEEPEST):
         inner = (each.values() if isinstance(each, dict) else each for each in values)
         values = [value for each in inner for value in each if isinstance(value, dict | list)]
@@ -180,9 +172,7 @@ UNKNOWN = "unknown hardware"
 def hardware(environment: dict[str, Any], device: object = None) -> str:
     """Return one line on the hardware: the GPUs, or the processor with its cores.
 
-    Args:
-        environment: of the run.
-        device: of the row, ``cpu`` or ``cuda``; ``unknown`` for a server; None: a GPU if there is one.
+    The row's device is ``cpu`` or ``cuda``, of a server ``unknown``; None: a GPU if there is one.
     """
     if device == "unknown":
         return UNKNOWN
@@ -243,11 +233,7 @@ def machine_of(item: Measured) -> dict[str, str]:
 
 
 def machine_difference(old: Measured, new: Measured) -> str:
-    """Return how two machines differ; empty if all facts are the same.
-
-    Returns:
-        Such as ``another machine: instruction sets avx2 instead of avx2 avx512f``.
-    """
+    """Return how two machines differ, as in ``another machine: threads 2 instead of 4``; empty if alike."""
     if old.row.model.served and new.row.model.served:
         return _server_difference(old, new)
     if UNKNOWN in (old.hardware, new.hardware):
@@ -305,18 +291,11 @@ class Baseline:
 def choose_baseline(baseline: Path, new: Path) -> Baseline:
     """Choose among baselines, one for each kind of machine, that of the machine of a new run.
 
-    Args:
-        baseline: a run folder, which is taken as it is; or a folder of run folders. Where none of them is of
-            that machine, the first by name is taken: what depends on no machine is compared all the same.
-        new: run folder.
-
-    Raises:
-        UsageError: a run cannot be read.
+    A run folder is taken as it is; of a folder of run folders, where none is of that machine, the first by
+    name: what depends on no machine is compared all the same.
     """
-    if (baseline / RESULTS_FILE).exists() or not baseline.is_dir():
-        return Baseline(baseline, same_machine=False)
     folders = sorted(file.parent for file in baseline.glob(f"*/{RESULTS_FILE}"))
-    if not folders:
+    if (baseline / RESULTS_FILE).exists() or not folders:
         return Baseline(baseline, same_machine=False)
     machines = _machines(new)
     for folder in folders:
@@ -359,9 +338,7 @@ def at_one_point(
         return []
     best = max(groups.values(), key=_worth)
     if fastest_of:
-        best = sorted(
-            best, key=lambda item: item.row.value or 0.0
-        )  # stable: the last of each model is its fastest
+        best.sort(key=lambda item: item.row.value or 0.0)  # stable: the last of each model is its fastest
     chosen = {item.row.model: item for item in best}
     return [chosen[model] for model in dict.fromkeys(item.row.model for item in rows) if model in chosen]
 
@@ -385,8 +362,11 @@ def attention(value: Value) -> str:
     return ATTENTION.get(str(value), clean(value))
 
 
-def point_text(item: Measured, *, without: tuple[str, ...] = ()) -> str:
-    """Describe the point and hardware of a row for a caption."""
+def point_text(rows: list[Measured], *, without: tuple[str, ...] = ()) -> str:
+    """Describe the point and hardware of rows for a caption, by the first; empty without any."""
+    if not rows:
+        return ""
+    item = rows[0]
     point = {key: value for key, value in item.row.point.items() if value is not None}
     context, tokens = point.pop("context", None), point.pop("tokens", None)
     parts = [f"{tokens} new tokens"] if tokens != 1 and tokens is not None else []

@@ -6,13 +6,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from qwenq.comparison import PLAIN, Paired, other_items, paired
+from qwenq.comparison import PLAIN, Paired, corrected_p, other_items, paired
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured, machine_difference
 from qwenq.reporting.text import clean
 from qwenq.results import Model, Row, intervals_overlap
-from qwenq.statistics import ALPHA, holm
+from qwenq.statistics import ALPHA
 
 # Match the rows of two runs: each row of the baseline with at most one row of the new run.
 #
@@ -25,38 +25,25 @@ from qwenq.statistics import ALPHA, holm
 _EMPTY_FOLDER = "start each run in an empty folder"
 
 
-@dataclass(frozen=True)
-class Match:
-    """What a row of the baseline is compared with.
+class Match(NamedTuple):
+    """What a row of the baseline is compared with: candidates of the new run, or why none of them is it.
 
-    Attributes:
-        found: candidate rows of the new run.
-        why: why it cannot be compared with any of them; empty for exactly one, or for no candidate at all.
+    Without a reason there is exactly one candidate, or none at all.
     """
 
-    found: tuple[Measured, ...] = ()
+    found: Sequence[Measured] = ()
     why: str = ""
 
 
 def matched(olds: Sequence[Measured], news: Sequence[Measured]) -> list[Match]:
-    """Return the match of each row of the baseline, in its order."""
-    candidates: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    """Return the match of each row of the baseline, in order; models distinguish rows of one identity."""
+    alike: dict[tuple[str, ...], list[Measured]] = defaultdict(list)
+    known: dict[tuple[str, ...], set[str]] = defaultdict(set)
     for item in news:
-        candidates[item.row.identity].append(item)
-    groups: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for index, item in enumerate(olds):
-        groups[item.row.identity].append(index)
-    made: dict[int, Match] = {}
-    for identity, indices in groups.items():
-        matches = _match_identity([olds[index] for index in indices], candidates[identity])
-        made.update(zip(indices, matches, strict=True))
-    return [made[index] for index in range(len(olds))]
-
-
-def _match_identity(olds: list[Measured], news: list[Measured]) -> list[Match]:
-    """Match rows that only their models distinguish."""
-    known = {old.row.model.fingerprint for old in olds}
-    found = [_candidates(old, news, known) for old in olds]
+        alike[item.row.identity].append(item)
+    for old in olds:
+        known[old.row.identity].add(old.row.model.fingerprint)
+    found = [_candidates(old, alike[old.row.identity], known[old.row.identity]) for old in olds]
     claims: dict[int, list[Measured]] = defaultdict(list)
     for old, candidates in zip(olds, found, strict=True):
         if old.row.status == "ok" and len(candidates) == 1:
@@ -68,25 +55,22 @@ def _match(old: Measured, found: list[Measured], claims: dict[int, list[Measured
     """Match one row; of several rows that claim the same one, that of the most similar model gets it."""
     if len(found) > 1:
         why = f"{len(found)} models of the new run could be the same model: {_EMPTY_FOLDER}"
-        return Match(tuple(found), why)
+        return Match(found, why)
     if not found or old.row.status != "ok" or len(rivals := claims[id(found[0])]) == 1:
-        return Match(tuple(found))
+        return Match(found)
     similar = [_similarity(rival, found[0]) for rival in rivals]
     if _similarity(old, found[0]) < max(similar):
         return Match(why=f"missing in the new run, which has one of {len(rivals)} such models")
     if similar.count(max(similar)) > 1:
         why = f"{len(rivals)} models of the baseline could be the same model: {_EMPTY_FOLDER}"
-        return Match(tuple(found), why)
-    return Match(tuple(found))
+        return Match(found, why)
+    return Match(found)
 
 
 def _candidates(old: Measured, news: list[Measured], known: set[str]) -> list[Measured]:
     """Return the rows of the same weights, and similar ones of weights that the baseline does not have.
 
-    Args:
-        old: of the baseline.
-        news: of the new run.
-        known: fingerprints of the baseline's rows of this identity.
+    ``known`` are the fingerprints of the baseline's rows of this identity.
     """
     similar = _most_similar(old, news)
     same = [item for item in news if item.row.model.fingerprint == old.row.model.fingerprint]
@@ -121,21 +105,14 @@ def _similarity(old: Measured, new: Measured) -> tuple[bool, ...]:
 
 @dataclass(frozen=True)
 class Metric:
-    """How two values of a metric are compared.
+    """How two values of a metric are compared."""
 
-    Attributes:
-        relation: ``ratio``: new / baseline; ``difference``: new − baseline.
-        better: direction of an improvement.
-        paired: tested item by item.
-        noisy: differs between runs of the same code; a difference is real if the intervals do not overlap.
-        machine: comparable on one machine only.
-    """
-
-    relation: Literal["ratio", "difference"]
-    better: Literal["up", "down"]
-    paired: bool = False
+    relation: Literal["ratio", "difference"]  # ``ratio``: new / baseline; ``difference``: new − baseline
+    better: Literal["up", "down"]  # direction of an improvement
+    paired: bool = False  # tested item by item
+    # differs between runs of the same code; a difference is real if the intervals do not overlap
     noisy: bool = False
-    machine: bool = False
+    machine: bool = False  # comparable on one machine only
 
 
 METRICS: dict[str, Metric] = {
@@ -156,27 +133,19 @@ METRICS: dict[str, Metric] = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """A row of the baseline and its match in the new run.
+    """A row of the baseline and its match in the new run."""
 
-    Attributes:
-        before, after: the two rows; one of them may be missing.
-        change: ratio or difference, as the metric defines it.
-        real: whether the difference is more than noise; None if that is unknown.
-        why: why the rows are not comparable, or why `real` is unknown; otherwise empty.
-        comparable: both figures are of the same measurement.
-        pairing, p: of accuracies; p is corrected, see `corrected`.
-        kindest: the most favourable ratio that both intervals allow.
-    """
-
+    # before, after: the two rows; one of them may be missing
     before: Row | None
     after: Row | None
-    comparable: bool = False
-    change: float | None = None
-    real: bool | None = None
-    why: str = ""
+    comparable: bool = False  # both figures are of the same measurement
+    change: float | None = None  # ratio or difference, as the metric defines it
+    real: bool | None = None  # whether the difference is more than noise; None if that is unknown
+    why: str = ""  # why the rows are not comparable, or why `real` is unknown; otherwise empty
+    # pairing, p: of accuracies; p is corrected, see `corrected`
     pairing: Paired | None = None
     p: float | None = None
-    kindest: float | None = None
+    kindest: float | None = None  # the most favourable ratio that both intervals allow
 
     @property
     def row(self) -> Row:
@@ -217,7 +186,8 @@ class Comparison:
 def compare(baseline: Collection, new: Collection) -> list[Comparison]:
     """Compare every row of the baseline with its match, and list the rows that only the new run has."""
     olds, news = list(_with_sizes(baseline.measured)), list(_with_sizes(new.measured))
-    changed = _changed_families(olds, news)
+    before, after = _bases(olds), _bases(news)
+    changed = {one for one in before.keys() & after.keys() if before[one].isdisjoint(after[one])}
     made, used = [], set()
     for old, match in zip(olds, matched(olds, news), strict=True):
         used |= {id(item) for item in match.found}
@@ -230,12 +200,6 @@ def compare(baseline: Collection, new: Collection) -> list[Comparison]:
 
 
 OTHER_WEIGHTS = "another model: other weights under the same name"
-
-
-def _changed_families(olds: list[Measured], news: list[Measured]) -> set[str]:
-    """Return families whose unquantised weights differ, so that their quantised models do, too."""
-    before, after = _bases(olds), _bases(news)
-    return {family for family in before.keys() & after.keys() if before[family].isdisjoint(after[family])}
 
 
 def _bases(items: list[Measured]) -> dict[str, set[str]]:
@@ -377,9 +341,10 @@ def _difference(before: Row, after: Row) -> Comparison:
         return replace(made, pairing=pairing)  # `corrected` decides whether it is real
     if metric.noisy:
         kindest = _kindest(before, after, metric)
-        overlap = intervals_overlap(before, after)
-        why = "" if overlap is not None else "measured once: without an interval, noise is unknown"
-        return replace(made, real=None if overlap is None else not overlap, why=why, kindest=kindest)
+        if (overlap := intervals_overlap(before, after)) is None:
+            why = "measured once: without an interval, noise is unknown"
+            return replace(made, real=None, why=why, kindest=kindest)
+        return replace(made, real=not overlap, kindest=kindest)
     return made
 
 
@@ -394,11 +359,9 @@ def corrected(made: Sequence[Comparison], selected: Callable[[Comparison], bool]
 
     The others keep their p, as a test that no condition selects must not hide a loss that one does.
     """
-    tested = {index: item.pairing for index, item in enumerate(made) if item.pairing and selected(item)}
-    p_values = dict(zip(tested, holm([pairing.p for pairing in tested.values()]), strict=True))
+    found = corrected_p([item.pairing if selected(item) else None for item in made])
     return [
-        replace(item, p=p, real=p < ALPHA) if (p := p_values.get(index)) is not None else item
-        for index, item in enumerate(made)
+        item if p is None else replace(item, p=p, real=p < ALPHA) for item, p in zip(made, found, strict=True)
     ]
 
 
@@ -417,10 +380,9 @@ def corrected(made: Sequence[Comparison], selected: Callable[[Comparison], bool]
 def with_repeats(first: Collection, more: Collection | None, *, judged: bool = False) -> Collection:
     """Return the first run with speeds, times, memory and energy of all repeats.
 
-    Args:
-        more: the other repeats. Only figures of the same weights at the same point on the same machine are
-            used; everything else is the first run's, as repeating it adds nothing.
-        judged: this is the new side: what failed in one repeat has failed. A baseline uses the other repeats.
+    Of the others, only figures of the same weights at the same point on the same machine are used: repeating
+    anything else adds nothing. On the new side, which is ``judged``, what failed in one repeat has failed; a
+    baseline uses the other repeats.
     """
     if more is None:
         return first

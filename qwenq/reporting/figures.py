@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from qwenq.comparison import Paired
-from qwenq.reporting.card import TASKS, model_bytes
+from qwenq.reporting.card import model_bytes, task_name
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows, point_text
 from qwenq.reporting.losses import bases_of, distinguish, losses
-from qwenq.reporting.text import GIB, clean
+from qwenq.reporting.text import GIB
 
 # Mark the trade-off frontier: the models that no other one beats on both axes.
 #
@@ -23,24 +23,16 @@ from qwenq.reporting.text import GIB, clean
 def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
     """Return the points in order of x, each marked with whether another one beats it.
 
-    Args:
-        points: more y is better.
-        less: whether less x is better, too: bytes; otherwise more: speed.
+    More y is better; so is ``less`` x, as of bytes, or more, as of speed.
     """
     places = [(-point.x if less else point.x, point.y) for point in points]
     marked = (
-        replace(point, beaten=any(_beats(other, place) for other in places))
-        for point, place in zip(points, places, strict=True)
+        replace(point, beaten=any(place != (x, y) and place[0] >= x and place[1] >= y for place in places))
+        for point, (x, y) in zip(points, places, strict=True)
     )
     return tuple(sorted(marked, key=lambda point: point.x))
 
 
-def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return one != other and one[0] >= other[0] and one[1] >= other[1]
-
-
-# Turn rows into figures as data, which ``plots`` draws.
-#
 # A figure exists only if rows hold its data; no number is smoothed or filled in.
 
 
@@ -64,17 +56,12 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Marks that belong together.
-
-    Attributes:
-        tone: which colour: a precision, or ``c0`` … ``c5``, ``lost``, ``won``.
-        dashed: a line for comparison.
-    """
+    """Marks that belong together."""
 
     name: str
     points: tuple[Point, ...]
-    tone: str
-    dashed: bool = False
+    tone: str  # which colour: a precision, or ``c0`` … ``c5``, ``lost``, ``won``
+    dashed: bool = False  # a line for comparison
 
     @property
     def joined(self) -> tuple[Point, ...]:
@@ -84,56 +71,46 @@ class Series:
 
 @dataclass(frozen=True)
 class Figure:
-    """One plot.
+    """One plot."""
 
-    Attributes:
-        key: file name and anchor.
-        kind: ``points``, of which the trade-off frontier is joined; ``lines``; ``stack``: bars whose x is the
-            category's index; ``balance``: bars to the left and right of zero.
-        categories: of bars, top to bottom.
-        log_y: whether y is on a logarithmic scale.
-    """
-
-    key: str
+    key: str  # file name and anchor
+    # ``points``, of which the trade-off frontier is joined; ``lines``; ``stack``: bars whose x is the
+    # category's index; ``balance``: bars to the left and right of zero
     kind: Kind
     title: str
     x_label: str
     y_label: str
     series: tuple[Series, ...]
     caption: str = ""
-    categories: tuple[str, ...] = ()
-    log_y: bool = False
+    categories: tuple[str, ...] = ()  # of bars, top to bottom
+    log_y: bool = False  # whether y is on a logarithmic scale
 
 
 def figures_of(collection: Collection, family: str) -> Iterator[Figure]:
     """Yield the figures that a family's rows have data for."""
     for make in (_by_size, _by_speed, _balance, _decode, _memory, _kl, _layers, _bits):
-        if (figure := make(collection, family)) is not None:
+        if (figure := make(collection, family)).series:
             yield figure
 
 
-def _by_size(collection: Collection, family: str) -> Figure | None:
+def _by_size(collection: Collection, family: str) -> Figure:
     found = model_bytes(collection, family).items()
     sizes = {(model.fingerprint, model.precision): nbytes / 1e6 for model, nbytes in found}
     series = _accuracies(collection, family, sizes, less=True)
-    if not series:
-        return None
     return Figure(
         "accuracy_size", "points", "Accuracy against size", "weights, MB", "accuracy, %", series,
         f"Up and to the left is better. {_FRONTIER}",
     )  # fmt: skip
 
 
-def _by_speed(collection: Collection, family: str) -> Figure | None:
+def _by_speed(collection: Collection, family: str) -> Figure:
     rows = decode_rows(collection, family)
     speeds = {(item.row.model.fingerprint, item.row.model.precision): item.row.value for item in rows}
     series = _accuracies(collection, family, speeds, less=False)
-    if not series:
-        return None
     return Figure(
         "accuracy_speed", "points", "Accuracy against speed", "tokens/s", "accuracy, %", series,
         f"Up and to the right is better. {_FRONTIER} Speed with each model's fastest attention: "
-        f"{point_text(rows[0], without=FASTEST_OF)}.",
+        f"{point_text(rows, without=FASTEST_OF)}.",
     )  # fmt: skip
 
 
@@ -148,72 +125,61 @@ def _accuracies(
 ) -> tuple[Series, ...]:
     """Make one series per task, one point per model; tasks with one point show no trade-off.
 
-    Args:
-        collection, family: whose accuracies.
-        places: on the other axis, by fingerprint and precision.
-        less: whether less is better on that axis.
+    ``places`` are on the other axis, by fingerprint and precision; ``less``: of it less is better.
     """
     tasks: dict[str, list[Measured]] = defaultdict(list)
     for item in collection.of(family, "accuracy"):
         tasks[str(item.row.point.get("task"))].append(item)
     made: list[Series] = []
-    for task, rows in tasks.items():
+    for rows in tasks.values():
         points = [
-            Point(x, y * 100, collection.label(item.row.model), *_percent(item))
-            for item in at_one_point(rows, anywhere=True)
-            if (x := places.get((item.row.model.fingerprint, item.row.model.precision))) is not None
-            and (y := item.row.value) is not None
+            Point(x, y * 100, collection.label(row.model), _percent(row.low), _percent(row.high))
+            for row in (item.row for item in at_one_point(rows, anywhere=True))
+            if (x := places.get((row.model.fingerprint, row.model.precision))) is not None
+            and (y := row.value) is not None
         ]
         if len(points) > 1:
-            name, tone = TASKS.get(task, clean(task)), f"c{len(made) % 6}"
-            made.append(Series(name, frontier(points, less=less), tone))
+            tone = f"c{len(made) % 6}"
+            made.append(Series(task_name(rows[0].row), frontier(points, less=less), tone))
     return tuple(made)
 
 
-def _percent(item: Measured) -> tuple[float | None, float | None]:
-    low, high = item.row.low, item.row.high
-    return (None if low is None else low * 100, None if high is None else high * 100)
+def _percent(share: float | None) -> float | None:
+    return None if share is None else share * 100
 
 
-def _balance(collection: Collection, family: str) -> Figure | None:
+def _balance(collection: Collection, family: str) -> Figure:
     found = [loss for loss in losses(collection, family) if isinstance(loss.pairing, Paired)]
-    if not found:
-        return None
     names, lost, won = [], [], []
     bases = bases_of(found, collection)
     for index, (loss, place) in enumerate(zip(found, distinguish(found, collection), strict=True)):
-        task = str(loss.after.point.get("task"))
         against = f" against {collection.label(loss.before.model)}" if len(bases) > 1 else ""
         where = f", {place}" if place else ""
-        names.append(f"{TASKS.get(task, clean(task))}, {collection.label(loss.after.model)}{against}{where}")
+        names.append(f"{task_name(loss.after)}, {collection.label(loss.after.model)}{against}{where}")
         if isinstance(loss.pairing, Paired):
             lost.append(Point(index, -loss.pairing.lost, str(loss.pairing.lost)))
             won.append(Point(index, loss.pairing.won, str(loss.pairing.won)))
     return Figure(
         "items", "balance", "Items lost and won", "items", "",
-        (Series("lost", tuple(lost), "lost"), Series("won", tuple(won), "won")),
+        (Series("lost", tuple(lost), "lost"), Series("won", tuple(won), "won")) if found else (),
         f"Items that exactly one of both models got right, against {' and '.join(bases)}.",
         categories=tuple(names),
     )  # fmt: skip
 
 
-def _decode(collection: Collection, family: str) -> Figure | None:
+def _decode(collection: Collection, family: str) -> Figure:
     curves = [item for item in collection.of(family, "speed.decode") if _curve(item)]
     rows = at_one_point(curves, fastest_of=FASTEST_OF)
     series = tuple(_line(collection, item) for item in rows)
-    if not series:
-        return None
     return Figure(
         "decode", "lines", "Speed of decoding over position", "tokens in the cache", "tokens/s", series,
-        f"Each with its fastest attention: {point_text(rows[0], without=FASTEST_OF)}.",
+        f"Each with its fastest attention: {point_text(rows, without=FASTEST_OF)}.",
     )  # fmt: skip
 
 
-def _kl(collection: Collection, family: str) -> Figure | None:
+def _kl(collection: Collection, family: str) -> Figure:
     rows = at_one_point([item for item in collection.of(family, "kl") if _curve(item)], anywhere=True)
     series = tuple(_with_intervals(_line(collection, item), item) for item in rows)
-    if not series:
-        return None
     return Figure(
         "kl", "lines", "KL divergence by position", "position in the text", "nats a token", series,
         "How far each model's next-token distribution is from the unquantised one's, by how much text it has "
@@ -230,16 +196,13 @@ def _line(collection: Collection, item: Measured) -> Series:
 def _with_intervals(line: Series, item: Measured) -> Series:
     """Add ``lows`` and ``highs`` of the row's details if every mark has a pair."""
     lows, highs = item.row.details.get("lows"), item.row.details.get("highs")
-    if (
-        not isinstance(lows, list)
-        or not isinstance(highs, list)
-        or not len(lows) == len(highs) == len(line.points)
-    ):
+    if not isinstance(lows, list) or not isinstance(highs, list):
         return line
-    bounded = zip(line.points, lows, highs, strict=True)
+    if not len(lows) == len(highs) == len(line.points):
+        return line
     points = (
         replace(point, low=low, high=high) if _number(low) and _number(high) and low <= high else point
-        for point, low, high in bounded
+        for point, low, high in zip(line.points, lows, highs, strict=True)
     )
     return replace(line, points=tuple(points))
 
@@ -266,10 +229,8 @@ def _number(value: Any) -> bool:
 PARTS = ("weights", "cache", "activations", "other")
 
 
-def _memory(collection: Collection, family: str) -> Figure | None:
+def _memory(collection: Collection, family: str) -> Figure:
     rows = at_one_point([item for item in collection.of(family, "memory.generate") if _parts(item)])
-    if not rows:
-        return None
     series = []
     for place, name in enumerate(PARTS):
         points = [Point(i, _parts(item).get(name, 0.0) / GIB) for i, item in enumerate(rows)]
@@ -277,7 +238,7 @@ def _memory(collection: Collection, family: str) -> Figure | None:
             series.append(Series(name, tuple(points), f"c{place}"))
     categories = tuple(collection.label(item.row.model) for item in rows)
     return Figure(
-        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {point_text(rows[0])}.",
+        "memory", "stack", "Memory by part", "GiB", "", tuple(series), f"At {point_text(rows)}.",
         categories,
     )  # fmt: skip
 
@@ -292,7 +253,7 @@ def _parts(item: Measured) -> dict[str, float]:
 _LAYER = re.compile(r"(?:layers|h)\.(\d{1,6})\.", re.ASCII)
 
 
-def _layers(collection: Collection, family: str) -> Figure | None:
+def _layers(collection: Collection, family: str) -> Figure:
     """Plot the mean relative error of each layer's modules beside that of rounding to nearest."""
     rows = at_one_point(
         [item for item in collection.of(family, "kl") if _by_layer(item, "error")], anywhere=True
@@ -303,8 +264,6 @@ def _layers(collection: Collection, family: str) -> Figure | None:
         series.append(Series(name, _by_layer(item, "error"), tone))
         if nearest := _by_layer(item, "rtn_error"):
             series.append(Series(f"{name}, rounded to nearest", nearest, tone, dashed=True))
-    if not series:
-        return None
     return Figure(
         "layers", "lines", "Error of each layer", "layer", "relative error, %", tuple(series),
         "On held-out text, each layer with the unquantised model's input: the squared error of its output, "
@@ -315,7 +274,7 @@ def _layers(collection: Collection, family: str) -> Figure | None:
     )  # fmt: skip
 
 
-def _bits(collection: Collection, family: str) -> Figure | None:
+def _bits(collection: Collection, family: str) -> Figure:
     """Plot what each size would cost where 8 bits go where they count most, and the size that was chosen."""
     series, tokens = [], set()
     for item in collection.of(family, "kl"):
@@ -331,8 +290,6 @@ def _bits(collection: Collection, family: str) -> Figure | None:
         series.append(Series(name, tuple(line), tone, dashed=True))
         series.append(Series(f"{name}: chosen", (replace(chosen, label="chosen"),), tone))
         tokens.add(found.get("tokens"))
-    if not series:
-        return None
     return Figure(
         "bits", "lines", "Size against what it costs", "weights, MB", "sum of KL divergences, nats/token",
         tuple(series),
@@ -349,6 +306,5 @@ def _by_layer(item: Measured, key: str) -> tuple[Point, ...]:
         found = _LAYER.search(str(module.get("name"))) if isinstance(module, dict) else None
         if found and _number(module.get(key)) and module[key] > 0:
             layers[int(found[1])].append(float(module[key]) * 100)
-    points = (Point(layer, sum(errors) / len(errors)) for layer, errors in sorted(layers.items()))
-    made = tuple(points)
-    return made if len(made) > 1 else ()
+    points = tuple(Point(layer, sum(errors) / len(errors)) for layer, errors in sorted(layers.items()))
+    return points if len(points) > 1 else ()

@@ -25,19 +25,10 @@ from qwenq.statistics import MARGIN, p_phrase
 
 # Decide which differences fail and give the verdict; a row that is not comparable never passes.
 #
-# A condition is ``metric:rule``; several are separated by commas:
-#
-# * ``accuracy:significant`` fails if more items were lost than won and McNemar's test is significant after
-#   Holm's correction for the accuracies under such conditions. Speed, time and energy fail if the intervals
-#   do not overlap, exact figures at any change for the worse.
-# * ``speed:<0.95``, ``memory:>1.05``, ``size:>1.0``, ``perplexity:>1.01``, ``time:>1.1``: new / baseline.
-#   For speeds and times the most favourable ratio that both intervals allow counts, so that noise does not
-#   fail. With fewer than three measurements on either side, all repeats together, noise is unknown and the
-#   row is not judged. Without an interval it is judged, by its ratio alone, only if a condition names it.
-# * ``kl:>0.05``, ``accuracy:<-0.02``, ``same_top:<-0.01``: new − baseline, in nats per token or as a share.
-#
-# ``speed``, ``memory``, ``time``, ``energy`` and ``bandwidth`` cover all their rows, ``speed.decode`` one
-# kind; ``accuracy@int8`` covers those of one precision.
+# A condition is ``metric:rule``, several are separated by commas: docs/reports.md, "Compare". Of speeds and
+# times the most favourable ratio that both intervals allow counts, so that noise does not fail. With fewer
+# than three measurements on either side noise is unknown, and the row is not judged; without an interval it
+# is judged, by its ratio alone, only if a condition names it.
 
 
 PASSED, REGRESSION, NOT_COMPARABLE = 0, 1, 3
@@ -84,40 +75,35 @@ class Condition:
 
 @dataclass(frozen=True)
 class Judged:
-    """A comparison and the gate's judgement.
-
-    Attributes:
-        condition: the one that decided, else the first that applies; None if no condition applies.
-        answered: all conditions that could be judged by this row.
-    """
+    """A comparison and the gate's judgement."""
 
     comparison: Comparison
     outcome: Outcome
+    # the one that decided, else the first that applies; None if no condition applies
     condition: Condition | None = None
     reason: str = ""
-    answered: tuple[Condition, ...] = ()
+    answered: tuple[Condition, ...] = ()  # all conditions that could be judged by this row
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The gate's judgement of a whole run.
+    """The gate's judgement of a whole run."""
 
-    Attributes:
-        judged: every row.
-        idle: conditions that judged no row.
-        blind: idle conditions whose rows the baseline did measure: they were too few or too noisy.
-        strict: whether an idle condition is a failure, because the user named it.
-    """
-
-    judged: tuple[Judged, ...]
+    judged: tuple[Judged, ...]  # every row
     conditions: tuple[Condition, ...]
-    idle: tuple[Condition, ...]
+    idle: tuple[Condition, ...]  # conditions that judged no row
+    # idle conditions whose rows the baseline did measure: they were too few or too noisy
     blind: tuple[Condition, ...]
-    strict: bool
+    strict: bool  # whether an idle condition is a failure, because the user named it
 
     def of(self, outcome: Outcome) -> list[Judged]:
         """Return the rows with an outcome."""
         return [item for item in self.judged if item.outcome == outcome]
+
+    @property
+    def failed(self) -> list[Judged]:
+        """Return the rows that fail the gate."""
+        return [*self.of("regression"), *self.of("not comparable")]
 
     @property
     def fallback_notice(self) -> list[Judged]:
@@ -182,12 +168,10 @@ class Verdict:
 def judge(
     comparisons: Sequence[Comparison], conditions: Sequence[Condition], *, strict: bool = True
 ) -> Verdict:
-    """Apply conditions to comparisons.
+    """Apply conditions to comparisons: a row fails if it violates one of those that cover it.
 
-    Args:
-        comparisons: their p is corrected again, for the accuracies that a condition tests.
-        conditions: a row fails if it violates one of those that cover it.
-        strict: whether a condition that judges no row is a failure, because the user named it.
+    p is corrected again, for the accuracies that a condition tests. If ``strict``, because the user named it,
+    a condition that judges no row is a failure.
     """
     tests = [condition for condition in conditions if condition.limit is None]
     items = corrected(comparisons, lambda item: any(test.covers(item.row) for test in tests))
@@ -213,7 +197,9 @@ def _judge(item: Comparison, conditions: Sequence[Condition]) -> Judged:
 def _apply(item: Comparison, asked: list[Condition]) -> Judged:
     """Judge by the first condition that is violated, else the first of unknown result, else pass."""
     noisy = item.metric is not None and item.metric.noisy
-    if noisy and (few := _fewest(item)) < LEAST:
+    # A row without a count was measured once.
+    few = min(1 if row is None or row.n is None else row.n for row in (item.before, item.after))
+    if noisy and few < LEAST:
         why = f"too few measurements to judge: {few}, at least {LEAST} are needed"
         return Judged(item, "not judged", asked[0], why)
     named = [condition for condition in asked if condition.metric == item.row.metric]
@@ -232,11 +218,6 @@ def _apply(item: Comparison, asked: list[Condition]) -> Judged:
     return Judged(item, "passed", asked[0], item.why, answered)
 
 
-def _fewest(item: Comparison) -> int:
-    """Return the number of measurements of the side with fewer; a row without a count was measured once."""
-    return min(1 if row is None or row.n is None else row.n for row in (item.before, item.after))
-
-
 _CONDITION = re.compile(
     r"\s*([\w.]+)(?:@(\w+))?\s*:\s*(?:(significant)|([<>])\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))\s*"
 )
@@ -244,21 +225,14 @@ _WHERE = "--fail-on"
 
 
 def parse(text: str) -> list[Condition]:
-    """Parse conditions such as ``accuracy:significant, kl:>0.05``.
-
-    Raises:
-        UsageError: a malformed condition, an unknown metric, a sign that would fail improvements, or a limit
-            that no measurement could reach.
-    """
-    parts = [part for part in text.split(",") if part.strip()]
-    return [_condition(part) for part in parts]
+    """Parse conditions such as ``accuracy:significant, kl:>0.05``."""
+    return [_condition(part) for part in text.split(",") if part.strip()]
 
 
 def asked_by(fail_on: str | None) -> list[Condition]:
     """Return the conditions of ``--fail-on`` or of a recipe's gate; None: the default, ``none``: empty.
 
-    Raises:
-        UsageError: as `parse`; or the text is empty, as in ``--fail-on "$UNSET"``, which must not pass.
+    An empty text, as in ``--fail-on "$UNSET"``, must not pass.
     """
     if fail_on == "none":
         return []
@@ -314,9 +288,6 @@ _MOST_RATIO = 10.0
 _SHARES = ("accuracy", "same_top")
 _EXAMPLES = {"ratio": {"up": "0.95", "down": "1.05"}, "difference": {"up": "-0.02", "down": "0.05"}}
 
-__all__ = ["FAIL_ON", "Condition", "Judged", "Verdict", "asked_by", "judge", "parse"]
-
-
 # Write the verdict for a terminal, a pull request, a test report, and GitHub's annotations.
 
 
@@ -370,10 +341,9 @@ def text_lines(verdict: Verdict) -> Iterator[str]:
     """Yield lines for a terminal: failures, changes that did not fail, the verdict."""
     passed = verdict.of("passed")
     changed = [item for item in passed if effect(item) not in UNCHANGED]
-    for judged in [*verdict.of("regression"), *verdict.of("not comparable"), *changed]:
+    for judged in [*verdict.failed, *changed]:
         yield f"{judged.outcome:<15}{judged.comparison.name}"
-        parts = (change_text(judged.comparison), effect(judged), _reason(judged))
-        yield f"{'':<15}{'; '.join(part for part in parts if part)}"
+        yield f"{'':<15}{_joined(change_text(judged.comparison), effect(judged), _reason(judged))}"
     if rest := Counter(effect(item) for item in passed if item not in changed):
         kinds = ", ".join(f"{number} {kind}" for kind, number in rest.items())
         yield f"{count(rest.total(), 'rows')} passed: {kinds}"
@@ -403,15 +373,12 @@ def _rest(rows: list[Judged]) -> str:
         (old, "not covered by a condition, or not measured in the baseline"),
         (new, "only in the new run"),
     ]
-    return "; ".join(
-        f"{count(len(group), 'rows')} {what}: {_metrics(group)}" for group, what in groups if group
-    )
-
-
-def _metrics(rows: list[Judged]) -> str:
-    """Return ``kl, 2 size``."""
-    counts = Counter(clean(row.comparison.row.metric) for row in rows)
-    return ", ".join(metric if number == 1 else f"{number} {metric}" for metric, number in counts.items())
+    parts = []
+    for group, what in groups:
+        counts = Counter(clean(row.comparison.row.metric) for row in group)
+        metrics = ", ".join(name if number == 1 else f"{number} {name}" for name, number in counts.items())
+        parts += [f"{count(len(group), 'rows')} {what}: {metrics}"] if group else []
+    return "; ".join(parts)
 
 
 def _idle(verdict: Verdict, condition: Condition) -> str:
@@ -421,20 +388,22 @@ def _idle(verdict: Verdict, condition: Condition) -> str:
 
 
 def _reason(judged: Judged) -> str:
-    parts = [f"fails {judged.condition}"] if judged.outcome == "regression" else []
-    return "; ".join([*parts, *([judged.reason] if judged.reason else [])])
+    return _joined(f"fails {judged.condition}" if judged.outcome == "regression" else "", judged.reason)
+
+
+def _joined(*parts: str) -> str:
+    return "; ".join(part for part in parts if part)
 
 
 def markdown_text(verdict: Verdict, baseline: str, new: str) -> str:
     """Return a comment for a pull request: the verdict, what failed, and the rest folded."""
-    failed = [*verdict.of("regression"), *verdict.of("not comparable")]
     parts = [f"### {markdown(verdict.headline)}", f"{markdown(baseline)} → {markdown(new)}"]
     if accuracies := verdict.accuracies:
         parts.append(f"Accuracy: {markdown(accuracies, LONGEST_SENTENCE)}.")
     if warnings := verdict.warnings:
         parts.append("\n".join(f"- Warning: {markdown(line)}" for line in warnings))
-    if failed:
-        parts.append(_table(failed))
+    if verdict.failed:
+        parts.append(_table(verdict.failed))
     if few := verdict.fallback_notice:
         parts.append(f"{count(len(few), 'rows')} could not be judged:")
         parts.append(_table(few))
@@ -478,7 +447,7 @@ def _table(rows: list[Judged]) -> str:
     for judged in rows[:MOST_ROWS]:
         item = judged.comparison
         cells = (judged.outcome if judged.outcome != "not judged" else "", item.name, change_text(item))
-        result = "; ".join(part for part in (effect(judged), _reason(judged)) if part)
+        result = _joined(effect(judged), _reason(judged))
         lines.append(f"| {' | '.join(markdown(cell) for cell in (*cells, result))} |")
     more = [f"\n… and {len(rows) - MOST_ROWS} more."] if len(rows) > MOST_ROWS else []
     return "\n".join([*lines, *more])
@@ -503,8 +472,8 @@ def junit_text(verdict: Verdict) -> str:
         item = judged.comparison
         case = ET.SubElement(suite, "testcase", {"classname": clean(item.row.metric), "name": item.name})
         if tag := tags.get(judged.outcome):
-            message = "; ".join(part for part in (_reason(judged), change_text(item)) if part)
-            ET.SubElement(case, tag, {"message": clean(message or "no condition")})
+            message = _joined(_reason(judged), change_text(item)) or "no condition"
+            ET.SubElement(case, tag, {"message": clean(message)})
     for condition in verdict.idle:
         case = ET.SubElement(suite, "testcase", {"classname": condition.metric, "name": str(condition)})
         tag = "error" if condition in verdict.unjudged else "skipped"
@@ -520,8 +489,8 @@ def github_annotations(verdict: Verdict) -> Iterator[str]:
     """Yield workflow commands that GitHub shows at a change."""
     if _judged_nothing(verdict):
         yield f"::error title=qwenq compare::{_data(verdict.headline)}"
-    for judged in (*verdict.of("regression"), *verdict.of("not comparable")):
-        result = "; ".join(part for part in (change_text(judged.comparison), _reason(judged)) if part)
+    for judged in verdict.failed:
+        result = _joined(change_text(judged.comparison), _reason(judged))
         yield f"::error title={_property(judged.comparison.name)}::{_data(f'{judged.outcome}: {result}')}"
     for condition in verdict.idle:
         level = "error" if condition in verdict.unjudged else "notice"
@@ -550,5 +519,4 @@ def without_commands(lines: Iterable[str]) -> Iterator[str]:
 
 def _judged_nothing(verdict: Verdict) -> bool:
     """Return whether the gate failed only because it had nothing to judge."""
-    failed = verdict.of("regression") or verdict.of("not comparable") or verdict.unjudged
-    return verdict.exit_code == NOT_COMPARABLE and not failed
+    return verdict.exit_code == NOT_COMPARABLE and not verdict.failed and not verdict.unjudged

@@ -6,33 +6,36 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from qwenq.comparison import PLAIN, Paired, TaskComparison, choose_base, headline, judge_check, paired
-from qwenq.reporting.card import TASKS, cut_of, model_bytes, task_order
+from qwenq.comparison import (
+    PLAIN,
+    Paired,
+    TaskComparison,
+    choose_base,
+    corrected_p,
+    headline,
+    judge_check,
+    paired,
+)
+from qwenq.reporting.card import cut_of, model_bytes, task_name, task_order
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows
 from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
 from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
 from qwenq.results import Model, Row, Value, intervals_overlap
-from qwenq.statistics import ALPHA, format_p, holm
+from qwenq.statistics import ALPHA, format_p
 
 # Test what quantising cost in accuracy, by items lost and won against the unquantised model.
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One accuracy beside that of the unquantised model.
+    """One accuracy beside that of the unquantised model."""
 
-    Attributes:
-        before, after: unquantised, quantised.
-        pairing: item by item; or why there is none.
-        p: corrected by Holm for all losses of this family; None without a pairing.
-        run: that ``after`` was measured in.
-    """
-
+    # before, after: unquantised, quantised
     before: Row
     after: Row
-    pairing: Paired | str
-    p: float | None = None
-    run: str = ""
+    pairing: Paired | str  # item by item; or why there is none
+    p: float | None = None  # corrected by Holm for all losses of this family; None without a pairing
+    run: str = ""  # that ``after`` was measured in
 
     @property
     def change(self) -> float:
@@ -53,9 +56,8 @@ def losses(collection: Collection, family: str) -> list[Loss]:
     BF16 against FP32 is not a cost of quantising and is not tested.
     """
     found = list(_pairs(collection.of(family, "accuracy")))
-    tests = {index: loss.pairing.p for index, loss in enumerate(found) if isinstance(loss.pairing, Paired)}
-    corrected = dict(zip(tests, holm(list(tests.values())), strict=True))
-    made = [replace(loss, p=corrected.get(index)) for index, loss in enumerate(found)]
+    corrected = corrected_p([loss.pairing for loss in found])
+    made = (replace(loss, p=p) for loss, p in zip(found, corrected, strict=True))
     return sorted(made, key=lambda loss: task_order(loss.after))
 
 
@@ -65,7 +67,7 @@ def _pairs(items: Iterable[Measured]) -> Iterator[Loss]:
     A row that names its base is paired with those weights only, whatever has the same name.
     """
     measured = [item for item in items if item.row.status == "ok"]
-    plain: dict[_Point, list[Row]] = defaultdict(list)
+    plain: dict[tuple[tuple[str, str], ...], list[Row]] = defaultdict(list)
     for item in measured:
         if item.row.model.precision in PLAIN:
             plain[_point(item.row.point)].append(item.row)
@@ -78,10 +80,7 @@ def _pairs(items: Iterable[Measured]) -> Iterator[Loss]:
             yield Loss(base, row, paired(base, row), run=item.run.name)
 
 
-_Point = tuple[tuple[str, str], ...]
-
-
-def _point(point: dict[str, Value]) -> _Point:
+def _point(point: dict[str, Value]) -> tuple[tuple[str, str], ...]:
     """Return what two precisions of one measurement share: all but engine and dtype."""
     return tuple(sorted((key, str(value)) for key, value in point.items() if key not in {"engine", "dtype"}))
 
@@ -115,11 +114,13 @@ def loss_table(collection: Collection, family: str) -> Table | None:
     tests = sum(loss.p is not None for loss in found)
     made, places = [], distinguish(found, collection)
     for loss, place in zip(found, places, strict=True):
-        task = str(loss.after.point.get("task"))
-        named = [TASKS.get(task, clean(task)), collection.label(loss.after.model)]
+        named = [task_name(loss.after), collection.label(loss.after.model)]
         named += [collection.label(loss.before.model)] if len(bases) > 1 else []
         named += [place or MISSING] if any(places) else []
-        labels = (Cell(label, label) for label in [*named, _in_words(loss, tests)])
+        words = "not tested"
+        if isinstance(loss.pairing, Paired):
+            words = loss.pairing.describe_change(loss.change, loss.p, tests)
+        labels = (Cell(label, label) for label in [*named, words])
         made.append(Line((*labels, *_cells(loss, notes))))
     optional = [*([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else [])]
     headers = (*LABELS, *optional, WORDS, *FIGURES)
@@ -175,13 +176,6 @@ def _cells(loss: Loss, notes: Footnotes) -> tuple[Cell, ...]:
     )
 
 
-def _in_words(loss: Loss, tests: int) -> str:
-    """Describe a change in words, with a note if it may be chance among so many tests."""
-    if isinstance(loss.pairing, str):
-        return "not tested"
-    return loss.pairing.describe_change(loss.change, loss.p, tests)
-
-
 # Summarise each quantised model in a sentence: what it saves and what it costs.
 
 
@@ -217,12 +211,11 @@ def _closeness(collection: Collection, family: str, model: Model) -> Iterator[st
         shown = f"KL divergence {format_of('kl', item.row.unit)(kl)} nats/token"
         same = [other.row for other in collection.of(family, "same_top") if other.row.model == model]
         top = next((row.value for row in same if row.point == item.row.point), None)
-        if top is None:
-            yield shown
-        else:
-            word = judge_check(kl, top, 8 if model.precision.endswith("8") else 4, item.row.n).word
-            known = "too few tokens for a verdict" if word == "none" else word
-            yield f"{known}, {shown}, same top token {100 * top:.1f} %"
+        if top is not None:
+            word: str = judge_check(kl, top, 8 if model.precision.endswith("8") else 4, item.row.n).word
+            word = "too few tokens for a verdict" if word == "none" else word
+            shown = f"{word}, {shown}, same top token {100 * top:.1f} %"
+        yield shown
 
 
 def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
@@ -235,11 +228,9 @@ def _size(collection: Collection, family: str, model: Model) -> Iterator[str]:
     dtypes = (item.row.settings.get("dtype") for item in collection.of(family) if item.row.model == model)
     plain = {other.precision: other for other, nbytes in sizes.items() if nbytes}
     base = choose_base(plain, next(filter(None, dtypes), None))
-    if base is None or base == model:
-        yield shown
-    else:
-        share = f"{100 * sizes[model] / sizes[base]:.0f} %"
-        yield f"{shown}, {share} of {collection.label(base)}"
+    if base is not None and base != model:
+        shown += f", {100 * sizes[model] / sizes[base]:.0f} % of {collection.label(base)}"
+    yield shown
 
 
 def _speed(collection: Collection, family: str, model: Model) -> Iterator[str]:
@@ -286,20 +277,15 @@ def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator
 
     Scores that many cut answers make worthless are named behind it.
     """
-    tested = [
-        TaskComparison(_task(loss), loss.before.value or 0.0, loss.after.value or 0.0, loss.pairing, loss.p)
-        for loss in found
-        if isinstance(loss.pairing, Paired) and loss.p is not None
-    ]
+    tested = []
+    for loss in found:
+        if isinstance(loss.pairing, Paired) and loss.p is not None:
+            scores = loss.before.value or 0.0, loss.after.value or 0.0
+            tested.append(TaskComparison(task_name(loss.after), *scores, loss.pairing, loss.p))
     if tested:
         bases = " and ".join(bases_of(found, collection))
         yield f"against {bases}, {headline(tested, tests, len(found) - len(tested))}"
     for loss in found:
         for row in (loss.before, loss.after):
             if (cut := cut_of(row)) is not None and cut.many:
-                yield f"warning: {_task(loss)}, {collection.label(row.model)}: {cut.warning}"
-
-
-def _task(loss: Loss) -> str:
-    task = str(loss.after.point.get("task"))
-    return TASKS.get(task, clean(task))
+                yield f"warning: {task_name(loss.after)}, {collection.label(row.model)}: {cut.warning}"

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq.reporting.card import (
-    card_tables,
+    accuracy_table,
     closeness_table,
     long_context_table,
+    memory_table,
     other_accuracies,
+    speed_table,
     split_table,
 )
-from qwenq.reporting.collect import Collection, Run
+from qwenq.reporting.collect import Collection
 from qwenq.reporting.figures import Figure, figures_of
 from qwenq.reporting.losses import loss_table, summary_of
 from qwenq.reporting.served import served_figures, served_summary, served_table
@@ -23,14 +25,10 @@ from qwenq.reporting.text import LONGEST_COMMAND, clean
 
 @dataclass(frozen=True)
 class Section:
-    """Everything on one unquantised model and what was made of it.
-
-    Attributes:
-        slug: what the names of its plots begin with; no other section's.
-    """
+    """Everything on one unquantised model and what was made of it."""
 
     family: str
-    slug: str
+    slug: str  # what the names of its plots begin with; no other section's
     summary: tuple[str, ...]
     tables: tuple[Table, ...]
     figures: tuple[Figure, ...]
@@ -38,24 +36,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """What all forms are written from.
+    """What all forms are written from."""
 
-    Attributes:
-        title: of the page and of the Markdown.
-        commands: exact commands that made the rows, in order; empty where no run recorded them.
-        dates: of the first and the last row.
-    """
-
-    title: str
+    title: str  # of the page and of the Markdown
     collection: Collection
     sections: tuple[Section, ...]
-    commands: tuple[str, ...]
-    dates: tuple[str, ...]
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """Return the run folders."""
-        return self.collection.runs
+    commands: tuple[str, ...]  # exact commands that made the rows, in order; empty where no run recorded them
+    dates: tuple[str, ...]  # of the first and the last row
 
 
 def make_report(collection: Collection, title: str) -> Report:
@@ -88,24 +75,19 @@ def _slugs(families: list[str]) -> list[str]:
     return found
 
 
+_TABLES = (
+    *(accuracy_table, speed_table, memory_table),  # as on the cards
+    *(loss_table, long_context_table, closeness_table, split_table, served_table, other_accuracies),
+)
+
+
 def _section(collection: Collection, family: str, slug: str) -> Section:
-    optional = [
-        make(collection, family)
-        for make in (
-            loss_table,
-            long_context_table,
-            closeness_table,
-            split_table,
-            served_table,
-            other_accuracies,
-        )
-    ]
-    tables = [*card_tables(collection, family), *(table for table in optional if table)]
+    tables = (make(collection, family) for make in _TABLES)
     return Section(
         family=clean(family),
         slug=slug,
         summary=(*summary_of(collection, family), *served_summary(collection, family)),
-        tables=tuple(tables),
+        tables=tuple(table for table in tables if table),
         figures=(*figures_of(collection, family), *served_figures(collection, family)),
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from qwenq.reporting.collect import Collection, Measured
 from qwenq.reporting.figures import Figure, Point, Series
-from qwenq.reporting.tables import Layout, Table, pivot
+from qwenq.reporting.tables import Layout, Table, by_metric, pivot
 from qwenq.reporting.text import clean
 from qwenq.results import HERE, Row, intervals_overlap
 
@@ -35,16 +35,18 @@ Place = tuple[tuple[str, Any], ...]
 def served_table(collection: Collection, family: str) -> Table | None:
     """Tabulate throughput, latencies and failures of served models by concurrency."""
     rows = collection.of(family, *SERVED)
-    if not rows:
-        return None
-    places = {metric: place for place, metric in enumerate(SERVED)}
     layout = Layout(
         "Served model",
-        lambda item: (places[item.row.metric], SERVED[item.row.metric]),
+        by_metric(SERVED),
         labels={"concurrency": "Concurrency"},
         names={"context": lambda value: f"{value} tokens", "tokens": lambda value: f"{value} of an answer"},
     )
-    made = pivot([_without_requests(item) for item in rows], layout, collection)
+    # A share of failures counts requests, the other figures repetitions, which the caption names.
+    counted = [
+        replace(item, row=replace(item.row, n=None)) if item.row.metric == "failed.served" else item
+        for item in rows
+    ]
+    made = pivot(counted, layout, collection)
     loop = "a closed loop of streamed requests; TTFT: time to first token, ITL: inter-token latency"
     made.caption[:0] = [loop, _where_served(rows)]
     made.caption.extend(_counted(rows))
@@ -61,20 +63,15 @@ def _where_served(rows: list[Measured]) -> str:
     return f"{owned}its hardware is unknown, and the machine below sent the requests"
 
 
-def _without_requests(item: Measured) -> Measured:
-    """Return a share of failures without its number of requests: that of the other figures is repetitions."""
-    return replace(item, row=replace(item.row, n=None)) if item.row.metric == "failed.served" else item
-
-
 def served_figures(collection: Collection, family: str) -> Iterator[Figure]:
     """Yield throughput against latency, a line for each model through its concurrencies."""
     speeds = collection.of(family, "speed.served")
     for key, metric, title, x_label in _LATENCIES:
-        latencies = {_where(item): item.row.value for item in collection.of(family, metric)}
+        latencies = {item.place: item.row.value for item in collection.of(family, metric)}
         lines: dict[tuple[str, Place], list[Point]] = defaultdict(list)
         precisions: dict[tuple[str, Place], str] = {}
         for item in sorted(speeds, key=_concurrency):
-            latency, speed = latencies.get(_where(item)), item.row.value
+            latency, speed = latencies.get(item.place), item.row.value
             if latency is None or speed is None:
                 continue
             line = (collection.label(item.row.model), _lengths(item))
@@ -82,33 +79,20 @@ def served_figures(collection: Collection, family: str) -> Iterator[Figure]:
             lines[line].append(Point(latency * 1e3, speed, mark, item.row.low, item.row.high))
             precisions[line] = item.row.model.precision
         several = len({lengths for _, lengths in lines}) > 1
-        series = [
-            Series(
-                f"{label}, {_lengths_text(lengths)}" if several else label,
-                tuple(points),
-                _tone(precisions, (label, lengths), index),
-            )
-            for index, ((label, lengths), points) in enumerate(lines.items())
-            if len(points) > 1
-        ]
+        series = []
+        for index, ((label, lengths), points) in enumerate(lines.items()):
+            tone = precisions[label, lengths]  # where no other line has it
+            if tone == "served" or list(precisions.values()).count(tone) > 1:
+                tone = f"c{index % 6}"
+            shown = clean(", ".join(f"{key} {value}" for key, value in lengths))
+            name = f"{label}, {shown}" if several else label
+            series += [Series(name, tuple(points), tone)] if len(points) > 1 else []
         if series:
             yield Figure(
                 f"served_{key}", "lines", title, x_label, "output tokens/s", tuple(series),
                 "Up and to the left is better. Each mark is a concurrency, the line joins a model's in their "
                 "order; bars are 95 % intervals of the throughput.",
             )  # fmt: skip
-
-
-def _tone(precisions: dict[tuple[str, Place], str], line: tuple[str, Place], index: int) -> str:
-    """Return the colour of a precision where no other line has it, else one by order."""
-    precision = precisions[line]
-    alone = list(precisions.values()).count(precision) == 1 and precision != "served"
-    return precision if alone else f"c{index % 6}"
-
-
-def _where(item: Measured) -> tuple[object, ...]:
-    point = sorted((key, str(value)) for key, value in item.row.point.items())
-    return (item.row.model, item.run.name, *point)
 
 
 def _concurrency(item: Measured) -> float:
@@ -119,10 +103,6 @@ def _concurrency(item: Measured) -> float:
 def _lengths(item: Measured) -> Place:
     """Return what else two rows must share to stand beside each other: lengths of prompt and answer."""
     return tuple(sorted((key, value) for key, value in item.row.point.items() if key != "concurrency"))
-
-
-def _lengths_text(lengths: Place) -> str:
-    return clean(", ".join(f"{key} {value}" for key, value in lengths))
 
 
 def _counted(rows: list[Measured]) -> Iterator[str]:

@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qwenq.reporting.collect import Collection, Measured, hardware_names
-from qwenq.reporting.text import Format, clean, format_of
-from qwenq.results import Row, Value
+from qwenq.reporting.text import clean, format_of
+from qwenq.results import Value
 
 MISSING = "–"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure or label.
+    """One figure or label."""
 
-    Attributes:
-        text: as shown, without its interval.
-        value: what it is sorted by: the figure as measured, or the label; None where there is none.
-        low, high: bounds as shown; both or neither.
-        note: number of the footnote, where there is one.
-        mark: ``significant`` for a significant loss; else empty.
-    """
-
-    text: str
+    text: str  # as shown, without its interval
+    # what it is sorted by: the figure as measured, or the label; None where there is none
     value: float | str | None = None
+    # low, high: bounds as shown; both or neither
     low: str | None = None
     high: str | None = None
-    note: int | None = None
-    mark: str = ""
+    note: int | None = None  # number of the footnote, where there is one
+    mark: str = ""  # ``significant`` for a significant loss; else empty
 
 
 @dataclass(frozen=True)
@@ -44,24 +38,15 @@ class Line:
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
+    """A table."""
 
-    Attributes:
-        key: its name in ``results.json`` and the page's anchor.
-        title: its heading.
-        headers: of all columns.
-        labels: how many columns on the left are labels.
-        caption: what holds for all its figures.
-        notes: footnotes; number 1 is the first.
-    """
-
-    key: str
-    title: str
-    headers: tuple[str, ...]
-    labels: int
+    key: str  # its name in ``results.json`` and the page's anchor
+    title: str  # its heading
+    headers: tuple[str, ...]  # of all columns
+    labels: int  # how many columns on the left are labels
     lines: tuple[Line, ...]
-    caption: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
+    caption: tuple[str, ...] = ()  # what holds for all its figures
+    notes: tuple[str, ...] = ()  # footnotes; number 1 is the first
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -86,23 +71,23 @@ class Table:
 
 @dataclass(frozen=True)
 class Layout:
-    """How rows become a table.
+    """How rows become a table."""
 
-    Attributes:
-        first: heading of the first column, which names the model.
-        column: the column that a row belongs to: something to order by, and its heading.
-        labels: keys of ``point`` that always have a column, with its heading.
-        used: keys of ``point`` that the columns stand for, which are no labels.
-        names: how a value of a key is written; otherwise as it is.
-        count: what a row's ``n`` counts.
-    """
-
-    first: str
+    first: str  # heading of the first column, which names the model
+    # the column that a row belongs to: something to order by, and its heading
     column: Callable[[Measured], tuple[Any, str]]
+    # keys of ``point`` that always have a column, with its heading
     labels: dict[str, str] = field(default_factory=dict)
-    used: frozenset[str] = frozenset()
+    used: frozenset[str] = frozenset()  # keys of ``point`` that the columns stand for, which are no labels
+    # how a value of a key is written; otherwise as it is
     names: dict[str, Callable[[Value], str]] = field(default_factory=dict)
-    count: str = "repetitions"
+    count: str = "repetitions"  # what a row's ``n`` counts
+
+
+def by_metric(titles: dict[str, str]) -> Callable[[Measured], tuple[Any, str]]:
+    """Return the columns of several metrics: their headings, in this order."""
+    places = list(titles)
+    return lambda item: (places.index(item.row.metric), titles[item.row.metric])
 
 
 class Footnotes:
@@ -130,25 +115,21 @@ class Draft:
 
 @dataclass
 class Pivot:
-    """Rows on their way to a table; lines and columns may be added before it is made.
+    """Rows on their way to a table; lines and columns may be added before it is made."""
 
-    Attributes:
-        headers: of the label columns.
-        columns: headings of the figure columns, in order.
-        lines: their cells are found by heading.
-    """
-
-    headers: list[str]
-    columns: list[str]
+    headers: list[str]  # of the label columns
+    columns: list[str]  # headings of the figure columns, in order
     caption: list[str]
-    lines: list[Draft]
+    lines: list[Draft]  # their cells are found by heading
     notes: Footnotes
 
-    def table(self, key: str, title: str) -> Table:
-        """Return the table; a cell without a measurement is a dash.
+    def table(self, key: str, title: str) -> Table | None:
+        """Return the table, None without a line; a cell without a measurement is a dash.
 
         A column of which nothing could be measured is left out, and the caption says why.
         """
+        if not self.lines:
+            return None
         full = [
             heading
             for heading in self.columns
@@ -157,15 +138,18 @@ class Pivot:
         empty = [heading for heading in self.columns if heading not in full] if full else []
         caption = [*self.caption, *(self._unmeasured(heading) for heading in empty)]
         shown = full or self.columns
-        lines = [self._line(draft, shown) for draft in self.lines]
-        used = sorted({cell.note for line in lines for cell in line.cells if cell.note})
-        numbers = {old: new for new, old in enumerate(used, 1)}
+        lines = [self._cells(draft, shown) for draft in self.lines]
+        used = sorted({cell.note for cells in lines for cell in cells if cell.note})
+        numbers: dict[int | None, int] = {old: new for new, old in enumerate(used, 1)}
         return Table(
             key,
             title,
             (*self.headers, *shown),
             len(self.headers),
-            tuple(_renumbered(line, numbers) for line in lines),
+            tuple(
+                Line(tuple(replace(cell, note=numbers.get(cell.note)) for cell in cells), draft.published)
+                for draft, cells in zip(self.lines, lines, strict=True)
+            ),
             tuple(caption),
             tuple(self.notes.sentences[number - 1] for number in used),
         )
@@ -175,16 +159,10 @@ class Pivot:
         reasons = [self.notes.sentences[note - 1] for note in sorted(filter(None, notes))]
         return f"not measured: {without_unit(heading)} ({'; '.join(reasons)})"
 
-    def _line(self, draft: Draft, shown: list[str]) -> Line:
+    def _cells(self, draft: Draft, shown: list[str]) -> list[Cell]:
         first, *others = draft.labels
-        labels = (Cell(first, first, note=draft.note), *(Cell(label, label) for label in others))
-        figures = (draft.cells.get(heading, Cell(MISSING)) for heading in shown)
-        return Line((*labels, *figures), draft.published)
-
-
-def _renumbered(line: Line, numbers: dict[int, int]) -> Line:
-    cells = (replace(cell, note=numbers[cell.note]) if cell.note else cell for cell in line.cells)
-    return replace(line, cells=tuple(cells))
+        labels = [Cell(first, first, note=draft.note), *(Cell(label, label) for label in others)]
+        return [*labels, *(draft.cells.get(heading, Cell(MISSING)) for heading in shown)]
 
 
 def without_unit(heading: str) -> str:
@@ -194,9 +172,14 @@ def without_unit(heading: str) -> str:
 
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     """Make lines by model and by what varies within a column; the rest goes to the caption."""
+    if not rows:
+        return Pivot([], [], [], [], Footnotes())
     hardware = hardware_names(names.measured)
-    dtypes = _dtypes(rows, names)
-    several = any(len(found) > 1 for found in dtypes.values())  # of one model: its lines have to say which
+    dtypes: dict[str, str] = {}  # by label
+    several = False  # of one model: its lines have to say which
+    for item in rows:
+        if dtype := _dtype(item):
+            several |= dtypes.setdefault(names.label(item.row.model), dtype) != dtype
     facts = [
         _facts(item, layout, hardware(item)) | ({COMPUTED_IN: _dtype(item)} if several else {})
         for item in rows
@@ -204,17 +187,20 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     headings = [layout.column(item)[1] for item in rows]
     varying, caption = _split(facts, headings, layout)
     labels = [
-        [names.label(item.row.model), *_labels(fact, varying, layout)]
+        [names.label(item.row.model), *(fact.get(key) or MISSING for key in varying)]
         for item, fact in zip(rows, facts, strict=True)
     ]
-    caption += [] if several else _computed_in(dtypes)
+    if len(set(dtypes.values())) == 1 and not several:
+        caption.append(f"{' and '.join(dtypes)} computed in {next(iter(dtypes.values()))}")
+    elif dtypes and not several:
+        caption.append("computed in: " + "; ".join(f"{label} {dtype}" for label, dtype in dtypes.items()))
     places = [(tuple(label), heading) for label, heading in zip(labels, headings, strict=True)]
     by_run = len(set(places)) < len(places)
     notes = Footnotes()
     lines: dict[tuple[str, ...], dict[str, Cell]] = {}
     for item, label, heading in zip(rows, labels, headings, strict=True):
         where = (*label, item.run.name) if by_run else tuple(label)
-        lines.setdefault(where, {})[heading] = cell_of(item, notes)
+        lines.setdefault(where, {})[heading] = _cell(item, notes)
     titles = [layout.first, *(layout.labels.get(key) or _title(key) for key in varying)]
     return Pivot(
         headers=[*titles, "Run"] if by_run else titles,
@@ -225,16 +211,18 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     )
 
 
-def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> Cell:
+def _cell(item: Measured, notes: Footnotes) -> Cell:
     """Return a row's figure with its interval, or with a footnote on why it is missing."""
     row = item.row
     if row.value is None:
         return Cell("failed" if row.status == "failed" else "n/a", note=notes.number(clean(row.reason)))
-    write = written or format_of(row.metric, row.unit)
-    listed = row.details.get("outliers")
+    write, listed = format_of(row.metric, row.unit), row.details.get("outliers")
     outliers = listed if isinstance(listed, list) else []
     known = any(isinstance(one, dict) and isinstance(one.get("repetition"), int) for one in outliers)
-    said = [*([OUTLIERS] if known else []), *([RAN_PLAIN] if _ran_plain(row) else [])]
+    # A GPU had to compute FlashAttention's row of FP32 without it (``attention.of_row``).
+    plain = row.point.get("attention") in ("v1", "v2") and row.point.get("device") == "cuda"
+    plain = plain and row.model.precision == "fp32"
+    said = [*([OUTLIERS] if known else []), *([RAN_PLAIN] if plain else [])]
     note = notes.number("; ".join(said)) if said else None
     if row.low is None or row.high is None:
         return Cell(write(row.value), row.value, note=note)
@@ -243,12 +231,6 @@ def cell_of(item: Measured, notes: Footnotes, written: Format | None = None) -> 
 
 OUTLIERS = "a median that includes outlying repetitions, which results.json lists"
 RAN_PLAIN = "ran with plain attention, as FP32 of the cards did: FlashAttention takes no float32"
-
-
-def _ran_plain(row: Row) -> bool:
-    """Return whether a GPU had to compute FlashAttention's row of FP32 without it (``attention.of_row``)."""
-    asked = row.point.get("attention") in ("v1", "v2") and row.point.get("device") == "cuda"
-    return asked and row.model.precision == "fp32"
 
 
 def _facts(item: Measured, layout: Layout, hardware: str) -> dict[str, str]:
@@ -294,24 +276,6 @@ def _dtype(item: Measured) -> str:
     return clean(dtype) if shown else ""
 
 
-def _dtypes(rows: Sequence[Measured], names: Collection) -> dict[str, dict[str, None]]:
-    """Return the dtypes of each label's figures."""
-    found: dict[str, dict[str, None]] = {}
-    for item in rows:
-        if dtype := _dtype(item):
-            found.setdefault(names.label(item.row.model), {})[dtype] = None
-    return found
-
-
-def _computed_in(found: dict[str, dict[str, None]]) -> list[str]:
-    labels = {label: " and ".join(dtypes) for label, dtypes in found.items()}
-    if len(set(labels.values())) == 1:
-        return [f"{' and '.join(labels)} computed in {next(iter(labels.values()))}"]
-    return (
-        [f"computed in: {'; '.join(f'{label} {dtype}' for label, dtype in labels.items())}"] if labels else []
-    )
-
-
 def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:
     given = {heading: value for heading, value in by_heading.items() if value not in (None, "", "none")}
     if not given:
@@ -319,10 +283,6 @@ def _captions(title: str, by_heading: dict[str, str | None]) -> list[str]:
     if len(set(by_heading.values())) == 1:
         return [f"{title}: {next(iter(given.values()))}"]
     return [f"{title}: " + "; ".join(f"{without_unit(key)} {value}" for key, value in given.items())]
-
-
-def _labels(fact: dict[str, str], varying: Iterable[str], layout: Layout) -> list[str]:
-    return [fact.get(key) or MISSING for key in varying]
 
 
 def _title(key: str) -> str:

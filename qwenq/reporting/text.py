@@ -14,12 +14,10 @@ from dataclasses import dataclass
 
 LONGEST = 400
 """Characters of one text that are shown."""
-LONGEST_SENTENCE = 4_000
-"""A headline that is cut short would lose its verdict."""
 LONGEST_COMMAND = 10_000
 """A command that is cut short would be another command."""
 LONGEST_SENTENCE = 4_000
-"""Our own sentences, made of several names and figures."""
+"""Our own sentences, made of several names and figures; a headline cut short would lose its verdict."""
 
 _TERMINAL = re.compile(
     r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: colours, cursor
@@ -55,12 +53,8 @@ def markdown(text: object, longest: int = LONGEST) -> str:
     shown = _MARKUP.sub(r"\\\g<0>", clean(text, longest))
     shown = _LINK.sub(lambda found: ":\\/\\/" if found[0] == "://" else "\\.", shown)
     shown = shown.replace("@", "@&#8203;")  # a zero-width space: no mention, no mail address
-    return re.sub(r"^([-+=]|\d+(?=[.)](\s|$)))", lambda found: _at_start(found[0]), shown)
-
-
-def _at_start(found: str) -> str:
-    """Escape what would begin a list or underline a heading."""
-    return f"\\{found}" if found in "-+=" else f"{found}&#8203;"
+    shown = re.sub(r"^[-+=]", r"\\\g<0>", shown)  # it would begin a list or underline a heading
+    return re.sub(r"^\d+(?=[.)](\s|$))", r"\g<0>&#8203;", shown)
 
 
 def code(text: object) -> str:
@@ -85,17 +79,11 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Format:
-    """How the values of a metric are shown.
+    """How the values of a metric are shown."""
 
-    Attributes:
-        unit: what stands in a heading.
-        scale: shown = value × scale.
-        write: a scaled number as text.
-    """
-
-    unit: str
-    scale: float
-    write: Callable[[float], str]
+    unit: str  # what stands in a heading
+    scale: float  # shown = value × scale
+    write: Callable[[float], str]  # a scaled number as text
 
     def __call__(self, value: float) -> str:
         """Return the value as it is shown."""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -19,10 +18,9 @@ from markupsafe import Markup
 from qwenq.environment import measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.collect import Collection, Measured, Run, collect, hardware_names
-from qwenq.reporting.figures import Figure
 from qwenq.reporting.plots import inline_svg, tone_of, write_plot
 from qwenq.reporting.report import Report, Section, make_report
-from qwenq.reporting.tables import Cell, Line, Table
+from qwenq.reporting.tables import Cell, Table
 from qwenq.reporting.text import GIB, LONGEST_SENTENCE, clean, count, markdown, spreadsheet
 from qwenq.results import REPORT_FILE, RESULTS_FILE
 from qwenq.storage import atomic_write_bytes, held
@@ -69,26 +67,24 @@ def _facts(environment: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "memory", size
     gpus = environment.get("gpus")
     if isinstance(gpus, list):
-        yield "GPUs", "; ".join(_gpu(gpu) for gpu in gpus if isinstance(gpu, dict)) or "none"
+        shown = []
+        for gpu in (gpu for gpu in gpus if isinstance(gpu, dict)):
+            driver = f"driver {gpu['driver']}" if gpu.get("driver") else ""
+            facts = str(gpu.get("name")), _gib(gpu.get("memory_bytes")), driver
+            shown.append(clean(", ".join(fact for fact in facts if fact)))
+        yield "GPUs", "; ".join(shown) or "none"
     for key, name in (("os", "system"), ("python", "Python")):
         if environment.get(key):
             yield name, clean(environment[key])
     versions = environment.get("versions")
     if isinstance(versions, dict):
-        shown = (f"{name} {version}" for name, version in versions.items() if name != "python")
-        yield "versions", clean(", ".join(shown))
+        named = (f"{name} {version}" for name, version in versions.items() if name != "python")
+        yield "versions", clean(", ".join(named))
 
 
 def _gib(nbytes: Any) -> str:
     """Return a size in GiB; empty if it is not a number of bytes."""
     return f"{nbytes / GIB:.1f} GiB" if isinstance(nbytes, int) and 0 < nbytes < 2**63 else ""
-
-
-def _gpu(gpu: dict[str, Any]) -> str:
-    memory = _gib(gpu.get("memory_bytes"))
-    size = f", {memory}" if memory else ""
-    driver = f", driver {gpu['driver']}" if gpu.get("driver") else ""
-    return clean(f"{gpu.get('name')}{size}{driver}")
 
 
 # Write a report for programs: ``results.json`` and, with a line per row, ``results.csv``.
@@ -97,12 +93,15 @@ def _gpu(gpu: dict[str, Any]) -> str:
 FORMAT = 1
 
 
-def to_json(report: Report) -> dict[str, Any]:
-    """Return plain values. Rows leave out the record of single items, which stays in the run folder."""
-    return {
+def json_text(report: Report) -> str:
+    """Return ``results.json``. Rows leave out the record of single items, which stays in the run folder."""
+    rows = [{"run": item.run.name, **item.row.to_json()} for item in report.collection.measured]
+    for row in rows:
+        row["details"].pop("items", None)
+    content = {
         "format": FORMAT,
         "title": report.title,
-        "runs": [{"name": run.name, "environment": run.environment} for run in report.runs],
+        "runs": [{"name": run.name, "environment": run.environment} for run in report.collection.runs],
         "commands": list(report.commands),
         "sections": [
             {
@@ -113,19 +112,9 @@ def to_json(report: Report) -> dict[str, Any]:
             }
             for section in report.sections
         ],
-        "rows": [_row(item) for item in report.collection.measured],
+        "rows": rows,
     }
-
-
-def json_text(report: Report) -> str:
-    """Return `to_json` indented by two spaces, with a final newline."""
-    return json.dumps(to_json(report), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _row(item: Measured) -> dict[str, Any]:
-    row = item.row.to_json()
-    row["details"] = {key: value for key, value in item.row.details.items() if key != "items"}
-    return {"run": item.run.name, **row}
+    return json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def csv_text(report: Report) -> str:
@@ -133,9 +122,7 @@ def csv_text(report: Report) -> str:
     import pandas as pd
 
     frame = pd.DataFrame([_record(item) for item in report.collection.measured], dtype=object)
-    text = io.StringIO()
-    frame.to_csv(text, index=False, lineterminator="\n")
-    return text.getvalue()
+    return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
 def _record(item: Measured) -> dict[str, Any]:
@@ -175,7 +162,10 @@ PLOTS = "plots"
 
 def report_markdown(report: Report) -> str:
     """Return the whole document."""
-    parts = [f"# {markdown(report.title)}", *_head(report)]
+    parts = [f"# {markdown(report.title)}"]
+    if date := " to ".join(dict.fromkeys(report.dates)):
+        page = "[The same as a page](index.html) whose tables sort."
+        parts.append(f"Measured {markdown(date)} with qwenq. {page}")
     several = len(report.sections) > 1
     for section in report.sections:
         if several:
@@ -184,20 +174,14 @@ def report_markdown(report: Report) -> str:
         parts += tables_markdown(section, heading)
         if section.figures:
             parts.append(f"{heading} Plots")
-            parts.append("\n".join(_image(section.slug, figure) for figure in section.figures))
+            plots = [
+                f"![{markdown(figure.title)}]({PLOTS}/{section.slug}-{figure.key}.png)"
+                for figure in section.figures
+            ]
+            parts.append("\n".join(plots))
     parts += environment_markdown(report.collection, "##")
     parts += _commands(report)
     return "\n\n".join(parts) + "\n"
-
-
-def _head(report: Report) -> Iterator[str]:
-    date = " to ".join(dict.fromkeys(report.dates))
-    if date:
-        yield f"Measured {markdown(date)} with qwenq. [The same as a page](index.html) whose tables sort."
-
-
-def _image(slug: str, figure: Figure) -> str:
-    return f"![{markdown(figure.title)}]({PLOTS}/{slug}-{figure.key}.png)"
 
 
 def tables_markdown(section: Section, heading: str) -> Iterator[str]:
@@ -213,15 +197,11 @@ def tables_markdown(section: Section, heading: str) -> Iterator[str]:
 def render_table(table: Table) -> str:
     """Return a table with pipes, labels aligned left, figures right."""
     align = ["---"] * table.labels + ["---:"] * (len(table.headers) - table.labels)
-    lines = [map(markdown, table.headers), align, *(_cells(line) for line in table.lines)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    cells = [[_render(cell, italic=line.published) for cell in line.cells] for line in table.lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (map(markdown, table.headers), align, *cells))
 
 
-def _cells(line: Line) -> Iterable[str]:
-    return (render_cell(cell, italic=line.published) for cell in line.cells)
-
-
-def render_cell(cell: Cell, *, italic: bool = False) -> str:
+def _render(cell: Cell, *, italic: bool) -> str:
     """Return a figure with its interval, mark and footnote: ``42.9 (42.1–43.7)\\*¹``."""
     interval = f" ({markdown(cell.low)}–{markdown(cell.high)})" if cell.low is not None else ""
     mark = SIGNIFICANT if cell.mark == "significant" else ""
@@ -351,16 +331,11 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
 
     Args:
         runs: run folders; a report stands for the runs that it was made of.
-        out: the folder to write; what is there is replaced, plots of an earlier report included.
+        out: the folder to write; an earlier report there is replaced, its plots included.
         title: None: that of the only report in ``runs``, else the unquantised models' names.
 
     Returns:
         The page.
-
-    Raises:
-        UsageError: a run cannot be read, ``out`` holds other files than a report, or another qwenq is
-            writing one there.
-        StorageError: the disk refused.
     """
     _refuse_foreign(runs, out)
     collection = collect(runs)
@@ -382,7 +357,9 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
             for figure in section.figures
             for path in write_plot(figure, out / PLOTS / f"{section.slug}-{figure.key}")
         ]
-        _forget_others(out / PLOTS, plots)
+        for old in (out / PLOTS).glob("*"):  # of an earlier report
+            if old.suffix in {".png", ".svg"} and old not in plots:
+                old.unlink()
     return out / "index.html"
 
 
@@ -423,11 +400,3 @@ def _is_report(file: Path) -> bool:
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(content, dict) and {"format", "runs", "sections", "rows"} <= content.keys()
-
-
-def _forget_others(folder: Path, plots: list[Path]) -> None:
-    """Remove plots of an earlier report that this one has no data for."""
-    if folder.is_dir():
-        for old in folder.iterdir():
-            if old.suffix in {".png", ".svg"} and old not in plots:
-                old.unlink()

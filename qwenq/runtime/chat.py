@@ -119,6 +119,11 @@ class Conversation:
         finally:
             self._remember(ids)
 
+    @property
+    def timing(self) -> Timing:
+        """Return tokens and seconds of all answers so far."""
+        return self._session.timing
+
     def clear(self) -> None:
         """Forget all rounds so far; the system message stays."""
         self._rounds.clear()

@@ -44,7 +44,7 @@ class FastEngine(Engine):
         if decoder.device.type == "cpu" and decoder.dtype is torch.bfloat16 and cpu.float32_is_faster():
             self.implementation += ", prompts multiplied by float32 units"
         if decoder.spec.shape.linear_attention is not None:
-            self.implementation += ", linear attention in torch"
+            self.implementation += ", linear attention of prompts in torch"
         if decoder.compiled is not None:
             self.implementation += ", decode steps compiled for this CPU"
         self._graphs = None

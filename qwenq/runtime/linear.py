@@ -12,7 +12,8 @@ from torch import Tensor
 from qwenq.compute import dense
 from qwenq.compute.linear import PackedWeights, plain
 from qwenq.errors import UnsupportedError
-from qwenq.models.gptq_format import CheckpointFormat, PackedLinear, has_trivial_g_idx, unpack
+from qwenq.models.gptq_config import CheckpointFormat
+from qwenq.models.gptq_format import PackedLinear, has_trivial_g_idx, unpack
 
 # A `QuantLinear` is a class: ``unsupported_reason(need)`` answers for a whole model, its constructor takes
 # one layer as it lies in the file and keeps it in the layout that it reads fastest. New ones are listed in

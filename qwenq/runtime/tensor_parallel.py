@@ -18,7 +18,7 @@ from torch import Tensor
 from qwenq.distributed import Team
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.config import quantization_of
+from qwenq.models.gptq_config import is_quantised
 from qwenq.models.machine import resolve_device
 from qwenq.models.transformers_model import transformers_config
 from qwenq.runtime.attention import attention_backend
@@ -39,7 +39,7 @@ def refuse_unsplittable(checkpoint: Checkpoint, processes: int) -> None:
             where="--tp",
             hint="pip install accelerate",
         )
-    if quantization_of(checkpoint.config) is not None:
+    if is_quantised(checkpoint.config):
         raise UnsupportedError(
             "packed GPTQ weights cannot be split: transformers' tensor-parallel plan slices the weight of a "
             "linear layer, and the kernels here keep packed words, scales and zeros of whole modules",

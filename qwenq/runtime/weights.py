@@ -13,11 +13,10 @@ from torch import Tensor
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError
 from qwenq.models.checkpoint import Checkpoint
-from qwenq.models.config import quantization_of
+from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.gptq_format import (
     DequantisedSource,
     PackedLinear,
-    QuantConfig,
     check_g_idx,
     check_module_shapes,
     check_symmetric_zeros,
@@ -134,7 +133,7 @@ class Weights:
         self._processes = processes
         self.kernel, self.notes = "dense", tuple[str, ...]()
         self.quantised: frozenset[str] = frozenset()
-        if quantization_of(checkpoint.config) is None:
+        if not is_quantised(checkpoint.config):
             if kernel != "auto":
                 raise UnsupportedError(
                     f"the kernel {kernel} multiplies packed integers, and this model is not quantised",

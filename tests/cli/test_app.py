@@ -186,10 +186,6 @@ def test_errors_are_red_on_a_terminal_unless_no_color_is_set(no_color: str, red:
     terminal.close()
 
 
-def test_commands_share_one_app() -> None:
-    assert app.info.name == "qwenq"
-
-
 def test_nothing_is_searched_for_garbage_at_exit() -> None:
     code = (
         "import atexit, gc, sys; from qwenq.cli import main\n"

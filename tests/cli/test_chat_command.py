@@ -19,7 +19,6 @@ from qwenq.cli.app import app, register
 from qwenq.errors import UsageError
 
 register()
-register()
 runner = CliRunner()
 QUICK = ["--max-new-tokens", "6", "--dtype", "float32"]
 
@@ -38,6 +37,17 @@ def test_piped_questions_are_answered_one_a_line(folder: Path, options: list[str
     assert "(10 tokens)" in done.stderr  # 2 answers, each with 5 tokens after its first
     again = runner.invoke(app, ["chat", str(folder), *QUICK, *options], input="first\n\n  second \n")
     assert again.stdout == done.stdout
+
+
+def test_the_first_line_is_for_users_and_the_kernels_are_shown_on_request(folder: Path) -> None:
+    plain, details, quiet = (
+        runner.invoke(app, ["chat", str(folder), *QUICK, *option], input="hello\n").stderr.splitlines()
+        for option in ([], ["-v"], ["-q"])
+    )
+    assert "model fp32" in plain and not any("kernel" in line for line in plain)
+    shown = details[details.index("model fp32") + 1]
+    assert "fast, kernel " in shown and shown.endswith("float32 on cpu")
+    assert quiet == ["note: the answer was cut at its limit of tokens; --max-new-tokens sets it"]
 
 
 def test_both_engines_say_the_same(folder: Path) -> None:
@@ -124,6 +134,7 @@ def test_commands_at_the_prompt(folder: Path) -> None:
     """They are no questions; one that there is not is refused with those that there are."""
     child = Terminal([sys.executable, "-m", "qwenq", "chat", str(folder), *QUICK, "--greedy"])
     try:
+        child.wait_for("model fp32; /help lists the commands, Ctrl-D ends the chat")
         child.wait_for("> ")
         child.type("hello\n")
         child.wait_for("hello\r\n")

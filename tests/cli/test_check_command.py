@@ -17,7 +17,8 @@ from tiny_model import TEXT, write_tiny_model
 from qwenq.errors import UsageError
 from qwenq.gptq.grid import search_grid
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import QuantConfig, pack
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import pack
 from qwenq.models.identity import base_facts
 
 BITS, GROUP = 8, 16

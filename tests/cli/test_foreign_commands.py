@@ -238,8 +238,8 @@ def test_verdicts_as_json(models: Path, shell: Callable[..., Ran]) -> None:
     ("name", "options", "said"),
     [
         ("Tiny-GPTQ-Int4", ["--for", "llama.cpp"], "the rules of 'llama.cpp' are not known"),
-        ("Tiny-GPTQ-Int4", ["--for", "vllm", "--tp", "two"], "'two' is no list of numbers of GPUs"),
-        ("Tiny-GPTQ-Int4", ["--for", "vllm", "--tp", "0"], "'0' is no list of numbers of GPUs"),
+        ("Tiny-GPTQ-Int4", ["--for", "vllm", "--tp", "two"], "'two' is not a list of whole numbers"),
+        ("Tiny-GPTQ-Int4", ["--for", "vllm", "--tp", "0"], "--tp has to be at least 1, not 0"),
         ("Tiny", ["--for", "vllm"], "this model is not quantised"),
         ("Tiny-AWQ", ["--for", "vllm"], "this is AWQ Int4, groups of 32"),
         ("Tiny-int4-AutoRound", ["--for", "vllm"], "this config.json is AutoRound's"),
@@ -274,7 +274,8 @@ def test_quantize_says_where_the_folder_loads(
 
 def test_a_converted_folder_is_the_same_model(models: Path, shell: Callable[..., Ran]) -> None:
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+    from qwenq.models.gptq_config import QuantConfig
+    from qwenq.models.gptq_format import DequantisedSource
 
     ran = shell("convert", models / "Tiny-GPTQ-Int4", "ct", "--to", "compressed-tensors")
     assert ran.code == 0, ran.err

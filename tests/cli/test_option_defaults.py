@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from qwenq import api
 from qwenq.calibration.load import DEFAULT_HELD_OUT, DEFAULT_SAMPLES, DEFAULT_SEQ_LEN
 from qwenq.cli import app as app_module
 from qwenq.cli.app import app
@@ -107,35 +109,19 @@ def test_calibrate_shows_the_sizes_of_a_set() -> None:
 
 
 @pytest.mark.parametrize(
-    ("typed", "value"),
+    ("command", "function"),
     [
-        (["--limit", "20"], 20),
-        (["--limit", "mmlu=20, gsm8k=150"], {"mmlu": 20, "gsm8k": 150}),
+        *((name, name) for name in ("calibrate", "check", "convert", "perplexity", "plan", "profile")),
+        ("chat", "load"),
+        ("eval", "evaluate"),
     ],
 )
-def test_numbers_by_name(typed: list[str], value: object) -> None:
-    app, seen = typer.Typer(), []
-
-    @app.command()
-    @recipe_options("eval.*")
-    def command(*, given: Given) -> None:
-        seen.append(Recipe().override(eval=given["eval"]).eval)
-
-    assert CliRunner().invoke(app, typed).exit_code == 0
-    assert seen[0].limit == value
-    for wrong in ("mmlu=20,mmlu=3", "=20"):
-        assert isinstance(CliRunner().invoke(app, ["--limit", wrong]).exception, UsageError)
-
-
-def test_the_older_name_of_a_key_still_loads(tmp_path: Path) -> None:
-    from qwenq.recipe import read_recipe
-
-    path = tmp_path / "old.toml"
-    path.write_text("[quantize]\ndrift = 0.25\n")
-    assert read_recipe(path).quantize.asymmetric_calibration == 0.25
-    path.write_text("[quantize]\ndrift = 0.25\nasymmetric_calibration = 0.5\n")
-    with pytest.raises(UsageError, match=r"older name of quantize\.asymmetric_calibration"):
-        read_recipe(path)
+def test_a_function_has_the_defaults_of_its_command(command: str, function: str) -> None:
+    found = options(command)
+    shown = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else str(value)  # noqa: E731
+    for name, parameter in inspect.signature(getattr(api, function)).parameters.items():
+        if name in found and found[name].default is not None and parameter.default is not None:
+            assert shown(parameter.default) == shown(found[name].default), name
 
 
 def test_a_recipe_made_in_python_is_checked() -> None:

@@ -42,14 +42,6 @@ def test_a_wrong_option_is_exit_2(
     assert not Path("q").exists()
 
 
-def test_an_unknown_key_in_a_recipe_suggests_the_nearest(quantize: QuantizeShell, tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text("[quantize]\ngroup_sise = 32")
-    ran = quantize.refused("--recipe", "r.toml")
-    assert ran.code == 2
-    assert "unknown key 'quantize.group_sise'" in ran.err
-    assert "did you mean 'group_size'?" in ran.err
-
-
 def test_a_device_that_is_not_here(quantize: QuantizeShell, calibration: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("has the device that must be absent")

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
-import pytest
 from quantize_shell import TEXT, QuantizeShell
-
-from qwenq.cli import main
 
 
 def test_a_run_says_its_choices_each_layer_and_what_came_of_it(
@@ -52,28 +48,20 @@ def test_text_files_are_calibration_and_the_name_is_made_up(quantize: QuantizeSh
 
 
 def test_options_reach_the_config(quantize: QuantizeShell, calibration: Path) -> None:
-    ran = quantize(
-        *(
-            "--bits",
-            8,
-            "--group-size",
-            -1,
-            "--asym",
-            "--any-engine",
-            "--act-order",
-            "none",
-            "--scale-search",
-            "mse",
-        ),
-        *("--damp", 0.05, "--no-refine", "--dtype", "float32", "--calibration", calibration, "--out", "q"),
-    )
+    grid = ("--bits", 8, "--group-size", -1, "--asym", "--any-engine", "--scale-search", "mse")
+    solver = ("--act-order", "none", "--damp", 0.05, "--no-coordinate-descent", "--dtype", "float32")
+    ran = quantize(*grid, *solver, "--calibration", calibration, "--out", "q")
     assert ran.code == 0, ran.err
     said = json.loads(Path("q/config.json").read_text())["quantization_config"]
     wanted = {"bits": 8, "group_size": -1, "sym": False, "static_groups": False, "damp_percent": 0.05}
     assert said["checkpoint_format"] == "gptq_v2"  # GPTQModel refuses free zero points in the first format
     assert wanted.items() <= said.items()
     recipe = json.loads(Path("q/qwenq.json").read_text())["recipe"]["quantize"]
-    assert (recipe["scale_search"], recipe["refine"], recipe["act_order"]) == ("mse", False, "none")
+    assert (recipe["scale_search"], recipe["coordinate_descent"], recipe["act_order"]) == (
+        "mse",
+        False,
+        "none",
+    )
 
 
 def test_a_recipe_file_with_options_over_it(
@@ -85,15 +73,6 @@ def test_a_recipe_file_with_options_over_it(
     assert ran.code == 0, ran.err
     said = json.loads(Path("q/config.json").read_text())["quantization_config"]
     assert (said["bits"], said["sym"]) == (8, False)
-
-
-def test_debug_shows_the_traceback(quantize: QuantizeShell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenq.errors import UsageError
-
-    monkeypatch.setenv("QWENQ_DEBUG", "1")
-    monkeypatch.setattr(sys, "argv", ["qwenq", "quantize", str(quantize.model), "--bits", "3"])
-    with pytest.raises(UsageError):
-        main()
 
 
 def test_a_source_that_is_named_here_is_not_held_to_what_the_recipe_says_of_its_own(

@@ -104,11 +104,6 @@ def test_zeros_belong_to_gptq(tmp_path: Path) -> None:
         invoke("convert", SMALLEST, tmp_path / "m", "--weights", "random", "--zeros", "v2")
 
 
-def test_there_is_no_chat_with_random_weights() -> None:
-    with pytest.raises(UsageError, match="no tokenizer"):
-        invoke("chat", "qwen-7b-chat", "--weights", "random")
-
-
 # From a catalogue name to numbers, with the catalogue's Qwen-7B-Chat made small
 
 

@@ -8,7 +8,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from qwenq.evals.endpoint import Endpoint
+from qwenq import http
+from qwenq.evals.endpoint import CONCURRENCY, Endpoint
 from qwenq.evals.task import Write
 
 FINISHED = "stop"
@@ -108,8 +109,11 @@ def _reply(choice: dict[str, Any]) -> dict[str, Any]:
     return {"choices": [{"finish_reason": FINISHED, **choice}], "usage": usage}
 
 
-def at(server: Server, **changes: Any) -> Endpoint:
-    return Endpoint(server.url, **{"model": "big/model", "timeout": 0.3, "pause": 0.001, **changes})
+def at(
+    server: Server, *, model: str = "big/model", concurrency: int = CONCURRENCY, **changes: Any
+) -> Endpoint:
+    found = http.Server(server.url, **{"timeout": 0.3, "pause": 0.001, **changes})
+    return Endpoint(found, model, concurrency)
 
 
 def chat(text: str) -> Write:

@@ -11,22 +11,30 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwenq.errors import CorruptFileError, UnsupportedError, UsageError
 from qwenq.evals.check import (
     MODULE_TOKENS,
+    ROWS,
     CheckResult,
     check,
     chosen_sequences,
+    compare_logits,
+    compare_slab,
+    module_error,
     require_comparable,
     round_to_nearest,
 )
 from qwenq.events import Advance, Event
+from qwenq.gptq.grid import search_grid
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, pack
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource, pack
 
 SIZES = {
     "hidden_size": 32,
@@ -345,3 +353,109 @@ def test_whole_sequences_are_chosen_evenly(sequences: int, tokens: int) -> None:
     assert chosen == sorted(set(chosen)) and chosen[0] == 0 and chosen[-1] < sequences
     assert len(chosen) == 1 or len(chosen) * tokens <= MODULE_TOKENS
     assert len(chosen) == sequences or (len(chosen) + 1) * tokens > MODULE_TOKENS
+
+
+# Compare predictions.
+
+
+def shared(p: torch.Tensor, q: torch.Tensor, count: int) -> torch.Tensor:
+    """Return the overlap of the likeliest tokens by sets."""
+    tops = [[set(row.topk(count).indices.tolist()) for row in logs] for logs in (p, q)]
+    return torch.tensor([len(a & b) / count for a, b in zip(*tops, strict=True)], dtype=torch.float64)
+
+
+@settings(max_examples=50)
+@given(
+    seed=st.integers(0, 10**6), spread=st.sampled_from([0.1, 3.0, 100.0]), gap=st.sampled_from([0, 0.01, 1.0])
+)
+def test_against_float64(seed: int, spread: float, gap: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a = torch.randn(6, 500, generator=generator) * spread + 50
+    b = a + torch.randn(6, 500, generator=generator) * gap * spread
+    targets = torch.randint(0, 500, (6,), generator=generator)
+    p, q = a.double().log_softmax(-1), b.double().log_softmax(-1)
+    expected = torch.stack(
+        [
+            (p.exp() * (p - q)).sum(-1),
+            (a.argmax(-1) == b.argmax(-1)).double(),
+            -q.gather(1, targets[:, None])[:, 0],
+            -p.gather(1, targets[:, None])[:, 0],
+            *(shared(p, q, count) for count in (5, 10)),
+        ]
+    )
+    found = compare_logits(a.clone(), b.clone(), targets)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert bool((found[0] >= 0).all())
+
+
+def test_logits_that_are_not_finite_show() -> None:
+    a, b = torch.zeros(1, 4), torch.zeros(1, 4)
+    b[0, 1] = torch.nan
+    assert bool(compare_logits(a, b, torch.zeros(1, dtype=torch.int64))[0].isnan())
+
+
+def test_extreme_logits_do_not_overflow() -> None:
+    a = torch.tensor([[0.0, 1e4, -1e4]])
+    b = torch.tensor([[1e4, 0.0, -1e4]])
+    assert compare_logits(a, b, torch.tensor([0])).squeeze(1).tolist() == [1e4, 0, 0, 1e4, 1, 1]
+
+
+def test_tokens_keep_their_order_however_many_are_compared_at_a_time() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2 * ROWS + 7, 50, generator=generator) for _ in range(2))
+    targets = torch.randint(0, 50, (len(a),), generator=generator)
+    found = compare_slab(a.clone(), b.clone(), targets)
+    torch.testing.assert_close(found, compare_logits(a, b, targets), rtol=1e-6, atol=1e-6)
+
+
+# Errors of modules.
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    bits=st.sampled_from([4, 8]),
+    size=st.sampled_from([16, 32, -1]),
+    sym=st.booleans(),
+    scale=st.sampled_from([1e-12, 0.02, 30.0]),
+)
+def test_rounding_is_what_the_quantiser_compares_itself_with(
+    seed: int, bits: int, size: int, sym: bool, scale: float
+) -> None:
+    W = torch.randn(8, 64, generator=torch.Generator().manual_seed(seed)) * scale
+    W[0] = 0
+    quant = QuantConfig(bits=bits, group_size=size, sym=sym)
+    width = 64 if size == -1 else size
+    grid = search_grid(W, torch.ones(64), bits, width, sym=sym, search="none")
+    assert torch.equal(round_to_nearest(W, quant), grid.values(grid.integers(W)))
+
+
+def test_a_short_last_group_is_rounded_like_others() -> None:
+    W = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    whole = round_to_nearest(W, QuantConfig(bits=4, group_size=32))
+    assert torch.equal(whole[:, :32], round_to_nearest(W[:, :32], QuantConfig(bits=4, group_size=32)))
+    assert torch.equal(whole[:, 32:], round_to_nearest(W[:, 32:], QuantConfig(bits=4, group_size=-1)))
+
+
+def test_errors_are_shares_of_the_outputs_energy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, x = torch.randn(6, 8, generator=generator), torch.randn(20, 8, generator=generator)
+    row = module_error("m", W, W * 0.9, x, QuantConfig(bits=4, group_size=8))
+    assert row.error == pytest.approx(0.01, rel=1e-4)
+    assert 0 < row.rtn_error < 0.05
+    assert module_error("m", torch.zeros_like(W), torch.zeros_like(W), x, QuantConfig()).error == 0
+
+
+def test_inputs_in_bfloat16_give_the_same_shares() -> None:
+    generator = torch.Generator().manual_seed(0)
+    W = torch.randn(96, 256, generator=generator) * torch.rand(256, generator=generator).square()
+    x = torch.randn(300, 256, generator=generator)
+    x[:, ::50] *= 100  # as activations are: a few columns hold most of the energy
+    x = x.bfloat16()
+    quant = QuantConfig(bits=4, group_size=64)
+    Q = round_to_nearest(W, quant) * 1.01
+    row, exact = module_error("m", W, Q, x, quant), x.double()
+    energy = (exact @ W.double().T).square().sum()
+    for share, other in ((row.error, Q), (row.rtn_error, round_to_nearest(W, quant))):
+        assert share == pytest.approx(
+            float((exact @ (W - other).double().T).square().sum() / energy), rel=1e-3
+        )

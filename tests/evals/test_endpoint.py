@@ -41,7 +41,7 @@ def test_plain_text_is_completed_and_cut_at_stop_strings(server: Server) -> None
 def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) -> None:
     said: list[str] = []
     server.refuses = ("repetition_penalty",)
-    endpoint = at(server, trouble=ServerState(notices_to(said)))
+    endpoint = at(server, state=ServerState(notices_to(said)))
     assert [endpoint.ask(chat(text)).answer.text for text in ("one", "two")] == ["ONE", "TWO"]
     assert ["repetition_penalty" in one for one in server.seen] == [True, False, False]
     assert said == [f"{server.url}: this server refuses the option repetition_penalty, so it is left out"]
@@ -165,7 +165,7 @@ def answer_always(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None
 
 
 def test_odd_values_of_a_server_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = Endpoint("http://h/v1", "m")
+    odd = Endpoint(http.Server("http://h/v1"), "m")
     answer_always(monkeypatch, {"data": [None, 5, "x", {"id": 5}, {"id": None}, {"id": "m"}]})
     assert odd.server.models() == ["m"]
     for count in (float("inf"), float("nan"), "many", []):
@@ -189,7 +189,7 @@ def test_only_finish_reason_length_counts_as_cut(
     monkeypatch: pytest.MonkeyPatch, reason: str | None, stopped: bool
 ) -> None:
     """What else ends one, servers say in words of their own. A model that only thought said nothing: null."""
-    odd = Endpoint("http://h/v1", "m")
+    odd = Endpoint(http.Server("http://h/v1"), "m")
     message = {"role": "assistant", "content": None, "reasoning_content": "hm"}
     answer_always(monkeypatch, {"choices": [{"message": message, "finish_reason": reason}]})
     assert odd.ask(Write("p", 1)).answer == Written("", 0, stopped)

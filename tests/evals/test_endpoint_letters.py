@@ -129,8 +129,8 @@ def test_what_a_server_refuses_is_asked_once(serve: Serve) -> None:
 
 def test_continuations_of_several_tokens_are_echoed(serve: Serve, model: LocalModel) -> None:
     """GPQA's, as the harness asks it; our engine adds up the same tokens."""
+    from qwenq.evals.answering import score_choices
     from qwenq.evals.batching import ChoiceTokens, budget_for
-    from qwenq.evals.scoring import score_choices
 
     choices = tuple(f" ({letter})" for letter in "ABCD")
     tokenizer = model.tokenizer
@@ -180,7 +180,7 @@ def answer_always(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None
 def test_odd_replies_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch, logprobs: Any) -> None:
     answer_always(monkeypatch, {"choices": [{"text": "A", "logprobs": logprobs}], "usage": None})
     with pytest.raises(UsageError, match="this server does not score 'A', 'B'"):
-        score_letters(Endpoint("http://h/v1", "m"), Choose("?", ("A", "B")))
+        score_letters(Endpoint(http.Server("http://h/v1"), "m"), Choose("?", ("A", "B")))
     answer_always(monkeypatch, {"choices": []})
     with pytest.raises(QwenqError, match="a reply without an answer"):
-        score_letters(Endpoint("http://h/v1", "m"), Choose("?", ("A", "B")))
+        score_letters(Endpoint(http.Server("http://h/v1"), "m"), Choose("?", ("A", "B")))

@@ -68,7 +68,7 @@ def test_retry_after_may_be_a_date() -> None:
 def test_retries_are_reported_with_the_attempts_left(server: Server, waits: list[float]) -> None:
     said: list[str] = []
     server.trouble = ["503", "503", "hang up"]
-    at(server, trouble=ServerState(notices_to(said))).ask(chat("one"))
+    at(server, state=ServerState(notices_to(said))).ask(chat("one"))
     assert len(waits) == len(said) == 3
     assert all(line.startswith(f"{server.url}: ") for line in said)
     assert "status 503" in said[0] and said[0].endswith("; retried in 0 s, 7 attempts left")

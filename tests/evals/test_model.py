@@ -18,11 +18,12 @@ from qwenq.evals.answer_log import read_answer_log
 from qwenq.evals.batching import encode_requests
 from qwenq.evals.model import MAX_NEW_TOKENS, LoadOptions, choose_thinking, open_eval_model
 from qwenq.evals.run import answer, answer_log_key, make_plan
-from qwenq.evals.suite import EvalRequest, evaluate
+from qwenq.evals.suite import evaluate, plan_for
 from qwenq.evals.task import DataSource, Written, final_answer
 from qwenq.evals.tasks.registry import get_task
 from qwenq.models.bundled import bundled_model
 from qwenq.models.tokenizer import load_tokenizer
+from qwenq.recipe import EvalRecipe
 from qwenq.reporting.card import cut_of
 from qwenq.results import Row
 
@@ -112,9 +113,9 @@ def test_limits_and_thoughts_are_part_of_plan_and_records(folder: Path, data: Pa
     plan = make_plan(get_task("gsm8k", "card"), DataSource(data), (), None, 2)
     on = open_eval_model(str(folder), LoadOptions("cpu", "float32", thinking="on"))
     off = open_eval_model(str(folder), LoadOptions("cpu", "float32"))
-    thinks = EvalRequest(("gsm8k",)).plan_for(on, plan)
+    thinks = plan_for(on, plan, EvalRecipe())
     assert (thinks.thinking, thinks.max_new_tokens) == (True, MAX_NEW_TOKENS)
-    short = EvalRequest(("gsm8k",), max_new_tokens={"gsm8k": 7}).plan_for(off, plan)
+    short = plan_for(off, plan, EvalRecipe(max_new_tokens={"gsm8k": 7}))
     assert (short.thinking, short.request(plan.items[0]).max_new_tokens) == (False, 7)  # type: ignore[union-attr]
     key = answer_log_key(on, thinks)
     assert key["thinking"] is True
@@ -127,7 +128,7 @@ def test_sampled_answers_depend_on_the_item_and_not_on_the_batch(
 ) -> None:
     eval_model = open_eval_model(str(folder), LoadOptions("cpu", "float32", thinking="on"))
     plan = make_plan(get_task("gsm8k", "card"), DataSource(data), (), None, 4)
-    plan = EvalRequest(("gsm8k",), max_new_tokens=12).plan_for(eval_model, plan)
+    plan = plan_for(eval_model, plan, EvalRecipe(max_new_tokens=12))
     outputs = []
     for batch in (1, 4):
         run = tmp_path / str(batch)
@@ -143,7 +144,7 @@ def test_rows_say_what_was_cut_and_how_it_was_asked(folder: Path, data: Path, tm
     rows: list[Row] = []
     for wish in ("on", "off"):
         eval_model = open_eval_model(str(folder), LoadOptions("cpu", "float32", thinking=wish))
-        wanted = EvalRequest(("gsm8k",), "card", limit=3, source=DataSource(data), max_new_tokens=5)
+        wanted = EvalRecipe(("gsm8k",), "card", limit=3, data=str(data), max_new_tokens=5)
         rows += evaluate([eval_model], wanted, tmp_path / "run", Silent(said))
     for row, wish in zip(rows, ("on", "off"), strict=True):
         assert (row.settings["thinking"], row.settings["asked"]) == (wish, "generation")
@@ -176,7 +177,7 @@ def test_cut_answers_of_a_real_model_are_counted(data: Path, tmp_path: Path) -> 
     set_template(model, QWEN3)
     for wish in ("on", "off"):
         opened = open_eval_model(str(model), LoadOptions("cpu", "float32", thinking=wish))
-        wanted = EvalRequest(("gsm8k",), "card", limit=6, source=DataSource(data), max_new_tokens=24)
+        wanted = EvalRecipe(("gsm8k",), "card", limit=6, data=str(data), max_new_tokens=24)
         run, said = tmp_path / wish, list[str]()
         (row,) = evaluate([opened], wanted, run, Silent(said))
         records = read_answer_log(next((run / "records").glob("*.jsonl")))

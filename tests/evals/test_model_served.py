@@ -38,7 +38,8 @@ class Shout:
         return Judgement(found.text == item.data["q"].upper(), found.text)
 
     def scores(self, judged: Any) -> list[Score]:
-        return [Score("accuracy", sum(j.correct for _, j in judged) / len(judged), False, len(judged))]
+        verdicts = [judgement.correct for _, judgement in judged]
+        return [Score("accuracy", sum(verdicts) / len(verdicts), False, verdicts)]
 
     def notes(self, _: Any) -> list[str]:
         return []

@@ -17,15 +17,15 @@ from tiny_model import write_tiny_model
 
 from qwenq import stopping
 from qwenq.errors import DataError, ModelError, UnsupportedError
-from qwenq.evals import scoring
+from qwenq.evals import answering
 from qwenq.evals.model import LoadOptions, LocalModel, open_eval_model
-from qwenq.evals.rows import base_row, rows_of, unpaired_reason, verdicts
+from qwenq.evals.rows import base_row, rows_of, verdicts
 from qwenq.evals.run import Answers, TaskPlan, answer, make_plan
 from qwenq.evals.sandbox.run import find_sandbox
 from qwenq.evals.task import DataSource, Judgement
 from qwenq.evals.tasks.registry import get_task
 from qwenq.events import Advance, Event, Notice, Start
-from qwenq.results import append_row
+from qwenq.results import Row, append_row
 
 FLOAT32 = LoadOptions(device="cpu", dtype="float32")
 
@@ -111,7 +111,7 @@ def test_a_complete_run_does_not_load_the_model_again(
 def test_sigterm_finishes_and_records_the_batch_in_progress(
     eval_model: LocalModel, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, choose, batches = mmlu(data), scoring._choose, []
+    plan, choose, batches = mmlu(data), answering._choose, []
 
     def told(engine: Any, requests: Any, *rest: Any) -> Any:
         batches.append(len(requests))
@@ -119,7 +119,7 @@ def test_sigterm_finishes_and_records_the_batch_in_progress(
             assert stopping.note() == "the items under way are recorded"
         return choose(engine, requests, *rest)
 
-    monkeypatch.setattr(scoring, "_choose", told)
+    monkeypatch.setattr(answering, "_choose", told)
     with pytest.raises(stopping.Terminated):
         ask(eval_model, plan, tmp_path, batch=4)
     assert len(batches) == 3 < len(plan.items) / 4
@@ -250,11 +250,11 @@ def test_rows_hold_the_interval_the_items_and_the_comparison(
     in_bfloat16 = replace(quantised, how=replace(quantised.how, dtype="bfloat16"))
     quantised.checkpoint.config["quantization_config"] = {"bits": 4}
     try:
-        assert base_row(tmp_path, quantised, mmlu(data, 5)) is None
+        assert isinstance(base_row(tmp_path, quantised, mmlu(data, 5)), str)
         later = replace(main, model=replace(main.model, precision="bf16"), details={"items": {"x": True}})
         append_row(tmp_path, later)
         base = base_row(tmp_path, quantised, plan)
-        assert base is not None and base.model.precision == "fp32", "it ran in float32, too"
+        assert isinstance(base, Row) and base.model.precision == "fp32", "it ran in float32, too"
         assert base_row(tmp_path, replace(quantised, base="of other weights"), plan) is None
         assert base_row(tmp_path, replace(quantised, base=None), plan) is None
         (other, _) = rows_of(quantised, plan, answers, base_row(tmp_path, in_bfloat16, plan), {})
@@ -323,12 +323,11 @@ def test_a_base_with_other_settings_is_not_compared(
     assert row.details["unpaired"] == "other questions under the same ids: the data has changed"
     assert "paired" not in row.details
 
-    assert unpaired_reason(tmp_path, int4, plan) is None
-    assert unpaired_reason(tmp_path, eval_model, mmlu(data, 5)) is None
-    assert unpaired_reason(tmp_path, int4, plan_of(data, "gsm8k", "card", 3)) is None
-    why = unpaired_reason(tmp_path, int4, mmlu(data, 5))
+    assert base_row(tmp_path, eval_model, mmlu(data, 5)) is None
+    assert base_row(tmp_path, int4, plan_of(data, "gsm8k", "card", 3)) is None
+    why = base_row(tmp_path, int4, mmlu(data, 5))
     assert why == "its base was evaluated with another limit: evaluate both alike"
-    assert rows_of(int4, plan, answers, None, {}, apart=why)[0].details["unpaired"] == why
+    assert rows_of(int4, plan, answers, why, {})[0].details["unpaired"] == why
 
 
 def test_verdicts_name_the_sandbox_that_ran_them(eval_model: LocalModel, data: Path, tmp_path: Path) -> None:

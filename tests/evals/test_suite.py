@@ -18,10 +18,11 @@ from qwenq.errors import DataError
 from qwenq.evals.model import open_eval_model
 from qwenq.evals.run import TaskPlan, make_plan
 from qwenq.evals.sandbox.run import find_sandbox
-from qwenq.evals.suite import EvalRequest, check_solutions, evaluate
+from qwenq.evals.suite import check_solutions, evaluate
 from qwenq.evals.task import DataSource, Item
 from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
+from qwenq.recipe import EvalRecipe
 from qwenq.results import Row
 
 SANDBOX = find_sandbox(unsafe=True)  # the solutions are ours
@@ -85,16 +86,16 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return write_tiny_model(tmp_path / "Tiny", max_position_embeddings=2048)
 
 
-def run(tiny: Path, folder: Path, wanted: EvalRequest) -> list[Row]:
-    return evaluate([open_eval_model(str(tiny), FLOAT32)], wanted, folder, Silent())
+def run(tiny: Path, folder: Path, wanted: EvalRecipe, batch: int | None = None) -> list[Row]:
+    return evaluate([open_eval_model(str(tiny), FLOAT32)], wanted, folder, Silent(), batch=batch)
 
 
 def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = DataSource(write_ceval_test(tmp_path / "data"))
+    data = str(write_ceval_test(tmp_path / "data"))
     monkeypatch.setattr(ceval, "TEST", replace(ceval.TEST, total=5))
-    both = EvalRequest(("ceval-test",), "card", ("law", "logic"), 0, None, source)
+    both = EvalRecipe(("ceval-test",), "card", ("law", "logic"), shots=0, data=data)
     for wanted in (both, replace(both, protocol="base"), replace(both, protocol="base", limit=1)):
         run(tiny, tmp_path / "run", wanted)
     files = sorted(path.name for path in (tmp_path / "run").glob("ceval-submission.*"))
@@ -109,20 +110,21 @@ def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
 
 def test_rows_name_a_batch_where_all_was_asked_in_it(tiny: Path, tmp_path: Path) -> None:
     """Records do not say how many were asked together."""
-    source = DataSource(write_mmlu(tmp_path / "data"))
-    wanted = EvalRequest(("mmlu",), "base", ("astronomy",), 0, 2, source, batch=2)
+    data = str(write_mmlu(tmp_path / "data"))
+    wanted = EvalRecipe(("mmlu",), "base", ("astronomy",), limit=2, shots=0, data=data)
     batches = []
-    for changed in (wanted, replace(wanted, batch=1), replace(wanted, batch=1, limit=3)):
-        row, *_ = run(tiny, tmp_path / "run", changed)
+    for changed, batch in ((wanted, 2), (wanted, 1), (replace(wanted, limit=3), 1)):
+        row, *_ = run(tiny, tmp_path / "run", changed, batch)
         batches.append(row.settings.get("batch"))
     assert batches == [2, None, None]
-    row, *_ = run(tiny, tmp_path / "other", replace(wanted, batch=None))
+    row, *_ = run(tiny, tmp_path / "other", wanted)
     assert row.settings["batch"] == "auto"
 
 
 def test_answers_cut_at_the_limit_are_reported(tiny: Path, tmp_path: Path) -> None:
     """What a model that thinks first would have come to, its score does not show."""
-    wanted = EvalRequest(("gsm8k",), "card", (), None, 3, DataSource(write_gsm8k(tmp_path / "data")))
+    data = str(write_gsm8k(tmp_path / "data"))
+    wanted = EvalRecipe(("gsm8k",), "card", limit=3, data=data)
     run(tiny, tmp_path / "run", wanted)
     (file,) = (tmp_path / "run" / "records").glob("*.jsonl")
     lines = re.sub('"stopped": (true|false)', '"stopped": true', file.read_text(encoding="utf-8"))

@@ -180,7 +180,7 @@ def test_micro_and_macro_averages() -> None:
 
     some = judged("anatomy", 1, 4, 2) + judged("virology", 1, 1, 0) + judged("law", 0, 5, 0)
     main, published = BASE.scores(some)
-    assert (main.metric, main.value, main.macro, main.n) == ("accuracy", 0.2, False, 10)
+    assert (main.metric, main.value, main.macro, len(main.verdicts)) == ("accuracy", 0.2, False, 10)
     assert main.parts == {"anatomy": 0.25, "virology": 1.0, "law": 0.0}
     assert main.categories == {"stem": 0.25, "other": 1.0}
     assert (published.metric, published.value) == ("accuracy.published", 0.2)

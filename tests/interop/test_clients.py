@@ -139,7 +139,8 @@ def test_the_kernel_that_the_client_chooses_agrees_too(quantised: Quantised, tok
 
 def test_qwenq_reads_the_same_weights(quantised: Quantised) -> None:
     from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+    from qwenq.models.gptq_config import QuantConfig
+    from qwenq.models.gptq_format import DequantisedSource
 
     checkpoint = open_checkpoint(quantised.folder)
     source = DequantisedSource(checkpoint.source, QuantConfig.read(checkpoint.config), torch.float32)

@@ -20,7 +20,8 @@ def test_a_converted_v1_model_means_the_same_to_gptqmodel(tmp_path: Path, bits: 
     from transformers import AutoModelForCausalLM, GPTQConfig
 
     from qwenq.conversion import convert
-    from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+    from qwenq.models.gptq_config import QuantConfig
+    from qwenq.models.gptq_format import DequantisedSource
 
     plain = small_config(hidden_size=128, num_attention_heads=2, kv_channels=64, intermediate_size=512)
     config, tensors = quantise_v1(plain, random_tensors(plain), bits, 32)

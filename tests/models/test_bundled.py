@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +138,6 @@ def test_a_cache_that_was_swept_is_made_again(installed: Path, name: str) -> Non
     whole = file.read_bytes()
     file.unlink()
     assert (bundled.bundled_model() / name).read_bytes() == whole
-
-
-def test_what_a_killed_conversion_left_is_swept_up_later(installed: Path) -> None:
-    old, new = (installed / f".{bundled.NAME}-{bundled._LAYOUT}.{name}" for name in ("old", "new"))
-    old.mkdir(parents=True)
-    new.mkdir()
-    os.utime(old, (time.time() - 7200,) * 2)
-    bundled.bundled_model()
-    assert not old.exists() and new.exists()
 
 
 def test_of_two_processes_the_first_to_finish_names_it(

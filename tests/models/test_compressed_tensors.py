@@ -17,7 +17,8 @@ from qwenq.errors import UnsupportedError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.compressed_tensors import CompressedTensorsView
 from qwenq.models.foreign_formats import ForeignSource, foreign_format
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource
 
 
 def quantised(tmp_path: Path, family: str = "qwen3", **settings: Any) -> tuple[Checkpoint, QuantConfig]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwenq.errors import ModelError, UnsupportedError
-from qwenq.models.config import KNOWN_ARCHITECTURES, quantization_of, read_config
+from qwenq.models.config import KNOWN_ARCHITECTURES, read_config
 from qwenq.models.unsupported import NOT_SUPPORTED_YET
 
 LLAMA: dict[str, Any] = {
@@ -214,8 +214,3 @@ def test_two_spellings_of_positions_that_differ_are_refused(tmp_path: Path) -> N
     assert str(caught.value.where) == str(tmp_path / "config.json")
     alike = {**yarn, "rope_theta": 1e6}
     read_config(write(tmp_path, model_type="qwen2", rope_scaling=alike, rope_parameters=alike))
-
-
-def test_quantised_models_are_recognised() -> None:
-    assert quantization_of(LLAMA) is None
-    assert quantization_of(LLAMA | {"quantization_config": {"bits": 4}}) == {"bits": 4}

@@ -10,10 +10,9 @@ from models.plain_qwen_v1 import MemorySource
 from torch import Tensor
 
 from qwenq.errors import ModelError, UnsupportedError
+from qwenq.models.gptq_config import CheckpointFormat, QuantConfig
 from qwenq.models.gptq_format import (
-    CheckpointFormat,
     DequantisedSource,
-    QuantConfig,
     dequantise,
     pack,
     quantised_modules,

@@ -31,11 +31,6 @@ def test_holes_between_living_tensors_are_returned() -> None:
     assert all(int(piece[0]) == 1 for piece in kept)
 
 
-def test_it_may_be_called_at_any_time() -> None:
-    return_freed_memory()
-    return_freed_memory()
-
-
 def test_what_the_first_layer_left_is_kept_and_what_comes_on_top_goes_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

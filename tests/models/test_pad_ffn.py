@@ -2,41 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from models.plain_qwen_v1 import MemorySource
 
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.pad_ffn import interleave_zeros, padded_groups, padded_width, widened
-from qwenq.models.source import TensorInfo
-
-
-class Tensors:
-    """A source over a dict."""
-
-    def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.tensors = tensors
-
-    def names(self) -> Iterable[str]:
-        return self.tensors
-
-    def info(self, name: str) -> TensorInfo:
-        return TensorInfo(tuple(self.tensors[name].shape), self.tensors[name].dtype)
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.tensors[name]
-
 
 MLP = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down")]
 
 
 def checkpoint_of(tensors: dict[str, torch.Tensor], ffn: int) -> Checkpoint:
-    return Checkpoint(Path("base"), {"intermediate_size": ffn}, Tensors(tensors))
+    return Checkpoint(Path("base"), {"intermediate_size": ffn}, MemorySource(tensors))
 
 
 def padded_mlp(
@@ -46,22 +28,6 @@ def padded_mlp(
     wide = widened(checkpoint_of(dict(zip(MLP, (gate, up, down), strict=True)), len(gate)), to)
     wider_gate, wider_up, wider_down = (wide.read(name) for name in MLP)
     return wider_gate, wider_up, wider_down
-
-
-def mlp(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    return (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
-
-
-@given(ffn=st.integers(1, 40), zeros=st.integers(0, 40), hidden=st.integers(1, 8), seed=st.integers(0, 99))
-def test_the_output_stays_the_same(ffn: int, zeros: int, hidden: int, seed: int) -> None:
-    zeros = min(zeros, ffn)
-    generator = torch.Generator().manual_seed(seed)
-    gate, up = (torch.randn(ffn, hidden, generator=generator, dtype=torch.float64) for _ in range(2))
-    down = torch.randn(hidden, ffn, generator=generator, dtype=torch.float64)
-    x = torch.randn(5, hidden, generator=generator, dtype=torch.float64)
-    padded = padded_mlp(gate, up, down, ffn + zeros)
-    assert [tuple(t.shape) for t in padded] == [(ffn + zeros, hidden)] * 2 + [(hidden, ffn + zeros)]
-    torch.testing.assert_close(mlp(x, *padded), mlp(x, gate, up, down), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -28,19 +28,6 @@ def test_chat_templates_in_a_folder_of_their_own_are_part_of_the_checkpoint(
         verify_files(out)
 
 
-def test_a_name_that_no_folder_can_be_renamed_to_is_refused_before_the_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "empty")
-    with pytest.raises(UsageError, match=f"(?s)link.*--out {tmp_path / 'empty'}"):
-        require_free(tmp_path / "link")
-    require_free(tmp_path / "empty")
-    monkeypatch.setattr("os.path.ismount", lambda path: True)
-    with pytest.raises(UsageError, match=f"(?s)mounted.*--out {tmp_path / 'empty' / 'model'}"):
-        require_free(tmp_path / "empty")
-
-
 @pytest.mark.parametrize("kind", ["a file", "a folder with a file"])
 def test_files_put_into_the_output_folder_meanwhile_are_kept(tmp_path: Path, kind: str) -> None:
     staged, out = tmp_path / "staged", tmp_path / "out"

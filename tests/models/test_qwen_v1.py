@@ -24,7 +24,8 @@ from torch import Tensor
 
 from qwenq.errors import ModelError, QwenqError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, validate_quantised
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource, validate_quantised
 from qwenq.models.qwen_v1 import QwenV1Source, qwen2_config, qwen2_generation_config, qwen2_view
 from qwenq.models.safetensors_files import SafetensorsSource
 

@@ -20,7 +20,6 @@ from qwenq.models.random_weights import (
     RANDOM_KEY,
     is_random,
     random_checkpoint,
-    random_config,
     refuse_random,
     write_random_checkpoint,
 )
@@ -186,7 +185,7 @@ def test_mixtures_and_hybrids_run_plain_and_rounded(name: str) -> None:
 
 
 def test_random_models_are_marked_and_refused() -> None:
-    config = random_config("qwen-7b-chat", seed=1, layers=4)
+    config = random_checkpoint("qwen-7b-chat", seed=1, layers=4).config
     assert config["num_hidden_layers"] == 4
     assert is_random(config)
     assert not is_random(catalogue.config_for("qwen-7b-chat"))
@@ -230,11 +229,11 @@ def test_an_unfinished_model_is_no_model_and_can_be_made_again(
 
 def test_wishes_that_cannot_be_met() -> None:
     with pytest.raises(UsageError, match="dtype"):
-        random_config("qwen-7b", 0, dtype="int8")
+        random_checkpoint("qwen-7b", dtype="int8")
     with pytest.raises(UsageError, match="layers"):
-        random_config("qwen-7b", 0, layers=0)
+        random_checkpoint("qwen-7b", layers=0)
     with pytest.raises(UsageError, match="catalogue"):
-        random_config("qwen-8b", 0)
+        random_checkpoint("qwen-8b")
     with pytest.raises(ModelError, match="no tensor"):
         random_checkpoint(SMALL).read("model.layers.3.mlp.up_proj.weight")
 

@@ -9,7 +9,8 @@ import torch
 from tiny_families import write_family
 
 from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig, validate_quantised
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource, validate_quantised
 from qwenq.models.random_weights import random_checkpoint
 from qwenq.models.rounded import rounded
 from qwenq.models.shapes import ModelShape

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -92,9 +91,12 @@ def test_too_large_for_the_disk_is_refused_before_writing(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
-def test_a_disk_that_fills_up_half_way_leaves_no_half_file(tmp_path: Path) -> None:
+def test_a_disk_that_fills_up_half_way_leaves_no_half_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # The kernel itself says "no space left on device": the temporary file is a link to /dev/full.
-    (tmp_path / f".model.safetensors.{os.getpid()}.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr("qwenq.storage.token_hex", lambda _: "0123")
+    (tmp_path / ".model.safetensors.0123.tmp").symlink_to("/dev/full")
     entries = [("w", TensorInfo((1 << 20,), torch.float32))]
     with pytest.raises(StorageError, match=r"disk is full: 4\.2 MB needed, .* free"):
         write_shards(tmp_path, entries, lambda _: torch.zeros(1 << 20))

@@ -262,6 +262,15 @@ def test_a_single_file_is_read_too(json_folder: Path, copied: Path) -> None:
         load_tokenizer(copied / "qwen.tiktoken")
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "qwen.tiktoken", "theirs"])
+def test_a_single_file_of_terabytes_is_not_read(tmp_path: Path, name: str) -> None:
+    """A file with holes: it takes no space on the disk."""
+    with (tmp_path / name).open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(CorruptFileError, match=r"has 1\.1 TB to be read whole"):
+        load_tokenizer(tmp_path / name)
+
+
 def test_a_tokenizer_that_is_not_byte_level(tmp_path: Path) -> None:
     vocab = {"▁the": 0, "▁c": 1, "at": 2, "▁": 3, "<0xE4>": 4, "<0xBD>": 5, "<0xA0>": 6}
     fast = FastTokenizer(BPE(vocab=vocab, merges=[], byte_fallback=True))

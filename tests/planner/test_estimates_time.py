@@ -46,13 +46,15 @@ def test_an_expert_is_solved_whole_and_sees_its_share_of_the_text() -> None:
 
 
 @pytest.mark.parametrize("model", ["qwen3-30b-a3b", "qwen3.5-27b"])
-def test_no_time_is_given_where_no_rate_was_measured(model: str) -> None:
+def test_where_no_rate_was_measured_the_reason_is_given_instead_of_a_time(model: str) -> None:
     """On a GPU: for a dense model on an H200 alone."""
     cards = (gpu("h200"), gpu("rtx-4090"))
-    assert [each.hours for each in make_plan(find_model(model), PlanOptions(gpus=cards)).quantisation] == [
-        None,
-        None,
-    ]
+    unknown = make_plan(find_model(model), PlanOptions(gpus=cards))
+    assert [each.hours for each in unknown.quantisation] == [None, None]
+    reasons = ("only dense models were timed on it.", "no rate was measured on it.")
+    lines = [line for line in answer(unknown) if line.startswith("Quantising")]
+    for line, reason in zip(lines, reasons, strict=True):
+        assert line.endswith(f"; estimated time unavailable: {reason}")
     dense = make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions(gpus=cards))
     assert [each.hours is None for each in dense.quantisation] == [False, True]
     assert any("; estimated time 9 min on it, from the rate of a 7B model." in line for line in answer(dense))

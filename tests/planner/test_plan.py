@@ -295,7 +295,7 @@ def test_the_answer_comes_first() -> None:
     first, second = answer(make_plan(model, asked))
     assert first == (
         "Quantising on NVIDIA GeForce RTX 4090 24 GB: 19.8 of 24 GiB of GPU memory with 64 × 2048 tokens: "
-        "fits; the usual 128 × 2048 tokens need 32.6."
+        "fits; the usual 128 × 2048 tokens need 32.6; estimated time unavailable: no rate was measured on it."
     )
     large, _ = answer(make_plan(model, replace(asked, samples=128, seq_len=2048)))
     assert large == (

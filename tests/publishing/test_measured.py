@@ -141,6 +141,43 @@ def test_a_card_that_cannot_be_renewed_is_left_as_it_is(
     assert (folder / "README.md").read_bytes() == card
 
 
+@pytest.mark.parametrize("step", ["qwenq report --card", "qwenq run"])
+def test_an_edited_card_keeps_its_edits_and_a_broken_one_all(
+    step: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`qwenq run` names no card: its last step finds the folder by the rows, and a bad card is no failure."""
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / "run", list(rows_of(folder, f"qwenq quantize bundled --out {folder.name}")))
+    register()
+    command = typer.main.get_command(app)
+    arguments = ["report", "run", "--out", "report", *(("--card", folder.name) if "--card" in step else ())]
+    path = folder / "README.md"
+    text = path.read_text().replace("library_name: transformers", "library_name: vllm")
+    text = text.replace("<!-- qwenq:cost -->", "My own words.\n\n<!-- qwenq:cost -->")
+    path.write_text(f"{text}\nAnd these.\n")
+    command.main(arguments, standalone_mode=False)
+    filled = path.read_text()
+    assert "### Accuracy" in filled and "library_name: vllm\n" in filled
+    assert "My own words.\n\n<!-- qwenq:cost -->" in filled and filled.endswith("\nAnd these.\n")
+    assert capsys.readouterr().err == f"note: card: {folder.name}/README.md\n"
+
+    path.write_text(broken := filled.replace(END, ""))
+    plots = {file: file.stat().st_mtime_ns for file in (folder / "plots").iterdir()}
+    if "--card" in step:
+        with pytest.raises(ModelError, match="only one of the marks"):
+            command.main(arguments, standalone_mode=False)
+    else:
+        command.main(arguments, standalone_mode=False)
+        left = f"note: the card of {folder.name} is left as it is: README.md has only one of the marks"
+        assert left in capsys.readouterr().err
+    assert path.read_text() == broken
+    assert {file: file.stat().st_mtime_ns for file in (folder / "plots").iterdir()} == plots
+
+
 def test_a_broken_model_index_is_named(folder: Path, runs: list[Path], page: Path) -> None:
     path = folder / "README.md"
     path.write_text(broken := re.sub(r"  results:\n", "  results: 3\n", path.read_text()))
@@ -224,7 +261,8 @@ def test_from_python_and_the_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert api.report(runs, tmp_path / "report", cards=[folder]) == tmp_path / "report" / "index.html"
+    page = api.report(runs, tmp_path / "report", cards=[folder], progress=False)
+    assert page == tmp_path / "report" / "index.html"
     assert "### Accuracy" in (folder / "README.md").read_text()
     register()
     command = typer.main.get_command(app)

@@ -101,14 +101,35 @@ def test_what_people_wrote_stays_and_marked_sections_are_renewed(folder: Path) -
     assert write_model_card(folder).read_text() == renewed
 
 
-def test_a_removed_section_is_not_put_back_and_half_a_mark_is_refused(folder: Path) -> None:
+def test_a_removed_section_is_not_put_back(folder: Path) -> None:
     path = write_model_card(folder)
-    before, _, rest = path.read_text().partition("<!-- qwenq:licence -->")
+    before, _, _ = path.read_text().partition("<!-- qwenq:licence -->")
     path.write_text(before)
     assert "## Licence" not in write_model_card(folder).read_text()
-    path.write_text(before + "<!-- qwenq:licence -->" + rest.partition("<!-- /qwenq")[0])
-    with pytest.raises(ModelError, match="only one of the marks"):
+
+
+@pytest.mark.parametrize(
+    ("mark", "moved"),
+    [
+        ("<!-- /qwenq:cost -->", ""),
+        ("<!-- qwenq:cost -->", ""),
+        ("<!-- /qwenq:licence -->", ""),
+        ("<!-- /qwenq:cost -->", "behind the next section"),
+    ],
+)
+def test_a_section_without_its_end_is_refused_and_nothing_is_lost(
+    folder: Path, mark: str, moved: str
+) -> None:
+    """Up to the end mark of a later place, words of people would be taken for the section's."""
+    path = write_model_card(folder)
+    after = "<!-- /qwenq:load -->"
+    text = path.read_text().replace(mark, "My own words.")
+    text = text.replace(after, f"{after}\n{mark}") if moved else text
+    path.write_text(text)
+    name = mark.replace("/", "").removeprefix("<!-- ").removesuffix(" -->")
+    with pytest.raises(ModelError, match=f"only one of the marks <!-- {name} --> and <!-- /{name} -->"):
         write_model_card(folder)
+    assert path.read_text() == text
 
 
 def test_the_command_makes_the_folder_again(folder: Path) -> None:
@@ -119,9 +140,9 @@ def test_the_command_makes_the_folder_again(folder: Path) -> None:
     assert "--damp 0.2" in command
     assert "--asym" in command
     assert "--bits" not in command
-    manifest["recipe"]["quantize"] |= {"module_bits": {"self_attn": 8}, "refine": False}
+    manifest["recipe"]["quantize"] |= {"module_bits": {"self_attn": 8}, "refine": False}  # its older name
     assert "--module-bits self_attn=8" in quantize_command(manifest, folder.name)
-    assert "--no-refine" in quantize_command(manifest, folder.name)
+    assert "--no-coordinate-descent" in quantize_command(manifest, folder.name)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"base": {}}'])

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
+from hub_server import hub_client
 from pipeline import run
 from tiny_families import write_family
 from upload_hub import UploadHub, serve_uploads
@@ -48,17 +46,8 @@ def push(hub: UploadHub, folder: Path, *, home: Path, **settings: Any) -> dict[s
         "except QwenqError as e:\n    print(json.dumps({'error': str(e), 'kind': type(e).__name__}))\n"
     )
     asked = {"folder": str(folder), "repo": REPO, **settings}
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": "hf_test"}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_OFFLINE": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps(asked)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    printed, _ = hub_client(code, [json.dumps(asked)], hub.url, home, HF_TOKEN="hf_test")
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
     return found
 
 
@@ -74,6 +63,15 @@ def test_a_checked_folder_is_published_as_one_commit(hub: UploadHub, made: Path,
     assert "README.md" in there
     assert len(hub.commits) == 1
     assert hub.private == {REPO}
+
+
+def test_a_card_is_published_as_it_was_edited(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    """Its marks too, even broken ones: `qwenq push` writes a card only where there is none."""
+    copy = Path(shutil.copytree(made, tmp_path / made.name))
+    card = (copy / "README.md").read_text().replace("<!-- /qwenq:cost -->", "My own words.")
+    (copy / "README.md").write_text(card)
+    assert push(hub, copy, home=tmp_path)["url"]
+    assert hub.repos[REPO]["main"]["README.md"] == (copy / "README.md").read_bytes() == card.encode()
 
 
 def test_a_dry_run_sends_nothing_and_lists_all(hub: UploadHub, made: Path, tmp_path: Path) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+from hub_server import HubHandler, serving
 
 
 @dataclass
@@ -35,11 +35,8 @@ class UploadHub:
         return f"http://127.0.0.1:{self.port}"
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(HubHandler):
     hub: UploadHub
-
-    def log_message(self, *_: object) -> None: ...
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -51,67 +48,56 @@ class _Handler(BaseHTTPRequestHandler):
             return b"".join(parts)
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
-    def reply(self, status: int, content: Any = None) -> None:
-        data = json.dumps(content).encode() if content is not None else b""
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        if status == 404:
-            self.send_header("X-Error-Code", "RepoNotFound")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(data)
-
-    def do_GET(self) -> None:
+    def get(self) -> None:
         path = unquote(urlsplit(self.path).path)
         found = re.fullmatch(
             r"/api/models/([^/]+/[^/]+)(?:/(refs|tree|revision|commits)(?:/([^/]+))?.*)?", path
         )
         repo = found[1] if found else ""
         if repo not in self.hub.repos:
-            return self.reply(404, {"error": "no such repository"})
+            return self.reply(404, headers={"X-Error-Code": "RepoNotFound"})
         branches = self.hub.repos[repo]
         kind, branch = found[2], found[3] or "main"  # type: ignore[index]
         if kind == "refs":
             refs = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": "0" * 40} for n in branches]
-            return self.reply(200, {"branches": refs, "tags": [], "converts": []})
+            return self.reply_json({"branches": refs, "tags": [], "converts": []})
         if kind == "commits":
             commits = [self.hub.first, *(f"{number:040}" for number in range(len(self.hub.commits)))]
             facts = {"title": "a commit", "date": "2026-01-01T00:00:00.000Z", "message": "", "authors": []}
-            return self.reply(200, [{"id": commit, **facts} for commit in reversed(commits)])
+            return self.reply_json([{"id": commit, **facts} for commit in reversed(commits)])
         if kind == "tree":
             files = branches[branch]
             listed = [
                 {"type": "file", "path": name, "size": len(data), "oid": "0" * 40}
                 for name, data in files.items()
             ]
-            return self.reply(200, listed)
+            return self.reply_json(listed)
         files = branches[branch]
         siblings = [{"rfilename": name} for name in files]
-        return self.reply(200, {"id": repo, "sha": "0" * 40, "siblings": siblings})
+        return self.reply_json({"id": repo, "sha": "0" * 40, "siblings": siblings})
 
-    def do_POST(self) -> None:
+    def post(self) -> None:
         path, body = unquote(urlsplit(self.path).path), self.body()
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
-            return self.reply(401, {"error": "unknown token"})
+            return self.reply_json({"error": "unknown token"}, 401)
         if not self.hub.may_write:
-            return self.reply(403, {"error": "this token may not write"})
+            return self.reply_json({"error": "this token may not write"}, 403)
         if path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
             self.hub.repos[name] = {"main": {".gitattributes": b""}}
             if asked.get("private") or asked.get("visibility") == "private":
                 self.hub.private.add(name)
-            return self.reply(200, {"url": f"{self.hub.url}/{name}"})
+            return self.reply_json({"url": f"{self.hub.url}/{name}"})
         if path == "/api/validate-yaml":
-            return self.reply(200, {"errors": [], "warnings": []})
+            return self.reply_json({"errors": [], "warnings": []})
         if found := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
             branches = self.hub.repos[found[1]]
             started = json.loads(body or b"{}").get("startingPoint")
             branches[found[2]] = (
                 {".gitattributes": b""} if started == self.hub.first else {**branches["main"]}
             )
-            return self.reply(200, {})
+            return self.reply_json({})
         if re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
             files = json.loads(body)["files"]
             modes = [
@@ -123,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
                 }
                 for f in files
             ]
-            return self.reply(200, {"files": modes})
+            return self.reply_json({"files": modes})
         if path.endswith("/info/lfs/objects/batch"):
             objects = []
             for one in json.loads(body)["objects"]:
@@ -131,15 +117,15 @@ class _Handler(BaseHTTPRequestHandler):
                 if one["oid"] not in self.hub.stored:
                     entry["actions"] = {"upload": {"href": f"{self.hub.url}/lfs/{one['oid']}"}}
                 objects.append(entry)
-            return self.reply(200, {"transfer": "basic", "objects": objects})
+            return self.reply_json({"transfer": "basic", "objects": objects})
         if found := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
             return self.commit(found[1], found[2], body)
-        return self.reply(404, {"error": path})
+        return self.reply_json({"error": path}, 404)
 
     def commit(self, repo: str, branch: str, body: bytes) -> None:
         if self.hub.cut_commits:
             self.hub.cut_commits -= 1
-            return self.reply(500, {"error": "later"})
+            return self.reply_json({"error": "later"}, 500)
         files = self.hub.repos[repo][branch]
         for line in body.splitlines():
             entry = json.loads(line)
@@ -150,9 +136,9 @@ class _Handler(BaseHTTPRequestHandler):
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 files[value["path"]] = self.hub.stored[value["oid"]]
-        return self.reply(200, {"commitUrl": f"{self.hub.url}/{repo}/commit/1", "commitOid": "1" * 40})
+        return self.reply_json({"commitUrl": f"{self.hub.url}/{repo}/commit/1", "commitOid": "1" * 40})
 
-    def do_PUT(self) -> None:
+    def put(self) -> None:
         data = self.body()
         digest = sha256(data).hexdigest()
         assert self.path.endswith(digest)
@@ -165,13 +151,5 @@ class _Handler(BaseHTTPRequestHandler):
 def serve_uploads() -> Iterator[UploadHub]:
     """Yield the state of a server that runs until the block ends."""
     hub = UploadHub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub}))
-    hub.port = server.server_address[1]
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(_Handler, hub=hub) as hub.port:
         yield hub
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

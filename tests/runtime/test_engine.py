@@ -11,7 +11,8 @@ from runtime.small_models import random_ids, reference_logits, small_model
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.gptq_format import DequantisedSource, QuantConfig
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource
 from qwenq.models.machine import resolve_device
 from qwenq.runtime import engine as door
 from qwenq.runtime.engine import Engine, find_attention, find_dtype, load

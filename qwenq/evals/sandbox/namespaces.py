@@ -13,7 +13,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass
+from typing import Any
 
 _NEW_USER, _NEW_MOUNT, _NEW_PID, _NEW_NET = 0x10000000, 0x00020000, 0x20000000, 0x40000000
 _NEW_IPC, _NEW_UTS, _NEW_CGROUP = 0x08000000, 0x04000000, 0x02000000
@@ -28,27 +28,6 @@ _STAGE = "/proc"
 """Where the new root is built: no folder that is shown lies in it, and it is always there."""
 
 
-@dataclass(frozen=True)
-class Plan:
-    """File system that the command sees.
-
-    Attributes:
-        visible: read-only, as (here, there).
-        links: (target, link).
-        devices: device files.
-        scratch: bytes of its /tmp.
-    """
-
-    visible: list[tuple[str, str]]
-    links: list[tuple[str, str]]
-    devices: list[str]
-    scratch: int
-
-    def to_json(self) -> str:
-        """Return JSON for the command line."""
-        return json.dumps(asdict(self))
-
-
 class _Attributes(ctypes.Structure):
     _fields_ = tuple((name, ctypes.c_uint64) for name in ("set", "clear", "propagation", "user_namespace"))
 
@@ -58,7 +37,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     """Enter the namespaces, start the command as their first process, wait for it, exit as it did."""
-    plan, command = Plan(**json.loads(sys.argv[1])), sys.argv[2:]
+    plan, command = json.loads(sys.argv[1]), sys.argv[2:]
     user, group = os.getuid(), os.getgid()
     every = _NEW_USER | _NEW_MOUNT | _NEW_PID | _NEW_NET | _NEW_IPC | _NEW_UTS | _NEW_CGROUP
     _check(_libc.unshare(every), "unshare")
@@ -74,8 +53,7 @@ def main() -> None:
         except OSError as error:
             os.write(2, f"{error}\n".encode())
         os._exit(126)
-    for number in range(3, 64):  # a descriptor held here would keep the other side from seeing an end
-        _close(number)
+    os.closerange(3, 64)  # a descriptor held here would keep the other side from seeing an end
     os.close(0)
     os.close(1)
     _, status = os.waitpid(child, 0)
@@ -83,24 +61,28 @@ def main() -> None:
     os._exit(128 - code if code < 0 else code)
 
 
-def _enter(plan: Plan) -> None:
-    """Build the new root, move into it, and drop every capability. Killed with the process outside."""
+def _enter(plan: dict[str, Any]) -> None:
+    """Build the new root, move into it, and drop every capability. Killed with the process outside.
+
+    The plan holds ``visible``, which is read-only, as (here, there); ``links`` as (target, link); files of
+    ``devices``; and ``scratch``, the bytes of /tmp.
+    """
     _check(_libc.prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0), "prctl")
     _mount(None, "/", None, _REC | _PRIVATE)
     _mount("tmpfs", _STAGE, "tmpfs", _NO_SUID | _NO_DEV, "mode=755,size=1m")
-    for here, there in plan.visible:
+    for here, there in plan["visible"]:
         target = _STAGE + there
         _make(target, like=here)
         _mount(here, target, None, _BIND | _REC)
         _seal(target)
-    for target, link in plan.links:
+    for target, link in plan["links"]:
         os.symlink(target, _STAGE + link)  # noqa: PTH211
-    for device in plan.devices:
+    for device in plan["devices"]:
         _make(_STAGE + device, like=device)
         _mount(device, _STAGE + device, None, _BIND)
     scratch = _STAGE + "/tmp"  # noqa: S108 - the sandbox's own
     os.mkdir(scratch)  # noqa: PTH102 - pathlib is slow to import, and this runs for every program
-    _mount("tmpfs", scratch, "tmpfs", _NO_SUID | _NO_DEV, f"mode=1777,size={plan.scratch}")
+    _mount("tmpfs", scratch, "tmpfs", _NO_SUID | _NO_DEV, f"mode=1777,size={plan['scratch']}")
     _mount(None, _STAGE, None, _REMOUNT | _BIND | _READ_ONLY | _NO_SUID | _NO_DEV)
     os.chdir(_STAGE)
     _check(_libc.syscall(_PIVOT_ROOT[os.uname().machine], b".", b"."), "pivot_root")
@@ -141,13 +123,6 @@ def _check(result: int, what: str) -> None:
 def _write(path: str, text: str) -> None:
     with open(path, "w") as file:  # noqa: PTH123 - see above
         file.write(text)
-
-
-def _close(number: int) -> None:
-    try:
-        os.close(number)
-    except OSError:
-        return
 
 
 if __name__ == "__main__":

@@ -25,9 +25,6 @@ from qwenq.errors import QwenqError, UnsupportedError
 from qwenq.evals.sandbox import namespaces
 from qwenq.evals.sandbox.inside.confine import filterable
 
-# Define a sandbox's programs, limits and outcomes.
-
-
 Reason = Literal["passed", "failed", "raised", "timeout", "memory", "died"]
 
 
@@ -38,38 +35,25 @@ class Program:
     For HumanEval: ``solution`` = prompt + completion, ``entry_points`` = (entry_point,), ``prelude`` = prompt
     (its helpers are used by some tests; its last function has only a docstring as yet), ``tests`` = test +
     ``"\\ncheck(entry_point)"``. One after the other they are the program that openai/human-eval runs.
-
-    Attributes:
-        id: unique in a run.
-        solution: source that the model wrote, whole.
-        entry_points: functions of the solution that the tests call.
-        tests: trusted source; passes by reaching its end.
-        prelude: trusted source run before the tests, beside them, not beside the solution.
     """
 
-    id: str
-    solution: str
-    entry_points: tuple[str, ...]
-    tests: str
-    prelude: str = ""
+    id: str  # unique in a run
+    solution: str  # source that the model wrote, whole
+    entry_points: tuple[str, ...]  # functions of the solution that the tests call
+    tests: str  # trusted source; passes by reaching its end
+    prelude: str = ""  # trusted source run before the tests, beside them, not beside the solution
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one process in the sandbox.
+    """Limits of one process in the sandbox."""
 
-    Attributes:
-        seconds: of processor time, rounded up, so that load on the machine changes no verdict. By the clock a
-            program may take ``WALL`` times as long, for those that sleep.
-        memory: bytes of address space.
-        scratch: bytes of its /tmp, and of any file.
-        open_files: descriptors.
-    """
-
+    # of processor time, rounded up, so that load on the machine changes no verdict. By the clock a program
+    # may take ``WALL`` times as long, for those that sleep
     seconds: float = 3.0
-    memory: int = 1 << 30
-    scratch: int = 16 << 20
-    open_files: int = 64
+    memory: int = 1 << 30  # bytes of address space
+    scratch: int = 16 << 20  # bytes of its /tmp, and of any file
+    open_files: int = 64  # descriptors
 
     WALL = 4
 
@@ -78,26 +62,16 @@ class Limits:
         """Return the seconds by the clock, from the moment both processes are ready."""
         return self.seconds * self.WALL
 
-    def to_json(self) -> dict[str, float | int]:
-        """Return the limits for the process inside."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Outcome:
-    """Outcome of a program.
+    """Outcome of a program."""
 
-    Attributes:
-        passed: the tests ran to their end.
-        reason: ``passed``; ``failed``: an assertion of the tests; ``raised``: another exception, in the
-            solution or because of what it returned; ``timeout``; ``memory``; ``died``: its process
-            ended.
-        detail: one line to read; the solution influences it, so it is never parsed.
-    """
-
-    passed: bool
+    passed: bool  # the tests ran to their end
+    # ``passed``; ``failed``: an assertion of the tests; ``raised``: another exception, in the solution or
+    # because of what it returned; ``timeout``; ``memory``; ``died``: its process ended
     reason: Reason
-    detail: str = ""
+    detail: str = ""  # one line to read; the solution influences it, so it is never parsed
 
 
 # Find a sandbox that works here: each is tried on a program before it is used.
@@ -117,19 +91,12 @@ Wrap = Callable[[list[str], Limits], list[str]]
 
 @dataclass(frozen=True)
 class Sandbox:
-    """A way to start a confined process.
+    """A way to start a confined process."""
 
-    Attributes:
-        implementation: its name and version, for the records.
-        isolated: False for ``--unsafe-code``.
-        wrap: a Python command line → the command that runs it confined.
-        package_root: the process's path to ``qwenq/evals/sandbox/inside``.
-    """
-
-    implementation: str
-    isolated: bool
-    wrap: Wrap
-    package_root: str
+    implementation: str  # its name and version, for the records
+    isolated: bool  # False for ``--unsafe-code``
+    wrap: Wrap  # a Python command line → the command that runs it confined
+    package_root: str  # the process's path to ``qwenq/evals/sandbox/inside``
 
     def command(self, role: str, limits: str, scratch: Limits, *more: str) -> list[str]:
         """Return the command of the process in this role (``inside.__main__``)."""
@@ -145,11 +112,7 @@ class Sandbox:
 def find_sandbox(unsafe: bool = False) -> Sandbox:
     """Return the best sandbox that works here: bubblewrap, else Linux namespaces.
 
-    Args:
-        unsafe: no sandbox (``--unsafe-code``), but limits and the system-call filter.
-
-    Raises:
-        UnsupportedError: neither works.
+    ``unsafe`` (``--unsafe-code``) is no sandbox, but limits and the system-call filter.
     """
     if unsafe:
         kept = "limits and system-call filter" if filterable() else "limits"
@@ -157,6 +120,8 @@ def find_sandbox(unsafe: bool = False) -> Sandbox:
     reasons = []
     for name, make in (("bubblewrap", _bubblewrap), ("Linux namespaces", _namespaces)):
         try:
+            if not filterable():
+                raise UnsupportedError(f"no system-call filter for {sys.platform} on {os.uname().machine}")
             sandbox = make()
             _try(sandbox)
         except QwenqError as error:
@@ -169,7 +134,6 @@ def find_sandbox(unsafe: bool = False) -> Sandbox:
 
 def _bubblewrap() -> Sandbox:
     """Return bubblewrap as a sandbox, https://github.com/containers/bubblewrap, from 0.7 (``--size``)."""
-    _check_filter()
     program = shutil.which("bwrap")
     if program is None:
         raise UnsupportedError("not installed")
@@ -192,20 +156,11 @@ def _bubblewrap() -> Sandbox:
 
 
 def _namespaces() -> Sandbox:
-    _check_filter()
-
     def wrap(command: list[str], limits: Limits) -> list[str]:
-        plan = namespaces.Plan(
-            visible=_visible(), links=_links(), devices=list(_DEVICES), scratch=limits.scratch
-        )
-        return [_python(), "-s", "-S", "-B", "-P", namespaces.__file__, plan.to_json(), *command]
+        plan = {"visible": _visible(), "links": _links(), "devices": _DEVICES, "scratch": limits.scratch}
+        return [_python(), "-s", "-S", "-B", "-P", namespaces.__file__, json.dumps(plan), *command]
 
     return Sandbox(f"Linux namespaces ({os.uname().release})", True, wrap, "/inside")
-
-
-def _check_filter() -> None:
-    if not filterable():
-        raise UnsupportedError(f"no system-call filter for {sys.platform} on {os.uname().machine}")
 
 
 def _python() -> str:
@@ -237,12 +192,7 @@ def _links() -> list[tuple[str, str]]:
 
 
 def _try(sandbox: Sandbox) -> None:
-    """Run a program that looks for files and processes outside.
-
-    Raises:
-        QwenqError: it did not start, or found some.
-    """
-
+    """Refuse a sandbox in which a program finds files or processes outside."""
     home = _home()
     source = (
         "import os\n"
@@ -299,22 +249,18 @@ def run_programs(
     timeout: float = 3.0,
     on_done: Callable[[Program, Outcome], None] | None = None,
 ) -> list[Outcome]:
-    """Run each program in two sandboxes: the solution's and the tests'.
+    """Run each program in two sandboxes, the solution's and the tests'; return outcomes in their order.
 
     Args:
         jobs: programs at a time; None: one a core.
         timeout: seconds of processor time for each side of a program (``Limits.seconds``).
         on_done: called in the calling thread as each ends, in the order of ending.
-
-    Returns:
-        Outcomes, in the order of the programs.
-
-    Raises:
-        QwenqError: the sandbox itself did not start.
     """
     limits, stop = replace(Limits(), seconds=timeout), threading.Event()
     outcomes: dict[int, Outcome] = {}
-    with ThreadPoolExecutor(jobs or _cores(), "sandbox") as pool:
+    usable = getattr(os, "sched_getaffinity", None)
+    cores = len(usable(0)) if usable else os.cpu_count() or 1
+    with ThreadPoolExecutor(jobs or cores, "sandbox") as pool:
         futures = {pool.submit(_run, p, sandbox, limits, stop): i for i, p in enumerate(programs)}
         try:
             for future in as_completed(futures):
@@ -327,12 +273,6 @@ def run_programs(
             pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [outcomes[number] for number in range(len(programs))]
-
-
-def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    usable = getattr(os, "sched_getaffinity", None)
-    return len(usable(0)) if usable else os.cpu_count() or 1
 
 
 def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Event) -> Outcome:
@@ -350,7 +290,8 @@ def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Eve
         if stop.is_set():
             return Outcome(False, "died", "interrupted")
         if verdict is not None and verdict.get("reason") != "died":
-            return _outcome(verdict)
+            reason = cast(Reason, verdict["reason"] if verdict["reason"] in get_args(Reason) else "failed")
+            return Outcome(verdict["passed"] is True, reason, " ".join(str(verdict["detail"]).split())[:500])
         return _without_verdict(solution, tests, verdict, time.monotonic() - began, limits)
 
 
@@ -359,12 +300,11 @@ def _start(
 ) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], IO[bytes]]:
     """Start both processes, which end with the stack; return them and the file of their sandboxes' errors."""
     ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
-    complaints = stack.enter_context(_file())
-    job = stack.enter_context(_file())
+    complaints, job = stack.enter_context(_file()), stack.enter_context(_file())
     content = {"solution": program.solution, "prelude": program.prelude, "tests": program.tests}
     job.write(json.dumps({**content, "entry_points": program.entry_points}).encode())
     job.seek(0)
-    bounds = json.dumps(limits.to_json())
+    bounds = json.dumps(asdict(limits))
     common: dict[str, Any] = {"stderr": complaints, "env": sandbox.environment, "cwd": "/"}
     common["start_new_session"] = True  # Ctrl-C is for this process; these are ended by it
     solution = subprocess.Popen(
@@ -424,13 +364,6 @@ class _Lines:
         return cast(dict[str, Any], json.loads(line))
 
 
-def _outcome(verdict: dict[str, Any]) -> Outcome:
-    """Return the outcome that the tests' process wrote."""
-    passed, reason = verdict["passed"] is True, verdict["reason"]
-    known = cast(Reason, reason if reason in get_args(Reason) else "failed")
-    return Outcome(passed, known, " ".join(str(verdict["detail"]).split())[:500])
-
-
 def _without_verdict(
     solution: subprocess.Popen[bytes],
     tests: subprocess.Popen[bytes],
@@ -441,15 +374,11 @@ def _without_verdict(
     """Return the outcome without a verdict: out of time, or a process ended early."""
     if verdict is None and elapsed >= limits.wall:
         return Outcome(False, "timeout", f"{limits.wall:g} s by the clock")
-    code = _code(solution if verdict else tests)
+    try:
+        code: int | None = (solution if verdict else tests).wait(5)
+    except subprocess.TimeoutExpired:
+        code = None
     if code in (128 + signal.SIGKILL, -signal.SIGKILL) and elapsed >= limits.seconds * 0.9:
         return Outcome(False, "timeout", f"{limits.seconds:g} s of processor time")
     side = "the solution's process" if verdict else "the tests' process"
     return Outcome(False, "died", f"{side} ended early, exit code {code}")
-
-
-def _code(process: subprocess.Popen[bytes]) -> int | None:
-    try:
-        return process.wait(5)
-    except subprocess.TimeoutExpired:
-        return None

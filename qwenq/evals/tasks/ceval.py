@@ -72,11 +72,7 @@ def judge_chat(item: Item, answer: Written) -> Judgement:
 
 
 def submission(judged: Judged) -> dict[str, dict[str, str]]:
-    """Return answers to the test split in the leaderboard's layout: ``{subject: {id: letter}}``.
-
-    Raises:
-        DataError: an item has no answer; the leaderboard needs all of them.
-    """
+    """Return answers to the test split in the leaderboard's layout: ``{subject: {id: letter}}``."""
     answers: dict[str, dict[str, str]] = {}
     for item, judgement in judged:
         if judgement.extracted is None or item.subject is None:

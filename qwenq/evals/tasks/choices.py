@@ -14,14 +14,7 @@ _NOT_ASCII_LATIN = dict.fromkeys(range(128, 256))
 
 
 def lettered(question: str, options: Sequence[str], answer: str | None, where: str) -> dict[str, str]:
-    """Return a checked row with each option under its letter.
-
-    Args:
-        answer: the right letter; None where it is not published.
-
-    Raises:
-        DataError: no question, no such letter, or more than ten options.
-    """
+    """Return a checked row with each option under its letter; without an answer where none is published."""
     letters = LETTERS[: len(options)]
     require_text(question, "question", where)
     if len(options) > len(LETTERS) or answer not in (*letters, None):
@@ -68,9 +61,7 @@ def judge_found(item: Item, letter: str | None) -> Judgement:
 def judge_text(item: Item, text: str, patterns: Iterable[Pattern[str]]) -> Judgement:
     """Judge the letter that the first matching pattern finds, else that of the option most like the text.
 
-    Args:
-        text: the answer, with the options' texts already replaced by their letters.
-        patterns: each with the letter as its group 1, in order.
+    In the text, options' texts are already replaced by their letters; of a pattern it is group 1.
     """
     gold, letters = item.data.get("answer"), letters_of(item.data)
     for pattern in patterns:

@@ -15,8 +15,7 @@ from typing import Any
 
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.task import DataSource, Item
-from qwenq.evals.tasks.files import AnyPath, Row, check_count, read_records
-from qwenq.evals.tasks.hub import fetch_hub_file, read_hub
+from qwenq.evals.tasks.files import AnyPath, Row, check_count, fetch_hub_file, read_hub, read_records
 
 SAMPLE = Path(__file__).parents[1] / "sample"
 """The suite that ships with qwenq: items written for it, in the benchmarks' layouts."""
@@ -28,51 +27,32 @@ class Dataset:
 
     A folder of ``--data`` holds it as ``files``, else as the hub's parquet files or archive. Without a folder
     it is read from the hub.
-
-    Attributes:
-        name: of the benchmark.
-        folder: below that of ``--data``; empty: its name.
-        make: the checked item of a row; the subject is that of the file, None where rows name theirs. An item
-            without an id gets its subject, or the split, and its number there.
-        counts: published number of scored rows by subject (None: unknown); without subjects by None.
-        hub: id of its data set on the hub.
-        config: configuration there; with ``{subject}`` there is one for each.
-        files: original files, of which the first that is there counts; templates of split and subject.
-        read: rows of one of these files.
-        split: the scored one; on the hub several may be joined by ``+``.
-        examples: the split of the worked examples.
-        hub_file: a file of the hub that is read instead of its parquet files: an original, or a zip of them.
-        package: Python package whose folder ``data`` holds the originals.
-        total: of all subjects, where the numbers by subject are unknown.
-        numbered_as_a_whole: an item's number is that of its row in the file, not in its subject.
-        least: rows that every subject has; a file with fewer is truncated.
-        sampled: whether the sample suite has it.
     """
 
-    name: str
+    name: str  # of the benchmark
+    # the checked item of a row; the subject is that of the file, None where rows name theirs. An item without
+    # an id gets its subject, or the split, and its number there
     make: Callable[[Row, str | None], Item]
+    # published number of scored rows by subject (None: unknown); without subjects by None
     counts: Mapping[str, int | None] | Mapping[None, int | None]
-    hub: str
-    config: str | None = None
+    hub: str  # id of its data set on the hub
+    config: str | None = None  # configuration there; with ``{subject}`` there is one for each
+    # original files, of which the first that is there counts; templates of split and subject
     files: tuple[str, ...] = ("{split}.jsonl",)
-    read: Callable[[AnyPath], list[Row]] = read_records
-    split: str = "test"
-    examples: str = "dev"
+    read: Callable[[AnyPath], list[Row]] = read_records  # rows of one of these files
+    split: str = "test"  # the scored one; on the hub several may be joined by ``+``
+    examples: str = "dev"  # the split of the worked examples
+    # a file of the hub that is read instead of its parquet files: an original, or a zip of them
     hub_file: str = ""
-    package: str = ""
-    total: int | None = None
-    numbered_as_a_whole: bool = False
-    least: int = 1
-    sampled: bool = False
-    folder: str = ""
+    package: str = ""  # Python package whose folder ``data`` holds the originals
+    total: int | None = None  # of all subjects, where the numbers by subject are unknown
+    numbered_as_a_whole: bool = False  # an item's number is that of its row in the file, not in its subject
+    least: int = 1  # rows that every subject has; a file with fewer is truncated
+    sampled: bool = False  # whether the sample suite has it
+    folder: str = ""  # below that of ``--data``; empty: its name
 
     def load(self, source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
-        """Return all items of these subjects, each with the first examples of its own.
-
-        Raises:
-            DataError: no data, broken data, or a subject that the source does not have.
-            UsageError: a subject that does not exist.
-        """
+        """Return all items of these subjects, each with the first examples of its own."""
         items = self.items(source, subjects)
         if not shots:
             return items
@@ -93,7 +73,7 @@ class Dataset:
         return [replace(item, shots=tuple(shown[item.subject][:shots])) for item in items]
 
     def items(self, source: DataSource, subjects: Sequence[str] = ()) -> list[Item]:
-        """Return the scored items of these subjects (none: all), without examples; raises as ``load``."""
+        """Return the scored items of these subjects (none: all), without examples."""
         known = self._known(source)
         if subjects and known != [None]:
             require_subjects(self.name, subjects, [one for one in known if one is not None])
@@ -119,7 +99,11 @@ class Dataset:
             counts[item.subject] += 1
         if not source.sample:
             there = {subject: count for subject, count in counts.items() if count or not apart}
-            self._check_counts(there, places)
+            published: Mapping[Any, int | None] = self.counts
+            for subject, count in there.items():
+                expected = published[subject]
+                where = places.get(subject, f"{self.name}, {subject}")
+                check_count(count, expected or self.least, where, more=expected is None)
             if self.total is not None and (not apart or len(there) == len(self.counts)):
                 check_count(total, self.total, self.name)
         return items
@@ -134,13 +118,6 @@ class Dataset:
         names = (path.name.removesuffix(ending) for path in folder.glob(f"{self.split}/*{ending}"))
         return [*sorted(names)]
 
-    def _check_counts(self, found: Mapping[str | None, int], places: Mapping[str | None, str]) -> None:
-        published: Mapping[Any, int | None] = self.counts
-        for subject, count in found.items():
-            expected = published[subject]
-            where = places.get(subject, f"{self.name}, {subject}")
-            check_count(count, expected or self.least, where, more=expected is None)
-
     def _original(self, folder: Path, split: str) -> str | None:
         """Return the template of the original files that a folder holds."""
         places = {name: name.format(split=split, subject="*") for name in self.files}
@@ -151,8 +128,7 @@ class Dataset:
     ) -> Iterator[tuple[str | None, Row]]:
         """Yield the rows of a split, each with its file's subject.
 
-        Args:
-            asked: by the user, for these subjects; else those without a file are left out.
+        Subjects without a file are left out where the user has not asked for them.
         """
         folder: Path | None = local_folder(source, self.folder or self.name)
         if folder is None and self.package:
@@ -207,11 +183,7 @@ def subjects_of(name: str) -> tuple[dict[str, int | None], dict[str, tuple[str, 
 
 
 def require_subjects(name: str, subjects: Sequence[str], known: Sequence[str]) -> None:
-    """Refuse subjects that do not exist.
-
-    Raises:
-        UsageError: names the first of them, and what may have been meant.
-    """
+    """Refuse subjects that do not exist: name the first of them, and what may have been meant."""
     for subject in subjects:
         if subject not in known:
             close = difflib.get_close_matches(subject, known, n=3)
@@ -224,11 +196,7 @@ def require_subjects(name: str, subjects: Sequence[str], known: Sequence[str]) -
 
 
 def local_folder(source: DataSource, name: str) -> Path | None:
-    """Return the folder of one benchmark; None when the source is the hub.
-
-    Raises:
-        DataError: a folder was named that does not hold this benchmark, or the sample suite does not.
-    """
+    """Return the folder of one benchmark; None when the source is the hub."""
     if source.sample:
         if not (SAMPLE / name).is_dir():
             there = sorted(path.name for path in SAMPLE.iterdir() if path.is_dir())

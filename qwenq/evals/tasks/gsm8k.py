@@ -40,9 +40,7 @@ CHAT_EXAMPLES = (  # study plan, basketball, marbles, fruit baskets
 GOLD = re.compile(r"#### (\-?[0-9\.\,]+)$")
 NOTE = re.compile(r"<<.*?>>")
 DIGITS = re.compile(r"\d+")
-NUMBER = re.compile(
-    r"([+-])?(?=([0-9]|\.[0-9]))(0|([1-9](\d{0,2}(,\d{3})*)|\d*))?(\.\d*)?(?=\D|$)",
-)
+NUMBER = re.compile(r"([+-])?(?=([0-9]|\.[0-9]))(0|([1-9](\d{0,2}(,\d{3})*)|\d*))?(\.\d*)?(?=\D|$)")
 TOLERANCE = 1e-4
 STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
 FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
@@ -68,13 +66,9 @@ TRAIN = replace(TEST, split="train", counts={None: 7473})
 def load(
     examples: Sequence[str] | None, source: DataSource, subjects: Sequence[str], shots: int
 ) -> list[Item]:
-    """Return the test split; there are no subjects.
+    """Return the test split, which has no subjects; each item with its examples from the train split.
 
-    Args:
-        examples: hashes of the train rows to show; None draws others for each item, as the harness does.
-        source: of the files.
-        subjects: ignored.
-        shots: number of examples.
+    ``examples`` are hashes of the rows to show; None draws others for each item, as the harness does.
     """
     test = TEST.items(source)
     if not shots:
@@ -119,8 +113,9 @@ def judge_base(item: Item, answer: Written) -> Judgement:
     """Judge the last run of digits: 234 of ``1,234`` and 50 of ``3.50``, as in the published score."""
     runs = DIGITS.findall(answer.text)
     found = runs[-1] if runs else None
-    value = python_number(found)
-    correct = value is not None and value == python_number(gold_number(item))
+    value, gold = python_number(found), GOLD.search(item.data["answer"])
+    assert gold is not None  # noqa: S101  (every row was checked when it was read)
+    correct = value is not None and value == python_number(gold.group(1).replace(",", ""))
     return Judgement(correct, found, note=_note(found, value))
 
 
@@ -136,13 +131,6 @@ def judge_lm_eval(item: Item, answer: Written) -> Judgement:
         also={"flexible": bool(flexible) and _bare(flexible[-1]) == gold},
         note=None if strict else "no number behind ####",
     )
-
-
-def gold_number(item: Item) -> str:
-    """Return the number of the right answer, without thousands separators."""
-    match = GOLD.search(item.data["answer"])
-    assert match is not None  # noqa: S101  (every row was checked when it was read)
-    return match.group(1).replace(",", "")
 
 
 def last_number(text: str) -> str | None:

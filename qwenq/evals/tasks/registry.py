@@ -6,19 +6,7 @@ import difflib
 
 from qwenq.errors import UsageError
 from qwenq.evals.task import Task
-from qwenq.evals.tasks import (
-    bbh,
-    ceval,
-    cmmlu,
-    gpqa,
-    gsm8k,
-    humaneval,
-    ifeval,
-    math,
-    mbpp,
-    mmlu,
-    mmlu_pro,
-)
+from qwenq.evals.tasks import bbh, ceval, cmmlu, gpqa, gsm8k, humaneval, ifeval, math, mbpp, mmlu, mmlu_pro
 
 _TASKS: dict[tuple[str, str], Task] = {
     (task.name, task.protocol): task
@@ -33,11 +21,7 @@ def task_names() -> list[str]:
 
 
 def protocol_names(task: str) -> list[str]:
-    """Return the protocols of a benchmark.
-
-    Raises:
-        UsageError: no such benchmark.
-    """
+    """Return the protocols of a benchmark."""
     if task not in task_names():
         close = difflib.get_close_matches(task.lower(), task_names(), n=1)
         raise UsageError(
@@ -49,11 +33,7 @@ def protocol_names(task: str) -> list[str]:
 
 
 def get_task(name: str, protocol: str) -> Task:
-    """Return a benchmark under a protocol.
-
-    Raises:
-        UsageError: no such benchmark, or it has no such protocol.
-    """
+    """Return a benchmark under a protocol."""
     protocols = protocol_names(name)
     if protocol in protocols:
         return _TASKS[name, protocol]

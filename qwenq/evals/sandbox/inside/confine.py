@@ -67,12 +67,7 @@ def limit(limits: dict[str, Any]) -> None:
 
 
 def refuse_calls() -> None:
-    """Install the filter for this process and every thread that it starts.
-
-    Raises:
-        OSError: the kernel refused it.
-        KeyError: not an architecture that is known here.
-    """
+    """Install the filter for this process and every thread that it starts."""
     program = _program(*_ARCHITECTURES[platform.machine()])
     buffer = ctypes.create_string_buffer(program, len(program))
 
@@ -97,12 +92,7 @@ def _program(audit: int, column: int) -> bytes:
         (_LOAD, 0, 0, 0),
         (_AT_LEAST, 0, 1, _X32),  # x86's second table of calls
         (_RETURN, 0, 0, _REFUSE),
-        (
-            _EQUAL,
-            0,
-            1,
-            _CLONE3,
-        ),  # its flags lie behind a pointer; where it is reported missing, libc uses clone
+        (_EQUAL, 0, 1, _CLONE3),  # its flags lie behind a pointer; reported missing, libc uses clone
         (_RETURN, 0, 0, _MISSING),
     ]
     for numbers in _REFUSED.values():

@@ -15,16 +15,12 @@ class SolutionEnded(BaseException):
 
 @dataclass
 class Caller:
-    """Proxy for calls of the solution.
+    """Proxy for calls of the solution."""
 
-    Attributes:
-        channel: socket to the solution's process.
-        lost: why no answer counts any more; tests that swallow every exception do not pass for that.
-        raised: type and text of what the last call raised; None: it returned.
-    """
-
-    channel: int
+    channel: int  # socket to the solution's process
+    # why no answer counts any more; tests that swallow every exception do not pass for that
     lost: str | None = field(default=None)
+    # type and text of what the last call raised; None: it returned
     raised: dict[str, str] | None = field(default=None)
 
     def start(self, source: str) -> None:

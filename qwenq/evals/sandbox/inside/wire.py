@@ -23,12 +23,7 @@ class Broken(Exception):  # noqa: N818 - a state, not an error of anyone's makin
 
 
 def send(channel: int, message: dict[str, Any]) -> None:
-    """Write one message.
-
-    Raises:
-        Broken: the pipe has no reader.
-        ValueError: the message is too large.
-    """
+    """Write one message; one that is too large is a ValueError."""
     data = json.dumps(message).encode()
     if len(data) > LARGEST:
         raise ValueError(f"a value of {len(data)} bytes")
@@ -41,11 +36,7 @@ def send(channel: int, message: dict[str, Any]) -> None:
 
 
 def receive(channel: int) -> dict[str, Any]:
-    """Read one message.
-
-    Raises:
-        Broken: the end, or anything that is no message.
-    """
+    """Read one message; the end, or anything that is no message, is ``Broken``."""
     length = int.from_bytes(_read(channel, 4), "big")
     if length > LARGEST:
         raise Broken(f"a message of {length} bytes")
@@ -73,11 +64,7 @@ def _read(channel: int, length: int) -> bytes:
 
 
 def encode(value: Any) -> Any:
-    """Encode a plain value as JSON; of a subclass its plain part.
-
-    Raises:
-        TypeError: not a plain value.
-    """
+    """Encode a plain value as JSON; of a subclass its plain part. Anything else is a TypeError."""
     for kind, code in _ENCODERS:
         if isinstance(value, kind):
             return code(value)
@@ -106,11 +93,7 @@ _ENCODERS: tuple[tuple[Any, Any], ...] = (  # bool before int, of which it is a 
 
 
 def decode(content: Any) -> Any:
-    """Decode a value that ``encode`` made.
-
-    Raises:
-        Broken: no encoded value.
-    """
+    """Decode a value that ``encode`` made; anything else is ``Broken``."""
     if not isinstance(content, dict):
         return [decode(part) for part in content] if isinstance(content, list) else content
     if len(content) != 1:

@@ -13,8 +13,8 @@ from tiny_model import write_tiny_model
 
 from qwenq import stopping
 from qwenq.errors import ModelError
+from qwenq.evals.answering import AnswerText, generate_answers
 from qwenq.evals.batching import WriteTokens, budget_for
-from qwenq.evals.generation import AnswerText, generate_answers
 from qwenq.evals.task import Written
 from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 from qwenq.runtime.engine import load

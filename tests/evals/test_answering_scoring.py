@@ -10,8 +10,8 @@ import torch
 from runtime.small_models import VOCAB, random_ids, small_model
 
 from qwenq.errors import ModelError, QwenqError
+from qwenq.evals.answering import score_choices
 from qwenq.evals.batching import Budget, ChoiceTokens, budget_for
-from qwenq.evals.scoring import score_choices
 from qwenq.evals.task import Chosen
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine, load
