@@ -15,8 +15,9 @@ from torch.nn import functional
 
 from qwenq.compute import cpu, linear
 
-_MANY_ROWS, _MANY_ROWS_FLOAT32 = 48, 32
-"""From so many rows on, torch's product of bfloat16, or one in float32, is faster than the one in C."""
+# From so many rows on, a product in C is slower than torch's of bfloat16, than one of float32, or than one of
+# a float32 copy of bfloat16, which takes as long as several dozen rows.
+_MANY_ROWS, _MANY_ROWS_FLOAT32, _MANY_ROWS_WIDENED = 48, 32, 96
 
 _OUTPUTS_AT_ONCE = 4096  # bounds the float32 copy
 
@@ -30,13 +31,14 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if x.device.type != "cpu" or weight.dtype not in cpu.DTYPE_CODES:
         return functional.linear(x, weight, bias)
     rows, alike = x.shape[:-1].numel(), x.dtype is weight.dtype
-    in_float32 = weight.dtype is torch.float32 or cpu.float32_is_faster()
-    many = rows >= (_MANY_ROWS_FLOAT32 if in_float32 else _MANY_ROWS)
+    narrow = weight.dtype is torch.bfloat16
+    widened = narrow and cpu.float32_is_faster()
+    many = rows >= (_MANY_ROWS_WIDENED if widened else _MANY_ROWS if narrow else _MANY_ROWS_FLOAT32)
     if alike and rows and not many and (layer := linear.plain(weight)) is not None:
         return _few_rows(x, layer, bias)
-    if not alike or (many and in_float32 and weight.dtype is torch.bfloat16):
+    if not alike or (many and widened):
         return _by_float32(x, weight, bias)
-    if many and weight.dtype is torch.float32 and weight.is_contiguous() and _has_onednn():
+    if many and not narrow and weight.is_contiguous() and _has_onednn():
         return _by_onednn(x, weight, bias)
     return functional.linear(x, weight, bias)
 
