@@ -61,7 +61,7 @@ def _require_sound(recipe: Recipe, file: Path) -> None:
         error.where = f"{file}, {key}"
         raise
     if "ifeval" in tasks:
-        from qwenq.evals.tasks.ifeval_checks import require_packages
+        from qwenq.evals.tasks.ifeval import require_packages
 
         require_packages()  # they are no ordinary dependencies of qwenq
 
