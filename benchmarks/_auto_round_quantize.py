@@ -8,8 +8,10 @@ The last line of the output is JSON: seconds of import, load, quantise and save 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
+from pathlib import Path
 
 RATES = {50: 5e-3}
 """Of the recipes that set one; elsewhere AutoRound chooses it by the number of steps."""
@@ -41,7 +43,11 @@ def main(model: str, tokens: str, out: str, bits: int, group_size: int, steps: i
         device_map="cpu",
     )
     marks.append(time.perf_counter())
-    tuner.quantize_and_save(out, format="auto_gptq")
+    parent = Path(f"{out}-saved")  # where it makes a folder of its own, named by the model and the bits
+    tuner.quantize_and_save(str(parent), format="auto_gptq")
+    (saved,) = (file.parent for file in parent.rglob("config.json"))
+    shutil.move(saved, out)
+    shutil.rmtree(parent, ignore_errors=True)
     marks.append(time.perf_counter())
     phases = ("import_s", "load_s", "quantise_and_save_s")
     print(json.dumps({name: round(b - a, 3) for name, a, b in zip(phases, marks, marks[1:], strict=False)}))
