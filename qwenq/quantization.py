@@ -45,8 +45,8 @@ from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.config import by_inspection
 from qwenq.models.folders import CARD, PARTIAL
-from qwenq.models.gptq_config import dynamic_rules, module_groups, packed_bytes
-from qwenq.models.gptq_format import QuantConfig, is_quantised, validate_quantised
+from qwenq.models.gptq_config import QuantConfig, dynamic_rules, is_quantised, module_groups, packed_bytes
+from qwenq.models.gptq_format import validate_quantised
 from qwenq.models.identity import base_facts, model_name
 from qwenq.models.machine import device_memory, resolve_device, resolve_dtype
 from qwenq.models.opening import open_model

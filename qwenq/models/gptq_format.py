@@ -27,11 +27,8 @@ from qwenq.models.gptq_config import (
     SUPPORTED_BITS,
     CheckpointFormat,
     QuantConfig,
-    is_quantised,
 )
 from qwenq.models.source import TensorInfo, TensorSource
-
-__all__ = ["CheckpointFormat", "QuantConfig", "is_quantised"]  # of gptq_config: importable from here, too
 
 _OTHER: dict[CheckpointFormat, CheckpointFormat] = {"gptq": "gptq_v2", "gptq_v2": "gptq"}
 _ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 temporary
