@@ -73,9 +73,9 @@ print((full - freed) >> 20, (full - anonymous_bytes()) >> 20)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-@pytest.mark.parametrize(("how", "at_once"), [("keep", range(0, 20)), ("not", range(180, 220))])
+@pytest.mark.parametrize(("how", "at_once"), [("keep", range(-1, 20)), ("not", range(180, 220))])
 def test_freed_memory_is_kept_until_it_is_returned(how: str, at_once: range) -> None:
-    told = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True)
-    freed_at_once, in_the_end = map(int, told.stdout.split())
+    done = subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True)
+    freed_at_once, in_the_end = map(int, done.stdout.split())  # a page more is -1
     assert freed_at_once in at_once
     assert in_the_end > 180
