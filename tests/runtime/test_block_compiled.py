@@ -23,7 +23,7 @@ NEAR = 0.04  # what bfloat16 leaves of models whose random weights make it hard
 INT4, INT8 = QuantConfig(bits=4, group_size=32), QuantConfig(bits=8, group_size=32)
 FAMILIES = (
     "llama", "llama3-rope", "qwen1.5", "qwen2-tied", "qwen2.5-yarn", "qwen3", "qwen3-moe", "qwen3-moe-partly",
-    *HYBRIDS,
+    "qwen3.5", "qwen3.5-moe", "qwen3-next",
 )  # fmt: skip
 
 
