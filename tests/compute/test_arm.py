@@ -31,9 +31,9 @@ THREADS = "2"
 BOUNDS = {"float32": 1e-5, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 """Of the largest finite number in the same piece of memory."""
 BOUNDS_OF = {"decode_step": 1e-3}
-"""Activations are rounded to 16 bits on the way, steps of 3e-5 of their largest, and a hybrid's last inputs of
-a convolution to bfloat16, steps of 4e-3 of their own size: another order of additions may fall on the other
-side of a step."""
+"""Activations are rounded to 16 bits on the way, steps of 3e-5 of their largest, and a hybrid's last inputs
+of a convolution to bfloat16, steps of 4e-3 of their own size: another order of additions may fall on the
+other side of a step."""
 SCRATCH = {
     "linear": {4},
     "causal_attention": {7, 8, 9},
