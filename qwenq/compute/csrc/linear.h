@@ -1,5 +1,5 @@
-// A linear layer over a few rows, quantised (linear.c) or of plain numbers (dense.c). step.c runs the same products inside a
-// decode step.
+// A linear layer over a few rows, quantised (linear.c) or of plain numbers (dense.c). step.c runs the same products
+// inside a decode step.
 #pragma once
 #include "common.h"
 

@@ -32,7 +32,8 @@ enum { STRETCH = 256, HEADS_AT_ONCE = 4, MOST_HEAD_REGISTERS = 256 / LANES };
     FIELD(float *, keys) FIELD(float *, values)  /* [layers, rows, kv_heads, d, slots], [..., slots, d] */ \
     FIELD(int64_t, slots) FIELD(int64_t, layer_stride)  /* numbers from layer to layer of both */ \
     FIELD(const int64_t *, positions) FIELD(int64_t, rows)  /* [rows] */ \
-    FIELD(const float *, norm) FIELD(void *, y) FIELD(int64_t, dtype)  /* [hidden]; [rows, hidden]; of y, a router and a convolution's state */ \
+    FIELD(const float *, norm) FIELD(void *, y)  /* [hidden]; [rows, hidden] */ \
+    FIELD(int64_t, dtype)             /* of y, a router and a convolution's state */ \
     FIELD(int64_t, layers) FIELD(int64_t, hidden) FIELD(int64_t, heads) FIELD(int64_t, kv_heads) FIELD(int64_t, d) \
     FIELD(int64_t, key_heads) FIELD(int64_t, value_heads)  /* of linear attention; 0: there is none */ \
     FIELD(int64_t, key_dim) FIELD(int64_t, value_dim) FIELD(int64_t, kernel) \
