@@ -97,6 +97,7 @@ def test_experts_and_routers_that_do_not_fit(
         ("gemma3_text", {"_sliding_window_pattern": "run_me"}, ModelError, "the private key"),
         ("mixtral", {"num_experts_per_tok": 9}, ModelError, "num_experts_per_tok = 9"),
         ("deepseek_v3", {"num_experts_per_tok": 9}, ModelError, "num_experts_per_tok = 9"),
+        ("qwen3_next", {"linear_num_key_heads": 4, "linear_num_value_heads": 6}, ModelError, "a multiple of"),
         ("deepseek_v3", {"n_routed_experts": 0}, ModelError, "n_routed_experts = 0"),
         ("mixtral", {"num_hidden_layers": 3}, ModelError, "the last one has no weights"),
         ("mistral", {"vision_config": {"depth": 1}}, UnsupportedError, "the vision tower"),

@@ -380,6 +380,9 @@ def check_numbers(config: dict[str, Any], path: Path) -> None:
         shared = config.get("num_key_value_heads")
         if shared is not None and heads % shared:
             raise _absurd("num_key_value_heads", shared, f"a divisor of num_attention_heads ({heads})", path)
+    keys, values = config.get("linear_num_key_heads"), config.get("linear_num_value_heads")
+    if keys is not None and values is not None and values % keys:
+        raise _absurd("linear_num_value_heads", values, f"a multiple of linear_num_key_heads ({keys})", path)
     named = ("num_experts", "num_local_experts", "n_routed_experts")
     experts = next((config[key] for key in named if config.get(key)), None)
     chosen = "num_experts_per_tok"

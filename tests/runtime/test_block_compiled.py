@@ -248,3 +248,14 @@ def test_threads_of_python_that_share_an_engine_answer_as_one() -> None:
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda prompt: engine.generate([prompt], 24).answers, prompts))
     assert found == expected
+
+
+def test_states_of_another_size_are_refused_before_c_sees_them() -> None:
+    engine = engine_of("qwen3.5")
+    cache = engine.new_cache(1, 16)
+    engine.prefill([[1, 2, 3]], cache)
+    convolution, recurrent = cache.states[0]
+    for wrong in ((convolution[:, 1:], recurrent), (convolution, recurrent.bfloat16())):
+        cache.states[0] = wrong
+        with pytest.raises(ValueError, match=r"states .* do not fit"):
+            engine.decode(torch.tensor([1]), cache)
