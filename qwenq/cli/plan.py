@@ -104,7 +104,7 @@ def _group_size(text: str) -> int:
 
 _OPTIONAL = (
     ("triton", "kernels for NVIDIA GPUs", "comes with torch's CUDA build on Linux"),
-    ("flash-attn", "attention v2, and v1 in its version 1", "pip install flash-attn --no-build-isolation"),
+    ("flash-attn", "another kernel for attention v2", "pip install flash-attn --no-build-isolation"),
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
     ("accelerate", "one model on several GPUs: profile --tp", "pip install accelerate"),
     ("langdetect", "IFEval", "pip install langdetect"),
