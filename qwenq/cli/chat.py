@@ -86,12 +86,6 @@ def chat(
     from qwenq.models.qwen_tokenizer import without_surrogates
     from qwenq.runtime.sampling import Sampling
 
-    if weights == "random":
-        raise UsageError(
-            "a model with random weights has no tokenizer and writes no text",
-            where="--weights",
-            hint="qwenq profile measures its speed and memory",
-        )
     temperature = 0.0 if greedy else temperature
     Sampling(temperature=temperature or 0.0, top_p=1.0 if top_p is None else top_p)  # before a download
     loaded = api.load(

@@ -88,9 +88,7 @@ def check(
     """
     from qwenq.checking import check_folders
     from qwenq.cli.progress import show_events, with_details
-    from qwenq.models.opening import refuse_random_weights
 
-    refuse_random_weights(weights)
     if engines is not None:
         _check_engines(quantised, engines, tp, as_json=as_json)
         return

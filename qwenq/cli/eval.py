@@ -89,9 +89,7 @@ def evaluate(
     from qwenq.api.measurements import each_once
     from qwenq.cli.progress import EvalProgress, with_details
     from qwenq.distributed import process_group
-    from qwenq.models.opening import refuse_random_weights
 
-    refuse_random_weights(weights)
     chosen, prompts = given["eval"], _batch(batch)
     local = [name for name in typed_options(context) if name in _LOCAL]
     if endpoint is not None and local:
