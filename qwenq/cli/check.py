@@ -12,7 +12,7 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose, listed_names, listed_numbers
-from qwenq.cli.printing import note, print_json, table_console, wrapped
+from qwenq.cli.printing import print_json, table_console, wrapped
 from qwenq.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -87,12 +87,12 @@ def check(
     none       too few tokens to judge by
     """
     from qwenq.checking import check_folders
-    from qwenq.cli.progress import show_events, with_details
+    from qwenq.cli.progress import StepListener, with_details
 
     if engines is not None:
         _check_engines(quantised, engines, tp, as_json=as_json)
         return
-    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+    with StepListener(quiet=quiet) as plain, with_details(plain, verbose) as listener:
         found = check_folders(
             quantised,
             against,

@@ -14,7 +14,7 @@ from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed, Verbose
 from qwenq.cli.printing import note, print_json, table_console
-from qwenq.cli.progress import show_events, with_details
+from qwenq.cli.progress import StepListener, with_details
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
 
@@ -74,7 +74,7 @@ def convert(
     from qwenq.models.opening import resolve_model
     from qwenq.storage import readable_bytes
 
-    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+    with StepListener(quiet=quiet) as plain, with_details(plain, verbose) as listener:
         done = api.convert(
             src,
             dst,

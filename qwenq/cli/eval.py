@@ -87,7 +87,7 @@ def evaluate(
     """
     from qwenq import api
     from qwenq.api.measurements import each_once
-    from qwenq.cli.progress import EvalProgress, with_details
+    from qwenq.cli.progress import StepListener, with_details
     from qwenq.distributed import process_group
 
     chosen, prompts = given["eval"], _batch(batch)
@@ -101,7 +101,7 @@ def evaluate(
         kept = stop_notice("answers are kept", team.world) if team.is_rank0 else nullcontext()
         with (
             kept,
-            EvalProgress(quiet=quiet or not team.is_rank0) as progress,
+            StepListener(quiet=quiet or not team.is_rank0) as progress,
             with_details(progress, verbose and team.is_rank0) as listener,
         ):
             found = api.evaluate(

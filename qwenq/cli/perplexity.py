@@ -24,8 +24,8 @@ from qwenq.cli.options import (
     Verbose,
     listed_numbers,
 )
-from qwenq.cli.printing import note, print_rows, stop_notice, table_console, typed_command
-from qwenq.cli.progress import show_events, with_details
+from qwenq.cli.printing import print_rows, stop_notice, table_console, typed_command
+from qwenq.cli.progress import StepListener, with_details
 
 if TYPE_CHECKING:
     from qwenq.results import Row
@@ -70,7 +70,7 @@ def perplexity(
 
     with (
         stop_notice("lengths that were measured are kept"),
-        show_events(note, quiet=quiet) as plain,
+        StepListener(quiet=quiet) as plain,
         with_details(plain, verbose) as listener,
     ):
         found = api.perplexity(

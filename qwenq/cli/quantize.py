@@ -12,8 +12,7 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
-from qwenq.cli.printing import note
-from qwenq.cli.progress import show_events, with_details
+from qwenq.cli.progress import StepListener, with_details
 from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def calibrate(
 
     existed = local_path(out, "--out").exists() and not force
     wanted = {**given[""], **given["calibration"], **given["quantize"]}
-    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+    with StepListener(quiet=quiet) as plain, with_details(plain, verbose) as listener:
         made = api.calibrate(model, out, **wanted, device=device, force=force, progress=listener)
     if as_json:
         typer.echo(made.manifest.model_dump_json(indent=2))

@@ -9,8 +9,7 @@ from terminal import Terminal, screen
 
 SCRIPT = """
 import time
-from qwenq.cli.printing import note
-from qwenq.cli.progress import EvalProgress, quantize_listener, show_events
+from qwenq.cli.progress import StepListener, quantize_listener
 from qwenq.events import Advance, Finish, Notice, Start
 
 def steps(listener):
@@ -22,7 +21,7 @@ def steps(listener):
 
 STEP, RESULT = "reading", None
 if KIND == "bar":
-    with show_events(note) as listener:
+    with StepListener() as listener:
         listener(Start(STEP, unit="tokens"))
         steps(listener)
 elif KIND == "quantise":
@@ -31,7 +30,7 @@ elif KIND == "quantise":
         steps(listener)
 else:
     RESULT = True
-    with EvalProgress() as listener:
+    with StepListener() as listener:
         listener(Start(STEP, 3, "items"))
         steps(listener)
 print("end")
