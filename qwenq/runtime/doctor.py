@@ -31,7 +31,16 @@ def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:
     Kernels are asked for a model in groups of 128 without a layer of unusual size; a model may have one, and
     then loading it says so.
     """
-    return [*_engines(), *_kernels(device, dtype), *_steps(device, dtype), *_attention(device, dtype)]
+    parts = [
+        Part("engine", "fast", "Qwen (v1 to Qwen3.8), with mixtures and hybrids, and Llama", None),
+        Part("engine", "transformers", f"decoders of transformers {metadata.version('transformers')}", None),
+    ]
+    for kernel in KERNELS:
+        reason = kernel.unsupported_reason(Requirements(kernel.widths[-1], 128, "gptq", device, dtype))
+        bits = ", ".join(map(str, kernel.widths))
+        parts.append(Part("kernel", kernel.name, None if reason else f"{bits} bits", reason))
+    attention = (Part("attention", *each) for each in available(device, dtype))
+    return [*parts, *_steps(device, dtype), *attention]
 
 
 def fastest(device: torch.device, dtype: torch.dtype) -> str:
@@ -48,23 +57,6 @@ def fastest(device: torch.device, dtype: torch.dtype) -> str:
     return f"fastest here: {', '.join(used)}; to get more: {'; '.join(more)}"
 
 
-def _engines() -> list[Part]:
-    version = metadata.version("transformers")
-    return [
-        Part("engine", "fast", "Qwen (v1 to Qwen3.8), with mixtures and hybrids, and Llama", None),
-        Part("engine", "transformers", f"decoders of transformers {version}", None),
-    ]
-
-
-def _kernels(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    parts = []
-    for kernel in KERNELS:
-        reason = kernel.unsupported_reason(Requirements(kernel.widths[-1], 128, "gptq", device, dtype))
-        bits = ", ".join(map(str, kernel.widths))
-        parts.append(Part("kernel", kernel.name, None if reason else f"{bits} bits", reason))
-    return parts
-
-
 def _steps(device: torch.device, dtype: torch.dtype) -> list[Part]:
     """Return what makes decode steps of the fast engine faster; elsewhere torch runs them piece by piece."""
     whole = CpuNative.unsupported_reason(Requirements(4, 128, "gptq", device, dtype))
@@ -74,10 +66,4 @@ def _steps(device: torch.device, dtype: torch.dtype) -> list[Part]:
         Part("decode step", "compiled", None if whole else "one call, with kernel cpu-native", whole),
         Part("decode step", "graph", None if graphs else "one launch", graphs),
         Part("decode step", "fused", None if between else f"between products {triton_label()}", between),
-    ]
-
-
-def _attention(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    return [
-        Part("attention", each.name, each.implementation, each.reason) for each in available(device, dtype)
     ]
