@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,14 +21,6 @@ from qwenq.storage import locked
 Measure = Callable[[Point, float | None], Iterator[Row]]  # turn a point into rows, one for every metric
 
 
-@dataclass
-class Progress:
-    """The result of a sweep."""
-
-    measured: int = 0  # points of this run
-    kept: int = 0  # points that the folder held already, measured on this machine
-
-
 def run_sweep(
     planned: Sequence[Planned],
     out: Path,
@@ -38,8 +30,10 @@ def run_sweep(
     budget: float | None = None,
     command: str = "",
     measure: Measure | None = None,
-) -> Progress:
+) -> int:
     """Measure the points that the folder does not have yet, or has from another machine only.
+
+    Returns how many it had.
 
     Args:
         environment: of this machine, recorded in each row and in the folder; None: machines are not compared.
@@ -58,7 +52,7 @@ def run_sweep(
     if budget is not None:
         todo.sort(key=lambda each: each.needed)
     figures = {(row.identity, row.model) for row in held if row.value is not None}
-    progress, began = Progress(kept=len(planned) - len(todo)), time.monotonic()
+    began = time.monotonic()
     with ExitStack() as stack:
         if measure is None:
             measure = measure_in_child
@@ -74,8 +68,7 @@ def run_sweep(
             for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
                 if row.value is not None or (row.identity, row.model) not in figures:
                     record(row, out, mine, command, label, listener)  # else an earlier figure is kept
-            progress.measured += 1
-    return progress
+    return len(planned) - len(todo)
 
 
 def record(
@@ -115,9 +108,9 @@ def sweep_models(
         planned = plan(sweep(found.subjects, device=place.device, **choices), found.shapes, place)
         listener(Advance("plan", result=PlannedSweep(planned, place, budget, folder)))
         left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
-        done = run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
+        kept = run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
     wanted = [(each.point.place, each.point.subject.model) for each in planned]
-    return [row for row in read_rows(folder) if (row.point, row.model) in wanted], done.kept
+    return [row for row in read_rows(folder) if (row.point, row.model) in wanted], kept
 
 
 def _held_here(

@@ -26,10 +26,9 @@ _FIGURES = {
     "memory.generate": ("running GiB", 1 / 2**30, ".2f"),
     "memory.unreset": ("peak GiB", 1 / 2**30, ".2f"),
     "energy.token": ("J/token", 1.0, ".3f"),
-    "bandwidth.share": ("of copy bandwidth", 100.0, ".0f"),
+    "bandwidth.share": ("of copy bandwidth", 1.0, ".0%"),
 }
 """Metric → heading, factor, format."""
-_PERCENT = {"bandwidth.share"}
 
 
 @dataclass(frozen=True)
@@ -128,7 +127,7 @@ def _cell(row: Row | None, notes: _Notes) -> str:
     if row.value is None:
         return f"{'failed' if row.status == 'failed' else '-'} {notes.mark(row)}"
     _, factor, form = _FIGURES[row.metric]
-    text = f"{row.value * factor:{form}}" + ("%" if row.metric in _PERCENT else "")
+    text = f"{row.value * factor:{form}}"
     if row.low is None or row.high is None:
         return text
     return f"{text} ({row.low * factor:{form}}–{row.high * factor:{form}})"
