@@ -197,15 +197,18 @@ def tables_markdown(section: Section, heading: str) -> Iterator[str]:
 def render_table(table: Table) -> str:
     """Return a table with pipes, labels aligned left, figures right."""
     align = ["---"] * table.labels + ["---:"] * (len(table.headers) - table.labels)
-    cells = [[_render(cell, italic=line.published) for cell in line.cells] for line in table.lines]
+    cells = [
+        [_render(cell, table.number(cell), italic=line.published) for cell in line.cells]
+        for line in table.lines
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in (map(markdown, table.headers), align, *cells))
 
 
-def _render(cell: Cell, *, italic: bool) -> str:
+def _render(cell: Cell, number: int | None, *, italic: bool) -> str:
     """Return a figure with its interval, mark and footnote: ``42.9 (42.1–43.7)\\*¹``."""
     interval = f" ({markdown(cell.low)}–{markdown(cell.high)})" if cell.low is not None else ""
     mark = SIGNIFICANT if cell.mark == "significant" else ""
-    note = str(cell.note).translate(SUPERSCRIPT) if cell.note else ""
+    note = str(number).translate(SUPERSCRIPT) if number else ""
     text = markdown(cell.text)
     return f"{f'*{text}*' if italic and text else text}{interval}{mark}{note}"
 
