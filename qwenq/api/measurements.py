@@ -444,16 +444,15 @@ def compare(
     from qwenq.reporting.gate import asked_by, judge
 
     conditions = asked_by(fail_on)
-    chosen = choose_baseline(Path(baseline), Path(new))
-    sides = [[Path(run) for run in side] for side in ([chosen.folder, *more_baseline], [new, *more_new])]
+    chosen, why = choose_baseline(Path(baseline), Path(new))
+    sides = [[Path(run) for run in side] for side in ([chosen, *more_baseline], [new, *more_new])]
     places = [run.resolve() for side in sides for run in side]
     if twice := [run for run in (*sides[0], *sides[1]) if places.count(run.resolve()) > 1]:
         raise UsageError("this run is named twice", where=twice[-1], hint="name each run folder once")
     read = []
     with shown(progress) as listener:
-        if chosen.folder != Path(baseline):
-            why = "of the same machine" if chosen.same_machine else "no baseline is of this machine"
-            listener(Notice(f"compared with {chosen.folder}: {why}"))
+        if why:
+            listener(Notice(f"compared with {chosen}: {why}"))
         for number, (first, *more) in enumerate(sides):
             run, turns = collect([first]), collect(more) if more else None
             for name in idle_repeats(run, turns):

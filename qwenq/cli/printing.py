@@ -144,24 +144,6 @@ def stop_notice(kept: str, processes: int = 1) -> Iterator[None]:
 
 
 @contextmanager
-def to_standard_output() -> Iterator[None]:
-    """Flush standard output at the end of what is printed within.
-
-    Raises:
-        StorageError: it is a file, and the disk refused.
-        BrokenPipeError: its reader has closed the pipe.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _give_up()
-        raise
-    except OSError as error:
-        raise _refused(error) from error
-
-
-@contextmanager
 def explained_output() -> Iterator[None]:
     """Raise StorageError within a command where the disk behind standard output refuses to write.
 
@@ -186,21 +168,13 @@ def _explained(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments)
         except OSError as error:
-            if isinstance(error, BrokenPipeError) or arguments in (
-                ("",),
-                (b"",),
-            ):  # typer asks by writing nothing
+            if arguments in (("",), (b"",)):  # typer asks by writing nothing
                 raise
-            raise _refused(error) from error
+            # The rest goes nowhere: Python flushes once more at its end, and would complain then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise
+            message = f"it cannot be written: {error.strerror}"
+            raise StorageError(message, where="standard output") from error
 
     return call
-
-
-def _refused(error: OSError) -> StorageError:
-    _give_up()
-    return StorageError(f"it cannot be written: {error.strerror}", where="standard output")
-
-
-def _give_up() -> None:
-    """Send the rest nowhere: Python flushes once more at its end, and would complain then."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 import typer
 
-from qwenq.cli.printing import bar_on, note, percent, say, to_standard_output
+from qwenq.cli.printing import bar_on, note, percent, say
 from qwenq.errors import visible
 from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, rich_bar, rough_time
 from qwenq.results import Row
@@ -191,8 +191,7 @@ class ProfileProgress:
                 if not self.quiet:
                     show_plan(sweep)
             case Advance(result=Row() as row) if self.as_json:
-                with to_standard_output():
-                    typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
+                typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
             case Notice(text):
                 note(text)
 

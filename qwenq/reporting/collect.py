@@ -280,28 +280,20 @@ def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
     return name
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A run folder to compare with, and whether it was measured on the machine of the new run."""
-
-    folder: Path
-    same_machine: bool
-
-
-def choose_baseline(baseline: Path, new: Path) -> Baseline:
-    """Choose among baselines, one for each kind of machine, that of the machine of a new run.
+def choose_baseline(baseline: Path, new: Path) -> tuple[Path, str]:
+    """Choose among baselines, one for each kind of machine, that of a new run's; return why, where it did.
 
     A run folder is taken as it is; of a folder of run folders, where none is of that machine, the first by
     name: what depends on no machine is compared all the same.
     """
     folders = sorted(file.parent for file in baseline.glob(f"*/{RESULTS_FILE}"))
     if (baseline / RESULTS_FILE).exists() or not folders:
-        return Baseline(baseline, same_machine=False)
+        return baseline, ""
     machines = _machines(new)
     for folder in folders:
         if machines & _machines(folder):
-            return Baseline(folder, same_machine=True)
-    return Baseline(folders[0], same_machine=False)
+            return folder, "of the same machine"
+    return folders[0], "no baseline is of this machine"
 
 
 def _machines(run: Path) -> set[tuple[str, ...]]:

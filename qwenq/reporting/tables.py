@@ -52,6 +52,17 @@ class Table:
         """Return the footnotes, in the order in which a reader meets them; number 1 is the first."""
         return tuple(dict.fromkeys(cell.note for line in self.lines for cell in line.cells if cell.note))
 
+    @property
+    def sentence(self) -> str:
+        """Return the caption as one sentence; empty without one."""
+        text = "; ".join(self.caption)
+        return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+    @property
+    def has_losses(self) -> bool:
+        """Return whether a cell is marked as a significant loss."""
+        return any(cell.mark == "significant" for line in self.lines for cell in line.cells)
+
     def number(self, cell: Cell) -> int | None:
         """Return the number of a cell's footnote; None where it has none."""
         return self.notes.index(cell.note) + 1 if cell.note else None

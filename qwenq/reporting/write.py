@@ -214,10 +214,9 @@ def _render(cell: Cell, number: int | None, *, italic: bool) -> str:
 
 
 def _below(table: Table) -> Iterator[str]:
-    if table.caption:
-        caption = "; ".join(table.caption)
-        yield f"{markdown(caption[:1].upper() + caption[1:], LONGEST_SENTENCE)}."
-    if any(cell.mark == "significant" for line in table.lines for cell in line.cells):
+    if table.sentence:
+        yield markdown(table.sentence, LONGEST_SENTENCE)
+    if table.has_losses:
         yield f"{SIGNIFICANT} a significant loss."
     if table.notes:
         yield "\n".join(
@@ -285,9 +284,7 @@ def report_page(report: Report) -> str:
         script_hash=_hash(script),
         draw=inline_svg,
         tone=tone_of,
-        sentence=_sentence,
         opened=_opened,
-        marked=_marked,
         commands="\n".join(map(_wrapped, report.commands)),
     )
 
@@ -300,20 +297,11 @@ def _subtitle(report: Report) -> str:
     return " · ".join(part for part in (*hardware, date) if part)
 
 
-def _sentence(parts: tuple[str, ...]) -> str:
-    text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}."
-
-
 def _opened(line: str) -> tuple[str, str, str]:
     """Split a line of a summary into the model's label, what it is, and what it answers."""
     label, _, rest = line.partition(": ")
     facts, against, answers = rest.partition("; against ")
     return label, facts, f"Against {answers}" if against else ""
-
-
-def _marked(table: Table) -> bool:
-    return any(cell.mark == "significant" for line in table.lines for cell in line.cells)
 
 
 def _hash(text: str) -> str:
