@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -174,8 +174,8 @@ def _with_bases(names: list[str | None], rows: Sequence[Row]) -> Iterator[Words]
 
 
 _TITLES = ("task", "protocol", "model", "score", "± SE", "95 % interval", "items", "scored by", "cut")
-_WIDE = 130
-"""Columns of a terminal that has room for a score and its comparison in one line."""
+_SHARED = ("protocol", "scored by", "cut")
+"""Columns that become a line below the table where all rows have the same there."""
 
 
 def print_table(run: Path, rows: Sequence[Row]) -> None:
@@ -185,18 +185,31 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     rows = [row for row in rows if "task" in row.point]
     order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
     rows = sorted(rows, key=lambda row: order[row.point["task"]])
-    compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
-    aside = bool(compared) and console.width < _WIDE
-    tests = _tests(compared)
     if rows:  # a split without answers has no score
-        shared = _shared(rows) if console.width < _WIDE else {}
-        console.print(_table(rows, tests, shared, beside=bool(compared) and not aside))
+        columns = dict(zip(_TITLES, zip(*map(_cells, rows), strict=True), strict=True))
+        shared = {title: columns.pop(title)[0] for title in _SHARED if len(set(columns[title])) == 1}
+        console.print(_table(columns))
         if said := "; ".join(f"{title}: {value}" for title, value in shared.items() if value != "-"):
             console.print(said)
-    lines = [_in_a_line(row, tests) for row in compared] if aside else []
+    compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
+    tests = _tests(compared)
+    lines = [_comparison(row, tests) for row in compared]
     for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows, tests)]:
         console.print(wrapped(line), soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
+
+
+def _table(columns: dict[str, tuple[str, ...]]) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in columns:
+        name = title in ("task", "protocol", "model")
+        justify: Literal["left", "right"] = "left" if name else "right"
+        table.add_column(title, justify=justify, overflow="fold", no_wrap=not name or title == "protocol")
+    for line in zip(*columns.values(), strict=True):
+        table.add_row(*line)
+    return table
 
 
 def _tests(compared: Sequence[Row]) -> dict[int, tuple[Paired, float]]:
@@ -208,47 +221,6 @@ def _tests(compared: Sequence[Row]) -> dict[int, tuple[Paired, float]]:
     found = [Paired(*(row.details["paired"][key] for key in ("n", "lost", "won"))) for row in tested]
     p_values = holm([pairing.p for pairing in found])
     return {id(row): test for row, test in zip(tested, zip(found, p_values, strict=True), strict=True)}
-
-
-def _shared(rows: Sequence[Row]) -> dict[str, str]:
-    """Return the columns in which all rows have the same: a line below the table, which needs their width."""
-    columns = dict(zip(_TITLES, zip(*map(_cells, rows), strict=True), strict=True))
-    return {
-        title: columns[title][0]
-        for title in ("protocol", "scored by", "cut")
-        if len(set(columns[title])) == 1
-    }
-
-
-def _table(
-    rows: Sequence[Row], tests: dict[int, tuple[Paired, float]], shared: Container[str], *, beside: bool
-) -> Table:
-    """Return one line per score, without the shared columns; ``beside``: with the comparison in others."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    names = ("task", "protocol", "model")
-    kept = [title for title in _TITLES if title not in shared]
-    for title in kept:
-        name = title in names
-        justify: Literal["left", "right"] = "left" if name else "right"
-        table.add_column(title, justify=justify, overflow="fold", no_wrap=not name or title == "protocol")
-    if beside:
-        for title in ("change", "lost / won", "p"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("beside its base", overflow="fold")
-    for row in rows:
-        cells = dict(zip(_TITLES, _cells(row), strict=True))
-        table.add_row(*(cells[title] for title in kept), *(_comparison(row, tests) if beside else ()))
-    return table
-
-
-def _in_a_line(row: Row, tests: dict[int, tuple[Paired, float]]) -> str:
-    """Return as a line what the wide table has in its last columns."""
-    change, counts, p, beside = _comparison(row, tests)
-    figures = f"change {change} points, lost / won {counts}, p {p}; " if change else ""
-    task, _, model, *_ = _cells(row)
-    return f"{task}, {model}: {figures}{beside}"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -264,14 +236,19 @@ def _cells(row: Row) -> tuple[str, ...]:
     return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}", asked, cut
 
 
-def _comparison(row: Row, tests: dict[int, tuple[Paired, float]]) -> tuple[str, ...]:
+def _comparison(row: Row, tests: dict[int, tuple[Paired, float]]) -> str:
+    """Return what a score is beside the base's, as in ``mmlu, Tiny int8: change +0.3 points, …``."""
     from qwenq.statistics import format_p
 
+    task, _, model, *_ = _cells(row)
     if id(row) not in tests:
-        return "", "", "", row.details.get("unpaired", "")
+        return f"{task}, {model}: {row.details.get('unpaired', '')}"
     found, (pairing, p) = row.details["paired"], tests[id(row)]
-    beside = f"{found['base']}: {pairing.describe_change(found['change'], p, len(tests))}"
-    return f"{100 * found['change']:+.1f}", f"{pairing.lost} / {pairing.won}", format_p(pairing.p), beside
+    figures = f"lost / won {pairing.lost} / {pairing.won}, p {format_p(pairing.p)}"
+    beside = pairing.describe_change(found["change"], p, len(tests))
+    return (
+        f"{task}, {model}: change {100 * found['change']:+.1f} points, {figures}; {found['base']}: {beside}"
+    )
 
 
 _CHECKS: dict[str, tuple[str, str, str]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -41,10 +41,6 @@ def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
             hint="use --dtype bfloat16, or float32 where the device has no bfloat16",
         )
     return logits
-
-
-OnToken = Callable[[int, int], None]
-"""Called with (row, id) for every token that is kept, as soon as it is known."""
 
 
 @dataclass
@@ -183,7 +179,6 @@ class Engine(ABC):
         stop_ids: Collection[int] = (),
         exact_tokens: bool = False,
         cache: KVCache | None = None,
-        on_token: OnToken | None = None,
     ) -> Generated:
         """Answer each prompt.
 
@@ -195,7 +190,6 @@ class Engine(ABC):
             exact_tokens: give every row exactly ``max_new_tokens``: stop ids are suppressed, their logits
                 −∞, as ``min_new_tokens`` does in transformers.
             cache: goes on from there; None: an empty one, of the size that is needed.
-            on_token: called with (row, id) as tokens come.
 
         Raises:
             UsageError: as `prefill`, no token was asked for, or every id is suppressed.
@@ -218,8 +212,6 @@ class Engine(ABC):
                     ends[row] = token
                     continue
                 ids[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
             if None not in ends:
                 break
         return Generated([Answer(row, end) for row, end in zip(ids, ends, strict=True)], timing)

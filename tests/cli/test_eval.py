@@ -144,29 +144,25 @@ def test_a_model_beside_its_base_is_shown_by_its_score(
     found = {**Paired(500, 40, 15).to_json(0.003), "base": "fp32"}
     why = "other items: 1 of 61 are in one of the two only"
     eval.print_table(tmp_path, [row("fp32"), row("int8", paired=found), row("int4", unpaired=why)])
-    plain, int8, int4 = (line for line in capsys.readouterr().out.splitlines() if line.startswith("mmlu"))
-    assert " ".join(int8.split()).endswith(f"+0.3 40 / 15 0.001 fp32: {found['sentence']}")
-    assert int4.rstrip().endswith(why)
-    assert plain.split()[-3:] == ["60", "-", "-"]
-
-
-def test_on_a_narrow_terminal_comparisons_are_lines_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside seven columns of figures, 80 columns left one for each name."""
-    shown = io.StringIO()
-    narrow = partial(Console, file=shown, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr("rich.console.Console", narrow)
-    found = {**Paired(500, 40, 15).to_json(0.003), "base": "fp32"}
-    eval.print_table(tmp_path, [row("fp32"), row("int8", paired=found), row("int4", unpaired="why")])
-    lines = shown.getvalue().splitlines()
-    assert max(map(len, lines[:4])) <= 80
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:4] for line in lines[1:4]] == [
         ["mmlu", "Tiny", name, "50.0%"] for name in ("fp32", "int8", "int4")
     ]
-    said = f"change +0.3 points, lost / won 40 / 15, p 0.001; fp32: {found['sentence']}"
     assert lines[4] == "protocol: base"  # the same in all rows, as are the columns without a figure
-    assert lines[5:7] == [f"mmlu, Tiny int8: {said}", "mmlu, Tiny int4: why"]
+    said = f"change +0.3 points, lost / won 40 / 15, p 0.001; fp32: {found['sentence']}"
+    assert lines[5:7] == [f"mmlu, Tiny int8: {said}", f"mmlu, Tiny int4: {why}"]
+
+
+def test_a_narrow_terminal_has_room_for_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    narrow = partial(Console, file=shown, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("rich.console.Console", narrow)
+    eval.print_table(tmp_path, [row("fp32"), row("int8", unpaired="why")])
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines[:3])) <= 80
+    assert [line.split()[:4] for line in lines[1:3]] == [
+        ["mmlu", "Tiny", name, "50.0%"] for name in ("fp32", "int8")
+    ]
 
 
 NAME = "Tiny[red]:bug:[/b]"
@@ -178,8 +174,8 @@ def test_a_name_is_shown_as_it_is(
     """What looks like a style, its end or a picture in rich's own language is a name here."""
     named = row("fp32", unpaired=NAME)
     eval.print_table(tmp_path / NAME, [replace(named, model=replace(named.model, name=NAME))])
-    _, line, folder = capsys.readouterr().out.splitlines()
-    assert f"{NAME} fp32" in line and line.rstrip().endswith(NAME)
+    _, line, _, compared, folder = capsys.readouterr().out.splitlines()
+    assert f"{NAME} fp32" in line and compared.endswith(NAME)
     assert folder.endswith(NAME)
     bar = bar_of(clock, monkeypatch)
     with StepListener() as shown:
