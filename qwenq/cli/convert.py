@@ -13,7 +13,7 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed, Verbose
-from qwenq.cli.printing import note, print_json, table_console
+from qwenq.cli.printing import columns, note, print_json, table_console
 from qwenq.cli.progress import StepListener, with_details
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
@@ -221,13 +221,8 @@ def _with_ratio(name: str, size: int, characters: int, tokens: int) -> dict[str,
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("file", overflow="fold")
-    for title in ("bytes", "characters", "tokens", "bytes/token"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        counts = [f"{row[key]:,}" for key in ("bytes", "characters", "tokens")]
-        table.add_row(row["file"], *counts, f"{row['bytes_per_token']:.2f}")
-    table_console(120).print(table)
+    counts = ("bytes", "characters", "tokens")
+    lines = [
+        (row["file"], *(f"{row[key]:,}" for key in counts), f"{row['bytes_per_token']:.2f}") for row in rows
+    ]
+    table_console(120).print(columns(("file", *counts, "bytes/token"), lines))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,13 +29,11 @@ from qwenq.cli.options import (
     server_decides,
     typed_options,
 )
-from qwenq.cli.printing import note, print_rows, stop_notice, table_console, typed_command, wrapped
+from qwenq.cli.printing import columns, note, print_rows, stop_notice, table_console, typed_command, wrapped
 from qwenq.errors import UsageError
 from qwenq.reporting.card import cut_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from qwenq.comparison import Paired
     from qwenq.results import Row
 
@@ -186,9 +184,10 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
     rows = sorted(rows, key=lambda row: order[row.point["task"]])
     if rows:  # a split without answers has no score
-        columns = dict(zip(_TITLES, zip(*map(_cells, rows), strict=True), strict=True))
-        shared = {title: columns.pop(title)[0] for title in _SHARED if len(set(columns[title])) == 1}
-        console.print(_table(columns))
+        found = dict(zip(_TITLES, zip(*map(_cells, rows), strict=True), strict=True))
+        shared = {title: found.pop(title)[0] for title in _SHARED if len(set(found[title])) == 1}
+        labels = 2 if "protocol" in shared else 3
+        console.print(columns(list(found), zip(*found.values(), strict=True), labels))
         if said := "; ".join(f"{title}: {value}" for title, value in shared.items() if value != "-"):
             console.print(said)
     compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
@@ -197,19 +196,6 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows, tests)]:
         console.print(wrapped(line), soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
-
-
-def _table(columns: dict[str, tuple[str, ...]]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for title in columns:
-        name = title in ("task", "protocol", "model")
-        justify: Literal["left", "right"] = "left" if name else "right"
-        table.add_column(title, justify=justify, overflow="fold", no_wrap=not name or title == "protocol")
-    for line in zip(*columns.values(), strict=True):
-        table.add_row(*line)
-    return table
 
 
 def _tests(compared: Sequence[Row]) -> dict[int, tuple[Paired, float]]:

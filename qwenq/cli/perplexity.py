@@ -24,7 +24,7 @@ from qwenq.cli.options import (
     Verbose,
     listed_numbers,
 )
-from qwenq.cli.printing import print_rows, stop_notice, table_console, typed_command
+from qwenq.cli.printing import columns, print_rows, stop_notice, table_console, typed_command
 from qwenq.cli.progress import StepListener, with_details
 
 if TYPE_CHECKING:
@@ -102,22 +102,17 @@ def _flag(word: str | None) -> bool | None:
 
 def _print_table(run: Path, rows: Sequence[Row]) -> None:
     """Print perplexities of models and switches by length, in the form of Qwen's cards."""
-    from rich.table import Table
-
     lengths = sorted({length for row in rows if isinstance(length := row.point["seq_len"], int)})
-    table = Table("model", "NTK", "logn", box=None, pad_edge=False)
-    for length in lengths:
-        table.add_column(f"{length:,}", justify="right", no_wrap=True)
     lines: dict[tuple[str, str, str], dict[object, str]] = {}
     for row in rows:
         named = row.model.label
         where = (named, str(row.point.get("ntk", "-")), str(row.point.get("logn", "-")))
         shown = f"{row.value:.3f}" if row.value is not None else "n/a"
         lines.setdefault(where, {})[row.point["seq_len"]] = shown
-    for where, cells in lines.items():
-        table.add_row(*where, *(cells.get(length, "") for length in lengths))
+    titles = ("model", "NTK", "logn", *(f"{length:,}" for length in lengths))
     console = table_console(200)
-    console.print(table)
+    cells = [(*where, *(found.get(length, "") for length in lengths)) for where, found in lines.items()]
+    console.print(columns(titles, cells, labels=3))
     for reason in dict.fromkeys(f"n/a: {row.reason}" for row in rows if row.value is None):
         console.print(reason, soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)

@@ -21,6 +21,7 @@ from qwenq.events import Event, Notice
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from qwenq.results import Row
 
@@ -42,10 +43,7 @@ def bar_on(console: Console) -> Iterator[None]:
 def wrapped(line: str, indent: str = "  ", *, err: bool = False) -> str:
     """Return a line broken between words, where it goes to a terminal that is narrower.
 
-    Args:
-        line: whatever its length.
-        indent: of the lines that continue it.
-        err: it goes to standard error, else to standard output.
+    ``indent`` is that of the lines that continue it; with ``err`` it goes to standard error.
     """
     stream = sys.stderr if err else sys.stdout
     if stream is None or not stream.isatty():
@@ -103,6 +101,19 @@ def table_console(width: int) -> Console:
     return console
 
 
+def columns(titles: Sequence[str], lines: Iterable[Sequence[str]], labels: int = 1) -> Table:
+    """Return a table without rules: so many labels on the left, which may break, and figures on the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for place, title in enumerate(titles):
+        label = place < labels
+        table.add_column(title, justify="left" if label else "right", overflow="fold", no_wrap=not label)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
 def as_typed(words: Iterable[str]) -> str:
     """Return a command for a shell; text that is not UTF-8, as a folder's name may be, in bash's quotes."""
     return " ".join(map(_quoted, words))
@@ -129,12 +140,7 @@ def _quoted(word: str) -> str:
 
 @contextmanager
 def stop_notice(kept: str, processes: int = 1) -> Iterator[None]:
-    """Print how to go on, where Ctrl-C or SIGTERM ends what is within.
-
-    Args:
-        kept: such as "answers are kept".
-        processes: number of them under torchrun.
-    """
+    """Print how to go on, where Ctrl-C or SIGTERM ends what is within; ``kept`` as in "answers are kept"."""
     try:
         yield
     except KeyboardInterrupt:

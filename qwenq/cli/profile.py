@@ -23,7 +23,7 @@ from qwenq.cli.options import (
     server_decides,
     typed_options,
 )
-from qwenq.cli.printing import stop_notice, table_console, typed_command
+from qwenq.cli.printing import columns, stop_notice, table_console, typed_command
 from qwenq.cli.progress import ProfileProgress, with_details
 from qwenq.errors import UsageError, visible
 
@@ -151,14 +151,9 @@ def _show_rows(folder: Path, rows: Sequence[Row], remark: str = "") -> None:
 def _print_table(console: Console, printed: PrintedTable) -> None:
     """Print the widest form that fits the terminal, so that no figure is cut off or broken."""
     from rich.measure import Measurement
-    from rich.table import Table
 
     for headings, lines in ((printed.headings, printed.lines), printed.folded):
-        grid = Table(box=None, pad_edge=False)
-        for heading in headings:
-            grid.add_column(heading, overflow="fold")
-        for line in lines:
-            grid.add_row(*line)
+        grid = columns(headings, lines, printed.labels)
         unbound = console.options.update(max_width=10_000)  # else the measure is at most the terminal's width
         if Measurement.get(console, unbound, grid).maximum <= console.width:
             console.print(grid)

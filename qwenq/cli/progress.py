@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -40,8 +41,7 @@ class _TimeLeft:
     def __str__(self) -> str:
         if self.end is None:
             return "-:--:--"
-        minutes, seconds = divmod(max(0, round(self.end - time.monotonic())), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+        return str(timedelta(seconds=max(0, round(self.end - time.monotonic()))))
 
 
 class StepListener:

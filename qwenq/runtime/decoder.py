@@ -36,15 +36,7 @@ from qwenq.runtime.weights import Rows, Weights
 
 
 class Decoder:
-    """The whole model, ready to run.
-
-    Args:
-        checkpoint: plain or GPTQ weights.
-        device: where everything lies.
-        dtype: of weights, activations and cache.
-        attention: what mixes the cache's values.
-        kernel: of the quantised linears, see ``quantised_linear.KERNELS``.
-        head: ``as-is``, or ``int8`` to round the output head to 8 bits.
+    """The whole model, ready to run; the arguments are those of `engine.load`.
 
     Attributes:
         notes: what a user should know about the choices that were made, one line each.
