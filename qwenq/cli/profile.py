@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from qwenq.profiling.table import PrintedTable
+    from qwenq.reporting.tables import Cell, Table
     from qwenq.results import Row
 
 
@@ -132,31 +132,48 @@ def _refuse_stray(endpoint: str | None, typed: Sequence[str]) -> None:
         raise server_decides(stray[0])
 
 
-def _show_rows(folder: Path, rows: Sequence[Row], remark: str = "") -> None:
-    """Print a table of rows, and the command that makes a report of their folder."""
-    from qwenq.profiling.table import table
+def _show_rows(folder: Path, rows: Sequence[Row], remark: str) -> None:
+    """Print the report's tables of these rows, and the command that makes a report of their folder."""
+    from qwenq.reporting.card import memory_table, speed_table, split_table
+    from qwenq.reporting.collect import rows_of_run
+    from qwenq.reporting.served import served_table
+    from qwenq.reporting.text import clean
 
-    printed = table(rows)
-    console = table_console(160)
-    console.print(", ".join(f"{name} {value}" for name, value in printed.constant))
-    _print_table(console, printed)
-    if any("–" in cell for line in printed.lines for cell in line):
-        console.print("in brackets: 95 % intervals of the median")
-    for text in (*printed.notes, *([remark] if remark else [])):
-        console.print(text)
+    console, found = table_console(160), rows_of_run(folder, rows)
+    for family in found.families:
+        made = (make(found, family) for make in (speed_table, memory_table, split_table, served_table))
+        for table in filter(None, made):
+            console.print(f"{clean(family)}: {table.title}")
+            _print_table(console, table)
+            notes = (f"[{number}] {note}" for number, note in enumerate(table.notes, 1))
+            console.print("\n".join(filter(None, (table.sentence, *notes))), end="\n\n")
+    if any(row.low is not None for row in rows):
+        console.print("in brackets: 95 % intervals")
+    if remark:
+        console.print(remark)
     console.print(f"run folder: {visible(str(folder))}", soft_wrap=True)
     next_commands(("report", folder))
 
 
-def _print_table(console: Console, printed: PrintedTable) -> None:
+def _print_table(console: Console, table: Table) -> None:
     """Print the widest form that fits the terminal, so that no figure is cut off or broken."""
     from rich.measure import Measurement
 
-    for headings, lines in ((printed.headings, printed.lines), printed.folded):
-        grid = columns(headings, lines, printed.labels)
+    lines = [[_text(cell, table.number(cell)) for cell in line.cells] for line in table.lines]
+    folded = [[text.replace(" (", "\n(") for text in line] for line in lines]  # half as wide
+    titles = [title.replace(" ", "\n") for title in table.headers]
+    for headings, cells in ((table.headers, lines), (titles, folded)):
+        grid = columns(headings, cells, table.labels)
         unbound = console.options.update(max_width=10_000)  # else the measure is at most the terminal's width
         if Measurement.get(console, unbound, grid).maximum <= console.width:
             console.print(grid)
             return
-    for text in printed.paragraphs(console.width):
-        console.print(text)
+    for line in lines:
+        console.print(", ".join(filter(None, line[: table.labels])))
+        for heading, text in zip(table.headers[table.labels :], line[table.labels :], strict=True):
+            console.print(f"  {heading}: {text}")
+
+
+def _text(cell: Cell, number: int | None) -> str:
+    interval = f" ({cell.low}–{cell.high})" if cell.low is not None else ""
+    return f"{cell.text}{interval}{f' [{number}]' if number else ''}"

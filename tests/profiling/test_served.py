@@ -294,10 +294,10 @@ def test_the_command_prints_a_table_and_records_where_it_ran(
     options = ("--endpoint", server.url, "--concurrency", "1,2", "--input", "8", "--output", "6")
     assert shell(monkeypatch, *options, "--precision", "int4") == 0
     said = capsys.readouterr()
-    assert "served tok/s" in said.out
-    assert "TTFT p99 ms" in said.out
-    assert "precision int4" in said.out
-    assert "generate 6 after 8" in said.out
+    assert "model: Speed as served" in said.out
+    shown = " ".join(said.out.split())
+    assert "TTFT p99 (ms)" in shown and "Int4" in shown
+    assert "context: 8 tokens" in shown and "tokens: 6 of an answer" in shown
     assert "1 of 2: model-GPTQ-Int4, concurrency 1" in said.err
     run = Path("runs/served-model-GPTQ-Int4")
     rows = read_rows(run)
