@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qwenq.errors import StorageError
+from qwenq.errors import StorageError, visible
 from qwenq.events import Event, Notice
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from qwenq.reporting.collect import Collection
+    from qwenq.reporting.tables import Cell
+    from qwenq.reporting.tables import Table as ReportTable
     from qwenq.results import Row
 
 
@@ -112,6 +115,54 @@ def columns(titles: Sequence[str], lines: Iterable[Sequence[str]], labels: int =
     for line in lines:
         table.add_row(*line)
     return table
+
+
+def print_tables(
+    folder: Path,
+    rows: Sequence[Row],
+    makers: Sequence[Callable[[Collection, str], ReportTable | None]],
+    remark: str = "",
+) -> None:
+    """Print these tables of the report, of some rows of a run folder, then a remark and the folder."""
+    from qwenq.reporting.collect import rows_of_run
+    from qwenq.reporting.text import clean
+
+    console, found = table_console(160), rows_of_run(folder, rows)
+    for family in found.families:
+        for table in filter(None, (make(found, family) for make in makers)):
+            console.print(f"{clean(family)}: {table.title}")
+            _print_table(console, table)
+            notes = (f"[{number}] {note}" for number, note in enumerate(table.notes, 1))
+            console.print("\n".join(filter(None, (table.sentence, *notes))), end="\n\n")
+    if any(row.low is not None for row in rows):
+        console.print("in brackets: 95 % intervals")
+    if remark:
+        console.print(remark)
+    console.print(f"run folder: {visible(str(folder))}", soft_wrap=True)
+
+
+def _print_table(console: Console, table: ReportTable) -> None:
+    """Print the widest form that fits the terminal, so that no figure is cut off or broken."""
+    from rich.measure import Measurement
+
+    lines = [[_text(cell, table.number(cell)) for cell in line.cells] for line in table.lines]
+    folded = [[text.replace(" (", "\n(") for text in line] for line in lines]  # half as wide
+    titles = [title.replace(" ", "\n") for title in table.headers]
+    for headings, cells in ((table.headers, lines), (titles, folded)):
+        grid = columns(headings, cells, table.labels)
+        unbound = console.options.update(max_width=10_000)  # else the measure is at most the terminal's width
+        if Measurement.get(console, unbound, grid).maximum <= console.width:
+            console.print(grid)
+            return
+    for line in lines:
+        console.print(", ".join(filter(None, line[: table.labels])))
+        for heading, text in zip(table.headers[table.labels :], line[table.labels :], strict=True):
+            console.print(f"  {heading}: {text}")
+
+
+def _text(cell: Cell, number: int | None) -> str:
+    interval = f" ({cell.low}–{cell.high})" if cell.low is not None else ""
+    return f"{cell.text}{interval}{f' [{number}]' if number else ''}"
 
 
 def as_typed(words: Iterable[str]) -> str:

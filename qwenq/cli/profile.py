@@ -23,17 +23,12 @@ from qwenq.cli.options import (
     server_decides,
     typed_options,
 )
-from qwenq.cli.printing import columns, stop_notice, table_console, typed_command
+from qwenq.cli.printing import print_tables, stop_notice, typed_command
 from qwenq.cli.progress import ProfileProgress, with_details
-from qwenq.errors import UsageError, visible
+from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.console import Console
-
-    from qwenq.reporting.tables import Cell, Table
-    from qwenq.results import Row
 
 
 @app.command()
@@ -86,6 +81,8 @@ def profile(
     --endpoint: latency and throughput of a served model, at each concurrency.
     """
     from qwenq import api
+    from qwenq.reporting import card
+    from qwenq.reporting.served import served_table
 
     _refuse_stray(endpoint, typed_options(typed))
     progress = ProfileProgress(as_json=as_json, quiet=quiet)
@@ -111,7 +108,9 @@ def profile(
         )
     if not as_json:
         earlier = f"{found.kept} of {progress.points} points were measured earlier" if found.kept else ""
-        _show_rows(found.folder, found.rows, earlier)
+        makers = (card.speed_table, card.memory_table, card.split_table, served_table)
+        print_tables(found.folder, found.rows, makers, earlier)
+        next_commands(("report", found.folder))
 
 
 _OF_ENDPOINT = {"endpoint", "model", "concurrency", "input", "output"}
@@ -130,50 +129,3 @@ def _refuse_stray(endpoint: str | None, typed: Sequence[str]) -> None:
             )
     elif stray := [name for name in typed if name not in _OF_ENDPOINT | _OF_BOTH]:
         raise server_decides(stray[0])
-
-
-def _show_rows(folder: Path, rows: Sequence[Row], remark: str) -> None:
-    """Print the report's tables of these rows, and the command that makes a report of their folder."""
-    from qwenq.reporting.card import memory_table, speed_table, split_table
-    from qwenq.reporting.collect import rows_of_run
-    from qwenq.reporting.served import served_table
-    from qwenq.reporting.text import clean
-
-    console, found = table_console(160), rows_of_run(folder, rows)
-    for family in found.families:
-        made = (make(found, family) for make in (speed_table, memory_table, split_table, served_table))
-        for table in filter(None, made):
-            console.print(f"{clean(family)}: {table.title}")
-            _print_table(console, table)
-            notes = (f"[{number}] {note}" for number, note in enumerate(table.notes, 1))
-            console.print("\n".join(filter(None, (table.sentence, *notes))), end="\n\n")
-    if any(row.low is not None for row in rows):
-        console.print("in brackets: 95 % intervals")
-    if remark:
-        console.print(remark)
-    console.print(f"run folder: {visible(str(folder))}", soft_wrap=True)
-    next_commands(("report", folder))
-
-
-def _print_table(console: Console, table: Table) -> None:
-    """Print the widest form that fits the terminal, so that no figure is cut off or broken."""
-    from rich.measure import Measurement
-
-    lines = [[_text(cell, table.number(cell)) for cell in line.cells] for line in table.lines]
-    folded = [[text.replace(" (", "\n(") for text in line] for line in lines]  # half as wide
-    titles = [title.replace(" ", "\n") for title in table.headers]
-    for headings, cells in ((table.headers, lines), (titles, folded)):
-        grid = columns(headings, cells, table.labels)
-        unbound = console.options.update(max_width=10_000)  # else the measure is at most the terminal's width
-        if Measurement.get(console, unbound, grid).maximum <= console.width:
-            console.print(grid)
-            return
-    for line in lines:
-        console.print(", ".join(filter(None, line[: table.labels])))
-        for heading, text in zip(table.headers[table.labels :], line[table.labels :], strict=True):
-            console.print(f"  {heading}: {text}")
-
-
-def _text(cell: Cell, number: int | None) -> str:
-    interval = f" ({cell.low}–{cell.high})" if cell.low is not None else ""
-    return f"{cell.text}{interval}{f' [{number}]' if number else ''}"
