@@ -78,12 +78,10 @@ class Results:
     Attributes:
         rows: one for each figure, see ``qwenq.results.Row``.
         folder: the run folder; ``qwenq.report`` and ``qwenq.compare`` read it.
-        kept: points of a sweep that had been measured before.
     """
 
     rows: list[Row] = field(default_factory=list)
     folder: Path = field(default_factory=Path)
-    kept: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -241,10 +239,10 @@ def profile(
         how |= {"tp": tp, "lengths": lengths_of(context, chosen.tokens, chosen.encode)}
         found = subjects_of(each_once(models), precision, weights, seed)
         folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
-        rows, kept = sweep_models(found, how, device, seconds, folder, listener, command)
+        rows = sweep_models(found, how, device, seconds, folder, listener, command)
         with locked(folder):
             record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
-    return Results(rows, folder, kept)
+    return Results(rows, folder)
 
 
 def _profile_served(

@@ -121,9 +121,8 @@ def print_tables(
     folder: Path,
     rows: Sequence[Row],
     makers: Sequence[Callable[[Collection, str], ReportTable | None]],
-    remark: str = "",
 ) -> None:
-    """Print these tables of the report, of some rows of a run folder, then a remark and the folder."""
+    """Print these tables of the report, of some rows of a run folder."""
     from qwenq.reporting.collect import rows_of_run
     from qwenq.reporting.text import clean
 
@@ -136,8 +135,6 @@ def print_tables(
             console.print("\n".join(filter(None, (table.sentence, *notes))), end="\n\n")
     if any(row.low is not None for row in rows):
         console.print("in brackets: 95 % intervals")
-    if remark:
-        console.print(remark)
     console.print(f"run folder: {visible(str(folder))}", soft_wrap=True)
 
 

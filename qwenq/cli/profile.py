@@ -107,9 +107,8 @@ def profile(
             command=typed_command(),
         )
     if not as_json:
-        earlier = f"{found.kept} of {progress.points} points were measured earlier" if found.kept else ""
         makers = (card.speed_table, card.memory_table, card.split_table, served_table)
-        print_tables(found.folder, found.rows, makers, earlier)
+        print_tables(found.folder, found.rows, makers)
         next_commands(("report", found.folder))
 
 

@@ -176,7 +176,7 @@ class ProfileProgress:
     """A listener that shows a sweep: a line for each point on stderr, or rows as JSON on stdout."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet, self.points = as_json, quiet or as_json, 0
+        self.as_json, self.quiet = as_json, quiet or as_json
 
     def __call__(self, event: Event) -> None:
         """Show an event: a point starts, a row is measured, a notice."""
@@ -186,10 +186,8 @@ class ProfileProgress:
                 about = f"about {rough_time(event.seconds or 0)}{share}"
                 say(f"{event.done + 1} of {event.total}: {step}, {about}")
             case Advance("plan", result=planned):
-                sweep = cast("PlannedSweep", planned)
-                self.points = len(sweep.points)
                 if not self.quiet:
-                    show_plan(sweep)
+                    show_plan(cast("PlannedSweep", planned))
             case Advance(result=Row() as row) if self.as_json:
                 typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
             case Notice(text):

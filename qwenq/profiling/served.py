@@ -31,7 +31,7 @@ from qwenq.http import Again, Server, ServerState, checked_address, checked_key,
 from qwenq.models.identity import served_identity
 from qwenq.profiling.spec import has_rows
 from qwenq.profiling.stream import Answer, StoppedError, complete, fit_words, words
-from qwenq.profiling.sweep import record
+from qwenq.profiling.sweep import note_kept, record
 from qwenq.results import HERE, RESULTS_FILE, Model, Row, Status, Value, read_rows, write_environment
 from qwenq.statistics import MOST, enough, summarise, wilson
 
@@ -166,9 +166,7 @@ def profile_served(
     """
     held = read_rows(out) if (out / RESULTS_FILE).exists() else []
     todo = [each for each in load.concurrency if not has_rows(held, load.place(each), target.model, METRICS)]
-    if len(todo) < len(load.concurrency):
-        kept = len(load.concurrency) - len(todo)
-        listener(Notice(f"{kept} of {len(load.concurrency)} points were measured earlier"))
+    note_kept(len(load.concurrency) - len(todo), len(load.concurrency), listener)
     if todo:
         began, session = time.monotonic(), _Session.begin(target, load, listener)
         if environment is not None:

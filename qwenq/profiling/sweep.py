@@ -30,10 +30,8 @@ def run_sweep(
     budget: float | None = None,
     command: str = "",
     measure: Measure | None = None,
-) -> int:
+) -> None:
     """Measure the points that the folder does not have yet, or has from another machine only.
-
-    Returns how many it had.
 
     Args:
         environment: of this machine, recorded in each row and in the folder; None: machines are not compared.
@@ -51,6 +49,7 @@ def run_sweep(
     todo = [each for each in planned if not is_done(each.point, held)]
     if budget is not None:
         todo.sort(key=lambda each: each.needed)
+    note_kept(len(planned) - len(todo), len(planned), listener)
     figures = {(row.identity, row.model) for row in held if row.value is not None}
     began = time.monotonic()
     with ExitStack() as stack:
@@ -68,7 +67,12 @@ def run_sweep(
             for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
                 if row.value is not None or (row.identity, row.model) not in figures:
                     record(row, out, mine, command, label, listener)  # else an earlier figure is kept
-    return len(planned) - len(todo)
+
+
+def note_kept(kept: int, count: int, listener: Listener) -> None:
+    """Report how many of the points were measured earlier, where some were."""
+    if kept:
+        listener(Notice(f"{kept} of {count} points were measured earlier"))
 
 
 def record(
@@ -89,8 +93,8 @@ def sweep_models(
     folder: Path,
     listener: Listener,
     command: str,
-) -> tuple[list[Row], int]:
-    """Announce every combination, measure those that the folder lacks; return all rows, and how many it had.
+) -> list[Row]:
+    """Announce every combination, measure those that the folder lacks; return the rows of all.
 
     Args:
         choices: arguments of ``spec.sweep`` besides models and device.
@@ -108,9 +112,9 @@ def sweep_models(
         planned = plan(sweep(found.subjects, device=place.device, **choices), found.shapes, place)
         listener(Advance("plan", result=PlannedSweep(planned, place, budget, folder)))
         left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
-        kept = run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
+        run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
     wanted = [(each.point.place, each.point.subject.model) for each in planned]
-    return [row for row in read_rows(folder) if (row.point, row.model) in wanted], kept
+    return [row for row in read_rows(folder) if (row.point, row.model) in wanted]
 
 
 def _held_here(

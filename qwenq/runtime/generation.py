@@ -52,13 +52,6 @@ class Timing:
     decode_tokens: int = 0  # tokens from decode steps, all rows
     decode_seconds: float = 0.0
 
-    def add(self, other: Timing) -> None:
-        """Add another measurement to this one."""
-        self.prefill_tokens += other.prefill_tokens
-        self.prefill_seconds += other.prefill_seconds
-        self.decode_tokens += other.decode_tokens
-        self.decode_seconds += other.decode_seconds
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -257,13 +250,15 @@ class Engine(ABC):
         with stopwatch(self.device) as watch:
             tokens = sampler(self.prefill(prompts, cache))
             drawn = tokens.tolist()
-        timing.add(Timing(prefill_tokens=sum(map(len, prompts)), prefill_seconds=watch.seconds))
+        timing.prefill_tokens += sum(map(len, prompts))
+        timing.prefill_seconds += watch.seconds
         yield drawn
         for _ in range(max_new_tokens - 1):
             with stopwatch(self.device) as watch:
                 tokens = sampler(self.decode(tokens, cache))
                 drawn = tokens.tolist()
-            timing.add(Timing(decode_tokens=len(drawn), decode_seconds=watch.seconds))
+            timing.decode_tokens += len(drawn)
+            timing.decode_seconds += watch.seconds
             yield drawn
 
     def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:

@@ -113,9 +113,9 @@ def test_the_same_command_goes_on(shell: Shell) -> None:
     assert "the same command goes on where it stopped: qwenq profile" in err
     assert "Traceback" not in err
     assert len(read_rows(Path("runs/one"))) == 8
-    code, out, _ = shell(*arguments)
+    code, _, err = shell(*arguments)
     assert code == 0
-    assert "1 of 2 points were measured earlier" in out
+    assert "note: 1 of 2 points were measured earlier" in err
 
 
 def test_on_another_machine_the_same_command_begins_again(
