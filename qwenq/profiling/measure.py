@@ -29,12 +29,12 @@ from qwenq.profiling.meters import (
     meter_for,
     state_bytes,
     step_bytes,
-    synchronise,
     weight_bytes,
 )
 from qwenq.profiling.planning import POSITIONS, steps_at_once
 from qwenq.profiling.spec import Point
 from qwenq.results import Row
+from qwenq.runtime.generation import stopwatch
 from qwenq.runtime.sampling import end_ids, protocol_sampling
 from qwenq.statistics import MOST, Summary, enough, repeat, summarise
 
@@ -266,14 +266,12 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
         why = error.what
 
     def once() -> float:
-        synchronise(engine.device)
-        start = time.perf_counter()
-        made = engine.generate(
-            [bench.prompt], point.tokens, sampling=sampling, stop_ids=ends, exact_tokens=True
-        )
-        seconds = time.perf_counter() - start
+        with stopwatch(engine.device) as watch:
+            made = engine.generate(
+                [bench.prompt], point.tokens, sampling=sampling, stop_ids=ends, exact_tokens=True
+            )
         assert len(made.answers[0].ids) == point.tokens  # noqa: S101 - as the cards' script does
-        return point.tokens / seconds
+        return point.tokens / watch.seconds
 
     joules = counter.joules() if counter else 0.0
     values = repeat(once, min(PROTOCOL_PATIENCE, bench.left(0.6)))
@@ -352,12 +350,10 @@ def prefill(bench: Bench, tokens: int | None = None) -> float:
     """Return the seconds from the prompt, or its first ``tokens``, to its first new token."""
     prompt = bench.prompt[:tokens]
     cache = bench.engine.new_cache(1, len(prompt) + 1)
-    synchronise(bench.engine.device)
-    start = time.perf_counter()
-    bench.engine.prefill([prompt], cache).argmax(-1).tolist()
-    seconds = time.perf_counter() - start
+    with stopwatch(bench.engine.device) as watch:
+        bench.engine.prefill([prompt], cache).argmax(-1).tolist()
     bench.cache_bytes = cache_bytes(cache)
-    return seconds
+    return watch.seconds
 
 
 def too_long(bench: Bench) -> str:
@@ -424,12 +420,10 @@ def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decodin
     def run(position: int, steps: int) -> float:
         nonlocal tokens
         cache.lengths = [position]
-        synchronise(engine.device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            tokens = engine.decode(tokens, cache).argmax(-1)
-        synchronise(engine.device)
-        return (time.perf_counter() - start) / steps
+        with stopwatch(engine.device) as watch:
+            for _ in range(steps):
+                tokens = engine.decode(tokens, cache).argmax(-1)
+        return watch.seconds / steps
 
     run(point.context, 1)  # compiles, where anything has to be
     steps = steps_at_once(point.tokens, run(point.context, 1))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenq.errors import UnsupportedError
+from qwenq.runtime.generation import timed
 
 if TYPE_CHECKING:
     from qwenq.runtime.cache import KVCache
@@ -144,34 +144,14 @@ def copy_bandwidth(device: torch.device, repetitions: int = 9) -> float:
     size = _BYTES[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    seconds = []
-    for _ in range(repetitions + 1):
-        synchronise(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / statistics.median(seconds[1:])  # the first one warms up
+    return 2 * size / statistics.median(timed(lambda: target.copy_(source), device, repetitions))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the floating-point operations per second of a square product, for estimates."""
     side = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    best = 1e9
-    for _ in range(3):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 2 * side**3 / min(timed(lambda: a @ b, device, 2))
 
 
 def cache_bytes(cache: KVCache) -> int:

@@ -124,17 +124,7 @@ def find_target(
 ) -> Target:
     """Return a model behind an address, after one request for the models served there.
 
-    Args:
-        url: ``http://HOST/v1``.
-        model: its name there; None: the only one that is served.
-        key: sent as a bearer token; None: none.
-        listener: receives notices about requests that are retried and options that are refused.
-        precision: what the server computes in, if the user says so.
-        timeout: seconds without a byte after which a request has failed.
-
-    Raises:
-        UsageError: no address, or no such model there.
-        QwenqError: it cannot be reached.
+    Without a name it is the only one. A request has failed after ``timeout`` seconds without a byte.
     """
     if not re.fullmatch(r"[a-z0-9.]{1,16}", precision):
         raise UsageError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -70,19 +70,33 @@ class Generated:
 
 
 class stopwatch:  # noqa: N801 - reads as a statement
-    """Wall seconds of a block; work that a GPU was given is waited for."""
+    """Wall seconds of a block; work that a GPU was given is waited for, before it and at its end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.seconds = device, 0.0
 
     def __enter__(self) -> stopwatch:
+        self._wait()
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._start
+
+    def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.seconds = time.perf_counter() - self._start
+
+
+def timed(call: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    """Return the seconds of each of some calls, after one that warms up."""
+    seconds = []
+    for _ in range(repetitions + 1):
+        with stopwatch(device) as watch:
+            call()
+        seconds.append(watch.seconds)
+    return seconds[1:]
 
 
 class Engine(ABC):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +12,7 @@ from qwenq.errors import UnsupportedError, UsageError
 from qwenq.runtime.attention.flash import FlashV1, Split, flash_v2
 from qwenq.runtime.attention.plain import Attention, GroupedDecode, Off, Sdpa
 from qwenq.runtime.cache import Span
+from qwenq.runtime.generation import timed
 
 HEADS, HEAD_DIM = 16, 128  # of the measurement: one layer of Qwen-1.8B
 PROMPT, CONTEXT = 512, 2048  # tokens of the prompt, and slots that a decode step reads
@@ -48,24 +48,12 @@ class Autotuned:
 
 
 def _measure(attention: Attention, tokens: int, end: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds of one call, the shortest of a few after a first that builds what is built."""
+    """Return the seconds of one call, the shortest of a few."""
     queries = torch.zeros(1, HEADS, tokens, HEAD_DIM, device=device, dtype=dtype)
     keys = torch.zeros(1, HEADS, end, HEAD_DIM, device=device, dtype=dtype)
     positions = torch.arange(end - tokens, end, device=device).unsqueeze(0)
     span = Span(positions, end - tokens, end, causal=tokens == end, mask=None)
-    seconds = []
-    for _ in range(_REPEATS + 1):
-        _wait(device)
-        start = time.perf_counter()
-        attention(queries, keys, keys, span)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return min(timed(lambda: attention(queries, keys, keys, span), device, _REPEATS))
 
 
 class Availability(NamedTuple):
