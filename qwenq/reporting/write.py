@@ -125,6 +125,10 @@ def csv_text(report: Report) -> str:
     return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
+_BEHIND = ("value", "unit", "low", "high", "n", "status", "reason", "implementation")
+"""Fields of a row that have a column each, behind those of its point."""
+
+
 def _record(item: Measured) -> dict[str, Any]:
     row, model = item.row, item.row.model
     record: dict[str, Any] = {
@@ -137,14 +141,7 @@ def _record(item: Measured) -> dict[str, Any]:
         "weights_bytes": model.nbytes,
         "metric": row.metric,
         **{f"point.{clean(key)}": value for key, value in row.point.items()},
-        "value": row.value,
-        "unit": row.unit,
-        "low": row.low,
-        "high": row.high,
-        "n": row.n,
-        "status": row.status,
-        "reason": row.reason,
-        "implementation": row.implementation,
+        **{name: getattr(row, name) for name in _BEHIND},
         "fingerprint": model.fingerprint,
         "date": row.date,
     }
