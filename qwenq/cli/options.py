@@ -64,6 +64,13 @@ Verbose = Annotated[
     typer.Option("--verbose", "-v", help="Also show versions, the time of each step, each module's error."),
 ]
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]",
+        autocompletion=completion.models,
+    ),
+]
 ModelArguments = Annotated[
     list[str] | None,
     typer.Argument(

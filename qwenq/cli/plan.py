@@ -9,7 +9,7 @@ import typer
 from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, DtypeName, listed_names, listed_numbers
-from qwenq.cli.printing import print_json
+from qwenq.cli.printing import print_json, table_console
 from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,13 +80,9 @@ def plan(
     if as_json:
         print_json(result.as_dict())
         return
-    from rich.console import Console
-
     from qwenq.planner.tables import plan_tables
 
-    console = Console(highlight=False, emoji=False)  # tables of a plan have markup
-    if not console.is_terminal:  # a pipe has no width
-        console.width = 120
+    console = table_console(120, markup=True)
     for part in plan_tables(result, show_padding=pad_ffn):
         console.print(part)
 

@@ -94,11 +94,11 @@ def print_rows(run: Path, rows: Sequence[Row]) -> None:
     print_json({"run": str(run), "rows": [row.to_json() for row in rows]})
 
 
-def table_console(width: int) -> Console:
+def table_console(width: int, *, markup: bool = False) -> Console:
     """Return a console for tables: as wide as the terminal, or ``width`` in a pipe; a name stays a name."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console(highlight=False, markup=markup, emoji=False)
     if not console.is_terminal:  # a pipe has no width
         console.width = width
     return console

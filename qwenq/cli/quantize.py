@@ -11,7 +11,7 @@ import typer
 from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands, with_model
-from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
+from qwenq.cli.options import DeviceName, Given, ModelArgument, Quiet, Verbose, recipe_options
 from qwenq.cli.progress import StepListener, with_details
 from qwenq.stopping import Terminated
 
@@ -30,13 +30,7 @@ if TYPE_CHECKING:
     "quantize.*",
 )
 def quantize(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]",
-            autocompletion=completion.models,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -110,12 +104,7 @@ _TEMPLATES = {
 )
 def calibrate(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Model folder or hub id. [default: the bundled model]", autocompletion=completion.models
-        ),
-    ] = None,
+    model: ModelArgument = None,
     *,
     given: Given,
     device: DeviceName = "auto",
