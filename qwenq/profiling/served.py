@@ -238,7 +238,8 @@ class _Session:
         """Measure one concurrency and yield its rows; where Ctrl-C ends it, those of what is measured."""
         found: list[Repetition] = []
         try:
-            self._warm_up(concurrency)
+            count, tokens = min(concurrency, WARM_UP), min(WARM_UP_TOKENS, self.load.output)
+            closed_loop(partial(self.send, f"warm/{concurrency}", tokens), count, count, SECONDS)
             found.extend(self._repetitions(concurrency, seconds))
         except KeyboardInterrupt:
             if found:  # without the marks of a finished point: the same command measures it again
@@ -247,10 +248,6 @@ class _Session:
         for text in _remarks(found, self.load.output):
             self.listener(Notice(f"concurrency {concurrency}: {text}"))
         yield from self._made(concurrency, found)
-
-    def _warm_up(self, concurrency: int) -> None:
-        count, tokens = min(concurrency, WARM_UP), min(WARM_UP_TOKENS, self.load.output)
-        closed_loop(partial(self.send, f"warm/{concurrency}", tokens), count, count, SECONDS)
 
     def _repetitions(self, concurrency: int, seconds: float) -> Iterator[Repetition]:
         began, speeds = time.monotonic(), list[float]()

@@ -106,7 +106,9 @@ class Decoder:
 
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run new tokens through all blocks and add them to the cache, see ``Engine.forward``."""
-        self._fix_alphas(counts, cache)
+        # Qwen v1 has the NTK factor of the prompt that begins a row, and keeps it.
+        fresh = zip(cache.lengths, counts, cache.alphas, strict=True)
+        cache.alphas = [alpha if length else self.rope.alpha(count) for length, count, alpha in fresh]
         if self.has_step_layout and ids.shape[1] == 1:
             hidden = self._decode(ids[:, 0], cache).unsqueeze(1)
         else:
@@ -131,11 +133,6 @@ class Decoder:
         if self.compiled is not None and len(ids) < CompiledStep.most_rows:
             return self.compiled(embedding(ids, self.embedding), cache, self.rope)
         return self.run(ids, StepOperations(cache, self.rope, self.spec))
-
-    def _fix_alphas(self, counts: Sequence[int], cache: KVCache) -> None:
-        """Choose the NTK factor of rows that begin: Qwen v1 has it of the prompt, and keeps it."""
-        fresh = zip(cache.lengths, counts, cache.alphas, strict=True)
-        cache.alphas = [alpha if length else self.rope.alpha(count) for length, count, alpha in fresh]
 
     def _query_scales(self, span: Span) -> Tensor | None:
         """Return Qwen v1's logn factors [batch or 1, tokens, 1, 1]; None where all are 1."""
@@ -167,8 +164,8 @@ def _load_blocks(weights: Weights, spec: DecoderSpec) -> list[Block]:
 
 
 def _load_norm(weights: Weights, spec: DecoderSpec, name: str) -> Tensor:
-    """Return a norm's weight; one that is stored less one is float32, or it would be rounded once more."""
-    if spec.centres_norms:
+    """Return a norm's weight; hybrids store it less one, and in float32 it is not rounded once more."""
+    if spec.shape.linear_attention is not None:
         return 1 + weights.tensor(f"{name}.weight", torch.float32)
     return weights.tensor(f"{name}.weight")
 
