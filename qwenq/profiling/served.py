@@ -235,16 +235,10 @@ class _Session:
         return complete(self.target.server, self.target.name, prompt, tokens, stop)
 
     def rows(self, concurrency: int, seconds: float) -> Iterator[Row]:
-        """Measure one concurrency and yield its rows; where Ctrl-C ends it, those of what is measured."""
-        found: list[Repetition] = []
-        try:
-            count, tokens = min(concurrency, WARM_UP), min(WARM_UP_TOKENS, self.load.output)
-            closed_loop(partial(self.send, f"warm/{concurrency}", tokens), count, count, SECONDS)
-            found.extend(self._repetitions(concurrency, seconds))
-        except KeyboardInterrupt:
-            if found:  # without the marks of a finished point: the same command measures it again
-                yield from self._made(concurrency, found, again=True)
-            raise
+        """Measure one concurrency and yield its rows."""
+        count, tokens = min(concurrency, WARM_UP), min(WARM_UP_TOKENS, self.load.output)
+        closed_loop(partial(self.send, f"warm/{concurrency}", tokens), count, count, SECONDS)
+        found = list(self._repetitions(concurrency, seconds))
         for text in _remarks(found, self.load.output):
             self.listener(Notice(f"concurrency {concurrency}: {text}"))
         yield from self._made(concurrency, found)
@@ -262,8 +256,8 @@ class _Session:
             if enough(speeds, time.monotonic() - began, seconds):
                 return
 
-    def _made(self, concurrency: int, found: Sequence[Repetition], *, again: bool = False) -> Iterator[Row]:
-        details = _details(found) | {"prompt_tokens": self.counted, **({"again": True} if again else {})}
+    def _made(self, concurrency: int, found: Sequence[Repetition]) -> Iterator[Row]:
+        details = _details(found) | {"prompt_tokens": self.counted}
         unknown = self.target.server.state.unknown
         settings = {
             "device": "unknown",
