@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import gpu
-from qwenq.runtime.block import PlainOperations, TritonOperations
+from qwenq.runtime.block import Operations, TritonOperations
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.decoder import Decoder
 from qwenq.runtime.spec import logn_scales
@@ -71,7 +71,7 @@ class StaticStep:
             return decoder.logits(decoder.run(self.tokens, fused))
         rotation = cos.unsqueeze(1), sin.unsqueeze(1)
         factors = None if scales is None else scales.view(-1, 1, 1, 1)
-        plain = PlainOperations(attend, self._cache, span, rotation, factors, spec)
+        plain = Operations(attend, self._cache, span, rotation, factors, spec)
         return decoder.logits(decoder.run(self.tokens.unsqueeze(1), plain)[:, 0])
 
     def fits(self, cache: KVCache) -> bool:

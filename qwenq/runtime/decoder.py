@@ -23,7 +23,6 @@ from qwenq.runtime.block import (
     LinearAttention,
     Mixture,
     Operations,
-    PlainOperations,
     SharedExpert,
     StepOperations,
     run_blocks,
@@ -115,7 +114,7 @@ class Decoder:
             span = cache.span(counts)
             rotation = self.rope.at(span.positions, cache.alphas, span.end)
             scales = self._query_scales(span)
-            plain = PlainOperations(self.attend, cache, span, rotation, scales, self.spec)
+            plain = Operations(self.attend, cache, span, rotation, scales, self.spec)
             hidden = self.run(ids, plain)
         cache.advance(counts)
         return hidden
