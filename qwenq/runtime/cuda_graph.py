@@ -84,6 +84,7 @@ class StaticStep:
         bound = bound_for(max(lengths) + 1, len(self._slots))
         if self._at != lengths:
             self.positions.copy_(torch.tensor(lengths))
+            self._at = list(lengths)
         if bound not in self._by_bound:
             self._by_bound[bound] = make(lambda: self(bound))
         logits = self._by_bound[bound]()
