@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -11,11 +11,6 @@ from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, DtypeName, listed_names, listed_numbers
 from qwenq.cli.printing import print_json, table_console
 from qwenq.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from qwenq.runtime.doctor import Part
 
 
 @app.command()
@@ -137,7 +132,6 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
 
     where = resolve_device(device)
     chosen = find_dtype(dtype, where)
-    parts: list[Part] = examine(where, chosen)
     optional = []
     for name, purpose, how in _OPTIONAL:
         try:
@@ -148,19 +142,11 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
         "environment": environment(),
         "device": str(where),
         "dtype": str(chosen).removeprefix("torch."),
-        "parts": [asdict(part) for part in [*parts, *_operations(where, chosen)]],
+        "parts": [asdict(part) for part in examine(where, chosen)],
         "sandbox": _sandbox(),
         "optional": optional,
         "summary": fastest(where, chosen),
     }
-
-
-def _operations(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """Return what runs each operation of ``qwenq.compute``."""
-    from qwenq.compute.ops import operations
-    from qwenq.runtime.doctor import Part
-
-    return [Part("operation", each.name, each.runs, each.reason) for each in operations(device, dtype)]
 
 
 def _sandbox() -> dict[str, str | None]:

@@ -9,6 +9,7 @@ import torch
 
 from qwenq.compute import gpu
 from qwenq.compute.gpu import triton_label
+from qwenq.compute.ops import operations
 from qwenq.runtime.attention import available
 from qwenq.runtime.engine import find_attention
 from qwenq.runtime.linear import Requirements
@@ -19,14 +20,14 @@ from qwenq.runtime.quantised_linear import KERNELS, CpuNative, choose
 class Part:
     """A part that runs models, or would."""
 
-    kind: str  # ``engine``, ``kernel``, ``decode step`` or ``attention``
+    kind: str  # ``engine``, ``kernel``, ``decode step``, ``attention`` or ``operation``
     name: str  # as an option takes it; steps have none, they are taken where they can be
     runs: str | None  # what it is, where it can run here; else None
     reason: str | None  # why it cannot; None where it can
 
 
 def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """Return every engine, kernel, kind of decode step and attention backend on this device in this dtype.
+    """Return every engine, kernel, kind of decode step, attention backend and operation of ``compute`` here.
 
     Kernels are asked for a model in groups of 128 without a layer of unusual size; a model may have one, and
     then loading it says so.
@@ -40,7 +41,8 @@ def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:
         bits = ", ".join(map(str, kernel.widths))
         parts.append(Part("kernel", kernel.name, None if reason else f"{bits} bits", reason))
     attention = (Part("attention", *each) for each in available(device, dtype))
-    return [*parts, *_steps(device, dtype), *attention]
+    rest = (Part("operation", each.name, each.runs, each.reason) for each in operations(device, dtype))
+    return [*parts, *_steps(device, dtype), *attention, *rest]
 
 
 def fastest(device: torch.device, dtype: torch.dtype) -> str:
