@@ -2,8 +2,8 @@
 
 A block is two residual steps: attention over the cache, and the gated MLP or a mixture of some that a router
 chooses for each token. q, k and v are one product, gate and up are one. `Operations` is what lies between the
-products, for any tokens on any device; `StepOperations` for a decode step on a CPU, `TritonOperations` for one
-on a GPU. `CompiledStep` is the whole pass in one call of C.
+products, for any tokens on any device; `StepOperations` for a decode step on a CPU, `TritonOperations` for
+one on a GPU. `CompiledStep` is the whole pass in one call of C.
 """
 
 from __future__ import annotations
