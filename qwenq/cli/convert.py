@@ -154,7 +154,10 @@ def stats(
     texts = [(file, *read_text(file)) for file in files]
     reader, source = _open(tokenizer)
     rows = [_row(str(file), size, text, reader) for file, size, text in texts]
-    total = _total(rows)
+    counts = ("bytes", "characters", "tokens")
+    total: dict[str, Any] = {"file": "total", **{key: sum(row[key] for row in rows) for key in counts}}
+    for row in (*rows, total):
+        row["bytes_per_token"] = round(row["bytes"] / row["tokens"], 4)
     if as_json:
         about = {"source": source, "fingerprint": reader.fingerprint, "vocab_size": reader.vocab_size}
         print_json({"tokenizer": about, "files": rows, "total": total})
@@ -202,22 +205,7 @@ def _row(name: str, size: int, text: str, tokenizer: Tokenizer) -> dict[str, Any
     tokens = len(tokenizer.encode(text))
     if not tokens:
         raise UsageError("this tokenizer gives no tokens for the text", where=name, hint="give another text")
-    return _with_ratio(name, size, len(text), tokens)
-
-
-def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    sums = [sum(row[key] for row in rows) for key in ("bytes", "characters", "tokens")]
-    return _with_ratio("total", *sums)
-
-
-def _with_ratio(name: str, size: int, characters: int, tokens: int) -> dict[str, Any]:
-    return {
-        "file": name,
-        "bytes": size,
-        "characters": characters,
-        "tokens": tokens,
-        "bytes_per_token": round(size / tokens, 4),
-    }
+    return {"file": name, "bytes": size, "characters": len(text), "tokens": tokens}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:

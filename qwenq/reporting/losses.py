@@ -85,11 +85,6 @@ def _point(point: dict[str, Value]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((key, str(value)) for key, value in point.items() if key not in {"engine", "dtype"}))
 
 
-LABELS = ("Task", "Quantization")
-AGAINST = "Against"
-"""Heading of the base, if a table has several."""
-WHERE = "Where"
-"""Heading of what distinguishes lines of one task and model."""
 FIGURES = (
     *("Unquantised (%)", "Quantised (%)", "Difference (points)", "Items lost", "Items won"),
     *("p", "p (Holm)", "Detectable drop (points)"),
@@ -121,10 +116,9 @@ def loss_table(collection: Collection, family: str) -> Table | None:
             words = loss.pairing.describe_change(loss.change, loss.p, tests)
         labels = (Cell(label, label) for label in [*named, words])
         made.append(Line((*labels, *_cells(loss))))
-    optional = [*([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else [])]
-    headers = (*LABELS, *optional, WORDS, *FIGURES)
-    count = len(headers) - len(FIGURES)
-    return Table("losses", "What it cost", headers, count, tuple(made), tuple(caption))
+    optional = [*(["Against"] if len(bases) > 1 else []), *(["Where"] if any(places) else [])]
+    labels = ("Task", "Quantization", *optional, WORDS)
+    return Table("losses", "What it cost", (*labels, *FIGURES), len(labels), tuple(made), tuple(caption))
 
 
 def distinguish(found: Sequence[Loss], collection: Collection) -> list[str]:
