@@ -21,7 +21,7 @@ from qwenq.gptq.asymmetric import measure_deviation
 from qwenq.gptq.experts import ExpertInput, measure_expert
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.linears import ModuleStats, QuantisedLinear, quantise_group
-from qwenq.gptq.sequential import Routing, run_sequential, shared_inputs
+from qwenq.gptq.sequential import Residuals, Routing, residual_sources, run_sequential, shared_inputs
 from qwenq.gptq.settings import UNQUANTISED, Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.gptq_config import LAYER_PARTS
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.recipe import Recipe
 
-ALGORITHM = 12  # raise it when the same settings give other integers: unfinished runs are then not resumed
+ALGORITHM = 13  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; few enough that a batch's activations stay small
 LAYER_IS_STORED = "this layer is on the disk"
 
@@ -186,6 +186,8 @@ class _Streams:
     # linears of a block that read the same tensor, found on the first block of a kind: by the names of its
     # linears and their bits
     groups: dict[tuple[tuple[str, int], ...], list[list[str]]] = field(default_factory=dict)
+    # likewise, ``residual_sources``
+    residuals: dict[tuple[tuple[str, int], ...], dict[str, str]] = field(default_factory=dict)
 
 
 def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings, team: Team) -> _Streams:
@@ -224,9 +226,13 @@ class _Layer:
             groups = shared_inputs(self._block, self._forward, sample, bits_of)
             self._require_run(groups)
             streams.groups[kind] = [names for names in groups if bits_of(names[0]) < UNQUANTISED]
+            streams.residuals[kind] = (
+                residual_sources(self._block, self._forward, sample) if streams.original else {}
+            )
         streams.quantised, streams.original = run_sequential(
-            self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original
-        )
+            self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original,
+            streams.residuals[kind],
+        )  # fmt: skip
 
     def _require_run(self, groups: list[list[str]]) -> None:
         """Refuse a block that leaves one of its linears out: that would stay as it is, and nothing say so."""
@@ -255,7 +261,12 @@ class _Layer:
         return self._decoder.forward(self._block, hidden)
 
     def solve(
-        self, names: Sequence[str], inputs: list[Tensor], reference: list[Tensor], routing: Routing
+        self,
+        names: Sequence[str],
+        inputs: list[Tensor],
+        reference: list[Tensor],
+        routing: Routing,
+        residuals: Residuals,
     ) -> dict[str, Tensor]:
         """Quantise the linears ``names``, whose common input is ``inputs``; return their new weights."""
         weights = {name: self._stored(name) for name in names}
@@ -268,7 +279,7 @@ class _Layer:
             H, deviation, tokens = measure_expert(given, list(weights.values()), pool, self._team)
         else:
             H = hessian(inputs, self._team)
-            deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team)
+            deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team, residuals)
         try:
             own = replace(self._settings, bits=self._settings.bits_of(names[0]))
             results = quantise_group(weights, H, deviation, own, self._team)
