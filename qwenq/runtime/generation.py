@@ -43,10 +43,6 @@ def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
     return logits
 
 
-OnToken = Callable[[int, int], None]
-"""Called with (row, id) for every token that is kept, as soon as it is known."""
-
-
 @dataclass
 class Timing:
     """Tokens and wall seconds, prefill and decode apart. The first new token belongs to the prefill."""
@@ -55,13 +51,6 @@ class Timing:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0  # tokens from decode steps, all rows
     decode_seconds: float = 0.0
-
-    def add(self, other: Timing) -> None:
-        """Add another measurement to this one."""
-        self.prefill_tokens += other.prefill_tokens
-        self.prefill_seconds += other.prefill_seconds
-        self.decode_tokens += other.decode_tokens
-        self.decode_seconds += other.decode_seconds
 
 
 @dataclass(frozen=True)
@@ -81,19 +70,33 @@ class Generated:
 
 
 class stopwatch:  # noqa: N801 - reads as a statement
-    """Wall seconds of a block; work that a GPU was given is waited for."""
+    """Wall seconds of a block; work that a GPU was given is waited for, before it and at its end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.seconds = device, 0.0
 
     def __enter__(self) -> stopwatch:
+        self._wait()
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._start
+
+    def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.seconds = time.perf_counter() - self._start
+
+
+def timed(call: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    """Return the seconds of each of some calls, after one that warms up."""
+    seconds = []
+    for _ in range(repetitions + 1):
+        with stopwatch(device) as watch:
+            call()
+        seconds.append(watch.seconds)
+    return seconds[1:]
 
 
 class Engine(ABC):
@@ -183,7 +186,6 @@ class Engine(ABC):
         stop_ids: Collection[int] = (),
         exact_tokens: bool = False,
         cache: KVCache | None = None,
-        on_token: OnToken | None = None,
     ) -> Generated:
         """Answer each prompt.
 
@@ -195,7 +197,6 @@ class Engine(ABC):
             exact_tokens: give every row exactly ``max_new_tokens``: stop ids are suppressed, their logits
                 −∞, as ``min_new_tokens`` does in transformers.
             cache: goes on from there; None: an empty one, of the size that is needed.
-            on_token: called with (row, id) as tokens come.
 
         Raises:
             UsageError: as `prefill`, no token was asked for, or every id is suppressed.
@@ -218,8 +219,6 @@ class Engine(ABC):
                     ends[row] = token
                     continue
                 ids[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
             if None not in ends:
                 break
         return Generated([Answer(row, end) for row, end in zip(ids, ends, strict=True)], timing)
@@ -265,13 +264,15 @@ class Engine(ABC):
         with stopwatch(self.device) as watch:
             tokens = sampler(self.prefill(prompts, cache))
             drawn = tokens.tolist()
-        timing.add(Timing(prefill_tokens=sum(map(len, prompts)), prefill_seconds=watch.seconds))
+        timing.prefill_tokens += sum(map(len, prompts))
+        timing.prefill_seconds += watch.seconds
         yield drawn
         for _ in range(max_new_tokens - 1):
             with stopwatch(self.device) as watch:
                 tokens = sampler(self.decode(tokens, cache))
                 drawn = tokens.tolist()
-            timing.add(Timing(decode_tokens=len(drawn), decode_seconds=watch.seconds))
+            timing.decode_tokens += len(drawn)
+            timing.decode_seconds += watch.seconds
             yield drawn
 
     def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:
