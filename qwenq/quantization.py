@@ -65,7 +65,6 @@ from qwenq.models.shapes import ModelShape
 from qwenq.models.transformers_model import summary
 from qwenq.planner.budget import Sizes, allowed_bytes
 from qwenq.planner.calibration_size import calibration_size
-from qwenq.planner.tensor_parallel import padded
 from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder, read_gptq_folder
 from qwenq.publishing.model_card import model_card
 from qwenq.recipe import Recipe
@@ -114,8 +113,6 @@ class Job:
     """One run: inputs resolved, choices made, work folder open.
 
     Attributes:
-        base: the model as it was opened.
-        checkpoint: the model as it is quantised: the base, or the base with wider MLPs.
         quant: the settings for config.json.
         mixed: which modules have 8 bits, where a size was asked for.
         team: the processes that take part; this one is rank 0.
@@ -123,7 +120,6 @@ class Job:
 
     recipe: Recipe
     base: Checkpoint
-    checkpoint: Checkpoint
     out: Path
     device: torch.device
     decoder: BlockwiseDecoder
@@ -199,24 +195,22 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     listener(Notice(why))
     if slower := fallback_notice(dtype, place):
         listener(Notice(slower))
-    checkpoint, widths = padded(base, wanted, listener)
-    decoder = BlockwiseDecoder(checkpoint, place, dtype)
+    decoder = BlockwiseDecoder(base, place, dtype)
     if decoder.fallback_notice:
         listener(Notice(decoder.fallback_notice))
     bits = module_bits(decoder, wanted.module_bits, wanted.bits)
     settings = Settings.from_recipe(wanted, module_bits=bits)
     check_packable(decoder, settings)
-    widths = widths or input_widths(every_linear(decoder, settings))
-    group_size, why = choose_group_size(wanted.group_size, widths)
+    group_size, why = choose_group_size(wanted.group_size, input_widths(every_linear(decoder, settings)))
     listener(Notice(why))
     settings = replace(settings, group_size=group_size)
     if kept := summary(kept_parameters(decoder, settings)):
         listener(Notice(kept))
-    quant = _quant_config(checkpoint, decoder, settings)
+    quant = _quant_config(base, decoder, settings)
     if not wanted.any_engine:
         _refuse_without_server(decoder, settings, quant)
     listener(Notice(describe(settings)))
-    return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
+    return Job(recipe, base, target, place, decoder, settings, quant, listener, team)
 
 
 def _refuse_budget(base: Checkpoint, bits: int) -> None:
@@ -335,7 +329,7 @@ def _fitting(job: Job) -> tuple[int, int] | None:
         shape,
         None if wanted.samples == "auto" else wanted.samples,
         None if wanted.seq_len == "auto" else wanted.seq_len,
-        longest=longest_plain(job.checkpoint.config),
+        longest=longest_plain(job.base.config),
         dtype=str(job.decoder.dtype).removeprefix("torch."),
         on_gpu=on_gpu,
         limit=device_memory(job.device) // (1 if on_gpu else job.team.world),
@@ -348,7 +342,7 @@ def _fitting(job: Job) -> tuple[int, int] | None:
 def _shape(job: Job) -> ModelShape | None:
     """Return the sizes of the model; None where they are not known, as of models by inspection."""
     try:
-        return ModelShape.from_config(job.checkpoint.config)
+        return ModelShape.from_config(job.base.config)
     except UnsupportedError:
         return None
 
@@ -373,7 +367,7 @@ def _choose_bits(
 ) -> None:
     """Choose 4 or 8 bits by module for the size that the recipe asks for, by what each costs in 4 bits."""
     tokens = sample_of(calibration.tokens, job.device)
-    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
+    facts = run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
     with (
         work_folder(job.out.with_name(job.out.name + PARTIAL)) as folder,
         finishing("this layer is measured"),
@@ -385,7 +379,7 @@ def _choose_bits(
         )
     job.mixed = choose_bits(groups, divergences, allowed, sizes.fixed, tokens.numel())
     job.settings = replace(job.settings, block_bits=job.mixed.block_bits)
-    job.quant = _quant_config(job.checkpoint, job.decoder, job.settings)
+    job.quant = _quant_config(job.base, job.decoder, job.settings)
     job.listener(Notice(job.mixed.sentence))
 
 
@@ -409,7 +403,7 @@ def _sizes(job: Job, groups: list[Group]) -> Sizes:
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
     folder = job.out.with_name(job.out.name + PARTIAL)
-    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
+    facts = run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
     store = LayerStore(folder, facts, resume=resume)
     job.resumed = store.finished()
     if job.resumed:
@@ -447,14 +441,14 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
 
 
 def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
-    return stage(job.checkpoint, store, len(job.decoder.names), job.quant)
+    return stage(job.base, store, len(job.decoder.names), job.quant)
 
 
 def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
     """Compare the written folder with the base; refuse a broken one."""
     written = open_checkpoint(staged, unfinished=True)
     validate_quantised(written.source, job.quant)
-    if is_random(job.checkpoint.config):
+    if is_random(job.base.config):
         job.listener(Notice("random weights: the files are complete; their accuracy is not measured"))
         return None
 

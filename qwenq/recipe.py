@@ -134,11 +134,6 @@ class QuantizeRecipe:
         "Input columns that share a scale; -1: the whole row; auto: the largest of 128, 64, 32 that divides "
         "every width.",
     )
-    pad_ffn: Literal["none", "auto"] | Count = setting(
-        "none",
-        "Width that the MLP is padded to with zero channels, so that more GPUs can share its groups; auto: "
-        "as `qwenq plan` advises for 1, 2, 4 and 8 GPUs. The outputs stay the same.",
-    )
     module_bits: dict[str, Literal[4, 8, 16]] | Literal["auto"] = setting(
         "auto",
         "Bits of linear layers whose names match a pattern: 4, 8, or 16 to leave them as they are; the first "

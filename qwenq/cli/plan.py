@@ -56,7 +56,6 @@ def plan(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a calibration sequence. [default: 256; on a GPU 2048]")
     ] = None,
-    pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show the effect of padding the MLP.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
 ) -> None:
     """Show what a model needs, before anything is downloaded.
@@ -87,7 +86,7 @@ def plan(
     console = Console(highlight=False, emoji=False)  # tables of a plan have markup
     if not console.is_terminal:  # a pipe has no width
         console.width = 120
-    for part in plan_tables(result, show_padding=pad_ffn):
+    for part in plan_tables(result):
         console.print(part)
 
 

@@ -313,16 +313,14 @@ def _tensors(checkpoint: Checkpoint, packed: TensorSource) -> dict[str, tuple[Te
     A quantised weight gives way to its packed tensors, a fused tensor of experts to those of each expert.
     """
     quantised = set(packed.names())
-    view = checkpoint.view
+    view, base = checkpoint.view, checkpoint.published
     found: dict[str, tuple[TensorSource, str]] = {}
-    for stored in view.whole.names() if view is not None else checkpoint.names():
+    for stored in base.names():
         shown = view.shown(stored) if view is not None else [stored]
         modules = [name.removesuffix(".weight") for name in shown]
         if modules and f"{modules[0]}.qweight" in quantised:
             parts = [f"{module}.{part}" for module in modules for part in LAYER_PARTS]
             found |= {view.published(part) if view is not None else part: (packed, part) for part in parts}
-        elif view is not None and not (shown and view.is_whole(shown[0])):
-            found[stored] = view.whole, stored
         else:
-            found[stored] = checkpoint.source, shown[0]  # as the model runs it: an MLP may be wider there
+            found[stored] = base, stored
     return found

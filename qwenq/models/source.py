@@ -203,10 +203,6 @@ class TextView:
         named = [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
         return named + [rf"\.layers\.{number}\." for number in dict.fromkeys(self._drafts.values())]
 
-    def is_whole(self, shown: str) -> bool:
-        """Return whether the tensor is shown as it is stored, not as a part of a larger one."""
-        return self._parts[shown].expert is None
-
     def published(self, shown: str) -> str:
         """Return the name that a tensor of the language model has in files of this checkpoint's layout."""
         module, _, leaf = shown.rpartition(".")
