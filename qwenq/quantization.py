@@ -314,7 +314,7 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     name = model_name(recipe.model) if recipe.model or checkpoint.on_disk else checkpoint.folder.name
     target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
     clean_up_after_kill(target, recipe.to_json(), checkpoint.fingerprint)
-    require_free(target)
+    require_free(target, "--out")
     return target
 
 

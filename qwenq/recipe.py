@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -487,66 +486,17 @@ def read_recipe(path: Path) -> Recipe:
             f"the recipe cannot be read: {error}", where=path, hint="a recipe is a TOML file in UTF-8"
         ) from error
     except (ValueError, RecursionError) as error:  # TOML's own error; endless digits; endless nesting
-        _refuse_other_language(text.decode("utf-8-sig"), path)
         raise UsageError(
-            f"the recipe is not TOML: {error}", where=path, hint="repair that line; strings need quotes"
+            f"the recipe is not TOML: {error}",
+            where=path,
+            hint="repair that line; docs/recipes.md and recipes/ have examples",
         ) from error
     return _validate(content, str(path))
-
-
-_TOOLS = {
-    "quant_stage": "llm-compressor",
-    "quant_modifiers": "llm-compressor",
-    "GPTQModifier": "llm-compressor",
-    "quant_method": "a quantised model's quantize_config.json",
-    "desc_act": "a quantised model's quantize_config.json",
-}
-"""Words of other tools' settings, and the tool they belong to."""
-
-
-def _refuse_other_language(text: str, path: Path) -> None:
-    """Raise UsageError for a file that is JSON, or looks like YAML."""
-    language = "JSON" if _is_json(text) else "YAML" if _is_like_yaml(text) else None
-    if language is None:
-        return
-    owner = next((tool for word, tool in _TOOLS.items() if re.search(rf"\b{word}\b", text)), None)
-    raise UsageError(
-        f"this looks like {language}{f', as of {owner}' if owner else ''}; a recipe of qwenq is a TOML file",
-        where=path,
-        hint="write the settings as in docs/recipes.md, such as [quantize] and bits = 4; see recipes/",
-    )
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict | list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _is_like_yaml(text: str) -> bool:
-    """Return whether the first line with content is ``key:``, ``key: value``, ``- item`` or ``---``."""
-    lines = (line.strip() for line in text.splitlines())
-    first = next((line for line in lines if line and not line.startswith("#")), "")
-    return re.match(r"(---|- |[\w.\"'-]+\s*:(\s|$))", first) is not None
-
-
-RENAMED = {
-    ("quantize", "drift"): "asymmetric_calibration",
-    ("quantize", "refine"): "coordinate_descent",
-}
-"""Keys of older recipes, by section, and what they are called now."""
 
 
 def _validate(content: dict[str, Any], where: str) -> Recipe:
     from pydantic import ValidationError
 
-    for (section, old), new in RENAMED.items():
-        table = content.get(section)
-        if isinstance(table, dict) and old in table:
-            raise UsageError(
-                f"{section}.{old} is called {section}.{new} now", where=where, hint=f"write {new} for {old}"
-            )
     try:
         recipe: Recipe = _adapter().validate_python(content)
     except ValidationError as error:

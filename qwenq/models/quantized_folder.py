@@ -220,23 +220,23 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) else None
 
 
-def require_free(target: Path) -> None:
+def require_free(target: Path, option: str) -> None:
     """Refuse an output folder that holds something or may not be made, before any work is done for it."""
-    require_renameable(target, "--out")
+    require_renameable(target, option)
     if target.exists() and not target.is_dir():
-        raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
+        raise UsageError("the output is a file", where=target, hint=f"name a new folder: {option}")
     if target.is_dir() and any(target.iterdir()):
         finished = (target / MANIFEST).is_file()
         raise UsageError(
             f"the output folder holds {'a finished checkpoint' if finished else 'something else'}",
             where=target,
             # what is not ours may be the only copy of something: the hint does not say to remove it
-            hint=f"name a new folder with --out{', or remove this one' if finished else ''}",
+            hint=f"name a new folder: {option}{', or remove this one' if finished else ''}",
         )
     above = next(folder for folder in target.parents if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work
         raise StorageError(
-            f"{above} may not be written", where=target, hint="name a folder that you may write to with --out"
+            f"{above} may not be written", where=target, hint=f"name a folder that you may write to: {option}"
         )
 
 

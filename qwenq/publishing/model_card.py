@@ -251,7 +251,7 @@ def _about(folder_name: str, manifest: Mapping[str, Any]) -> str:
 
 def quantize_command(manifest: Mapping[str, Any], folder_name: str) -> str:
     """Return the command that makes the folder again: options that are not the defaults."""
-    from qwenq.recipe import RENAMED, Recipe
+    from qwenq.recipe import Recipe
 
     recipe, plain = manifest["recipe"], Recipe().to_json()
     parts = ["qwenq quantize"]
@@ -263,7 +263,6 @@ def quantize_command(manifest: Mapping[str, Any], folder_name: str) -> str:
         parts.append(f"--calibration {Path(str(calibration['source'])).name}")
     for section, keys in (("calibration", ("samples", "seq_len")), ("quantize", tuple(plain["quantize"]))):
         table = recipe.get(section, {})
-        table = {RENAMED.get((section, key), key): value for key, value in table.items()}
         for key in keys:
             value = table.get(key)
             if value is None or value == plain[section][key]:

@@ -140,7 +140,7 @@ def test_the_command_makes_the_folder_again(folder: Path) -> None:
     assert "--damp 0.2" in command
     assert "--asym" in command
     assert "--bits" not in command
-    manifest["recipe"]["quantize"] |= {"module_bits": {"self_attn": 8}, "refine": False}  # its older name
+    manifest["recipe"]["quantize"] |= {"module_bits": {"self_attn": 8}, "coordinate_descent": False}
     assert "--module-bits self_attn=8" in quantize_command(manifest, folder.name)
     assert "--no-coordinate-descent" in quantize_command(manifest, folder.name)
 
