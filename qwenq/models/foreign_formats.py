@@ -17,7 +17,7 @@ AutoRound writes AWQ's tensors or GPTQ's (``models.autoround``); the latter are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.autoround import METHODS, is_awq_packed, require_weights_only
 from qwenq.models.gptq_format import from_int32
-from qwenq.models.source import TensorInfo, TensorSource
+from qwenq.models.source import TensorInfo, TensorSource, WeightsView
 
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """Nibble of a word that holds column 0, 1, … of its eight."""
@@ -56,19 +56,12 @@ class ForeignFormat:
     activations: bool = False  # whether the engines that it was made for quantise activations, too
 
 
-class ForeignSource:
-    """A checkpoint of another tool that reads like a plain one: ``X.weight`` in place of what stands for it.
-
-    ``stored`` has the tensors as they lie in the files.
-    """
+class ForeignSource(WeightsView):
+    """A checkpoint of another tool that reads like a plain one; weights are rounded once, to ``dtype``."""
 
     def __init__(self, stored: TensorSource, found: ForeignFormat, dtype: torch.dtype) -> None:
-        self.stored, self.format, self._dtype = stored, found, dtype
-        first = f".{found.suffixes[0]}"
-        self.modules = [name.removesuffix(first) for name in stored.names() if name.endswith(first)]
-        self._module_of = {f"{module}.weight": module for module in self.modules}
-        parts = {f"{m}.{suffix}": f"{m}.weight" for m in self.modules for suffix in found.suffixes}
-        self._names = list(dict.fromkeys(parts.get(name, name) for name in stored.names()))
+        super().__init__(stored, found.suffixes)
+        self.format, self._dtype = found, dtype
 
     @property
     def notice(self) -> str:
@@ -79,21 +72,13 @@ class ForeignSource:
             f"{left_out if self.format.activations else ''}"
         )
 
-    def names(self) -> Iterable[str]:
-        """Return all names, in file order."""
-        return self._names
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype, without dequantising."""
-        if (module := self._module_of.get(name)) is None:
-            return self.stored.info(name)
+    def weight_info(self, module: str) -> TensorInfo:
+        """Return shape and dtype from the headers."""
         with _fitting(module):
             return TensorInfo(self.format.shape(self.stored, module), self._dtype)
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor; a quantised weight as [out, in], computed in float32 and rounded once."""
-        if (module := self._module_of.get(name)) is None:
-            return self.stored.read(name)
+    def weight(self, module: str) -> Tensor:
+        """Dequantise the weight of a module in float32."""
         with _fitting(module):
             return self.format.dequantise(self.stored, module).to(self._dtype)
 

@@ -233,7 +233,7 @@ def require_free(target: Path, option: str) -> None:
             # what is not ours may be the only copy of something: the hint does not say to remove it
             hint=f"name a new folder: {option}{', or remove this one' if finished else ''}",
         )
-    above = next(folder for folder in target.parents if folder.exists())
+    above = next(folder for folder in target.absolute().parents if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work
         raise StorageError(
             f"{above} may not be written", where=target, hint=f"name a folder that you may write to: {option}"
