@@ -32,7 +32,7 @@ from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
 from qwenq.stopping import die_with_parent, with_parent
-from qwenq.storage import guard_storage, locked
+from qwenq.storage import append_line, guard_storage, locked
 
 # Refuse at once what a later step of a recipe would refuse after hours.
 
@@ -545,13 +545,4 @@ def _append_to_journal(work: Path, step: Step, seconds: float) -> None:
         "seconds": round(seconds, 1),
         "date": date.today().isoformat(),
     }
-    path = work / JOURNAL
-    line = json.dumps(entry, ensure_ascii=False) + "\n"
-    with guard_storage(path, len(line)):
-        work.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            file.seek(max(0, file.tell() - 1))
-            torn = file.read(1) not in {b"", b"\n"}  # a kill left a line without its end
-            file.write((b"\n" if torn else b"") + line.encode(errors="replace"))  # a folder may be any bytes
-            file.flush()
-            os.fsync(file.fileno())
+    append_line(work / JOURNAL, json.dumps(entry, ensure_ascii=False))
