@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -457,6 +458,37 @@ def markdown_table() -> str:
             meaning = " ".join(part for part in (each.help, each.more) if part)
             lines.append(f"| `{each.name}` | {default} | {each.values} | {meaning} |")
     return "\n".join(lines)
+
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def quantize_command(recipe: Mapping[str, Any], out: str) -> str:
+    """Return the command that quantises by a recipe (``Recipe.to_json``): options that are not the defaults.
+
+    Of folders and files the names are shown, without where they lie.
+    """
+    plain = Recipe().to_json()
+    parts = ["qwenq quantize"]
+    if recipe.get("model"):
+        given = str(recipe["model"])
+        parts.append(given if HUB_ID.fullmatch(given) else Path(given).name)
+    source = str(recipe.get("calibration", {}).get("source", "self"))
+    if source != "self":
+        parts.append(f"--calibration {Path(source).name}")
+    for section, keys in (("calibration", ("samples", "seq_len")), ("quantize", tuple(plain["quantize"]))):
+        for key in keys:
+            value = recipe.get(section, {}).get(key)
+            if value is None or value == plain[section][key]:
+                continue
+            option = f"--{key.replace('_', '-')}"
+            if isinstance(value, bool):
+                parts.append("--asym" if key == "sym" else option if value else f"--no{option[1:]}")
+            elif isinstance(value, dict):
+                parts += [f"{option} {pattern}={bits}" for pattern, bits in value.items()]
+            else:
+                parts.append(f"{option} {value}")
+    return " ".join([*parts, f"--out {out}"])
 
 
 LARGEST = 1_000_000

@@ -9,17 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
-from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 
@@ -31,7 +28,7 @@ from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
 from qwenq.recipe import Recipe
 from qwenq.results import RESULTS_FILE, plain_name
-from qwenq.stopping import die_with_parent, with_parent
+from qwenq.stopping import with_parent
 from qwenq.storage import append_line, guard_storage, locked
 
 # Refuse at once what a later step of a recipe would refuse after hours.
@@ -123,11 +120,11 @@ BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class Step:
-    """One command, or the rows of a check.
+    """One command.
 
     Attributes:
         name: for people and the journal.
-        arguments: of ``python -m module``; with ``records`` the arguments of ``execute.append_check``.
+        arguments: of ``python -m module``.
         makes: the file or folder that exists when it is done.
         reads: files and folders whose change makes it necessary again.
         always: run it every time: it is a verdict.
@@ -135,7 +132,6 @@ class Step:
             journal is not needed.
         alias: a link to ``makes`` under a name without that hash.
         module: ``qwenq``; another one in tests.
-        records: append the check that `qwenq quantize` made to the run's rows, without a command.
     """
 
     name: str
@@ -146,7 +142,6 @@ class Step:
     whole: bool = False
     alias: Path | None = None
     module: str = "qwenq"
-    records: bool = False
 
     def fingerprint(self) -> str:
         """Return a hash of the command, of qwenq's version, and of sizes and times of the files it reads."""
@@ -201,8 +196,6 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     rounded = recipe.weights == "random" and recipe.profile is not None  # on the fly, by `qwenq profile`
     made = {} if rounded else {p: _quantise(recipe, file, p, out) for p, out in quantised.items()}
     steps = list(made.values())
-    if (recipe.eval or recipe.profile) and recipe.weights == "stored":
-        steps += [_record(precision, step, folder) for precision, step in made.items()]
     _require_sound(recipe, file)
     if recipe.eval is not None:
         steps += [*_evaluate(recipe, folder, plain, quantised)]
@@ -241,12 +234,6 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
     facts = json.dumps([__version__, parts, states], sort_keys=True)
     name = plain_name(Path(recipe.model).name) if recipe.model else BUNDLED
     return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
-
-
-def _record(precision: str, quantise: Step, folder: Path) -> Step:
-    arguments = (str(quantise.makes), str(folder), shlex.join(["qwenq", *quantise.arguments]))
-    name, rows = f"record the check of {precision}", folder / RESULTS_FILE
-    return Step(name, arguments, rows, (quantise.makes,), records=True)
 
 
 def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
@@ -411,14 +398,7 @@ def _run_steps(chain: Chain, listener: Listener) -> int:
             listener(Notice("it judges earlier results; after a change of the code, use an empty folder"))
         fresh = True
         started = time.monotonic()
-        if step.records:
-            model, run, command = step.arguments
-            with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent, (os.getpid(),)) as child:
-                # it loads torch, whose memory the steps that follow must not inherit
-                child.submit(append_check, Path(model), Path(run), command).result()
-            code, stopped = 0, False
-        else:
-            code, stopped = _execute(step)
+        code, stopped = _execute(step)
         if code != 0:
             listener(Notice(f"{step.name} ended with exit code {code}; the same command continues here"))
             return code
@@ -427,26 +407,6 @@ def _run_steps(chain: Chain, listener: Listener) -> int:
         if stopped:  # it came when the step had done its work, and still applies
             signal.raise_signal(signal.SIGTERM)
     return 0
-
-
-def append_check(model: Path, run: Path, command: str) -> None:
-    """Append the check that `qwenq quantize` made of a model to the rows of a run, unless they are there.
-
-    Args:
-        model: the quantised folder.
-        run: the run folder.
-        command: that quantised it, for the rows.
-
-    Raises:
-        CorruptFileError: the folder has no manifest with a check, or its bytes are others.
-    """
-    import torch
-
-    from qwenq.evals.rows import append_check_rows
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.identity import result_model
-
-    append_check_rows(model, result_model(open_checkpoint(model), torch.float32, str(model)), run, command)
 
 
 def _link(step: Step) -> None:

@@ -97,7 +97,7 @@ def _show(chain: Chain, *, commands: bool) -> None:
     for number, step in enumerate(chain.steps, 1):
         mark = "done" if is_done(chain, step) else ""
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)
-        if commands and not step.records:
+        if commands:
             typer.echo(f"           qwenq {visible(shlex.join(step.arguments))}", err=True)
     baseline = chain.recipe.gate.baseline
     if baseline is not None and not Path(baseline).is_dir():

@@ -19,6 +19,7 @@ from qwenq.errors import ModelError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import CARD, MANIFEST
 from qwenq.publishing.engines import Verdict, engine_verdicts, read_gptq_folder
+from qwenq.recipe import HUB_ID, quantize_command
 from qwenq.reporting.text import code, markdown
 from qwenq.storage import atomic_write_bytes, read_json, readable_bytes
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 SECTIONS = ("about", "cost", "load", "measured", "licence")
 """Marked sections, in the order in which a new card has them; ``measured`` is empty until `qwenq report`."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _INDEX = re.compile(r"^model-index:.*\n(?:[ -].*\n|\n)*", re.MULTILINE)
 _MARK = "<!-- qwenq:{} -->"
@@ -109,7 +109,7 @@ def require_place(folder: Path) -> None:
 def base_id(manifest: Mapping[str, Any]) -> str | None:
     """Return the hub id of the model that was quantised; None: it was a folder or the bundled model."""
     given = manifest["base"].get("model")
-    return given if isinstance(given, str) and _HUB_ID.fullmatch(given) else None
+    return given if isinstance(given, str) and HUB_ID.fullmatch(given) else None
 
 
 def _new(
@@ -243,39 +243,10 @@ def _about(folder_name: str, manifest: Mapping[str, Any]) -> str:
         f"- Format: GPTQ ({markdown(quant['checkpoint_format'])}), {quant['bits']} bits, {group}, "
         f"{'symmetric' if quant['sym'] else 'free zero points'}",
         f"- Calibration: {calibration['samples']} × {calibration['seq_len']} tokens of {text}",
-        f"- Command: {code(quantize_command(manifest, folder_name))}",
+        f"- Command: {code(quantize_command(manifest['recipe'], folder_name))}",
         f"- Versions: {markdown(versions)}",
     ]
     return "\n".join(lines)
-
-
-def quantize_command(manifest: Mapping[str, Any], folder_name: str) -> str:
-    """Return the command that makes the folder again: options that are not the defaults."""
-    from qwenq.recipe import Recipe
-
-    recipe, plain = manifest["recipe"], Recipe().to_json()
-    parts = ["qwenq quantize"]
-    if recipe.get("model"):
-        given = str(recipe["model"])
-        parts.append(given if _HUB_ID.fullmatch(given) else Path(given).name)
-    calibration = recipe.get("calibration", {})
-    if calibration.get("source", "self") != "self":
-        parts.append(f"--calibration {Path(str(calibration['source'])).name}")
-    for section, keys in (("calibration", ("samples", "seq_len")), ("quantize", tuple(plain["quantize"]))):
-        table = recipe.get(section, {})
-        for key in keys:
-            value = table.get(key)
-            if value is None or value == plain[section][key]:
-                continue
-            option = f"--{key.replace('_', '-')}"
-            if isinstance(value, bool):
-                option = "--asym" if key == "sym" else option if value else f"--no-{key.replace('_', '-')}"
-                parts.append(option)
-            elif isinstance(value, dict):
-                parts += [f"{option} {pattern}={bits}" for pattern, bits in value.items()]
-            else:
-                parts.append(f"{option} {value}")
-    return " ".join([*parts, f"--out {folder_name}"])
 
 
 def _cost(manifest: Mapping[str, Any]) -> str:
