@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -51,13 +52,13 @@ from qwenq.models.identity import base_facts, model_name
 from qwenq.models.machine import device_memory, resolve_device, resolve_dtype
 from qwenq.models.opening import open_model
 from qwenq.models.quantized_folder import (
+    LOCK,
     SENSITIVITY,
     LayerStore,
     clean_up_after_kill,
     publish,
     require_free,
     stage,
-    work_folder,
 )
 from qwenq.models.qwen_v1 import longest_plain
 from qwenq.models.random_weights import is_random
@@ -69,8 +70,8 @@ from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder, read_
 from qwenq.publishing.model_card import model_card
 from qwenq.recipe import Recipe
 from qwenq.stopping import finishing
+from qwenq.storage import locked
 
-T = TypeVar("T")
 SHORT = 10.0
 """Seconds; of fewer, no estimate is worth a line."""
 LAYERS = "quantising"
@@ -132,6 +133,20 @@ class Job:
     mixed: MixedBits | None = None
 
     @property
+    def work(self) -> Path:
+        """Return the work folder."""
+        return self.out.with_name(self.out.name + PARTIAL)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Note the seconds that a phase takes."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = time.perf_counter() - started
+
+    @property
     def base_bytes(self) -> int:
         """Return the bytes of all tensors of the base, as they are published."""
         published = self.base.published if self.base.foreign is None else self.base.foreign.stored
@@ -163,21 +178,23 @@ def quantize(
     recipe = recipe.validated()
     job = _prepare(recipe, out, listener, device, team)
     budget = _budget(job)
-    calibration = _timed(
-        job,
-        "calibration",
-        lambda: calibration_for(recipe, job.base, job.device, listener, _fitting(job)),
-    )
+    with job.timed("calibration"):
+        calibration = calibration_for(recipe, job.base, job.device, listener, _fitting(job))
     if budget is not None:
-        _timed(job, "sensitivity", lambda: _choose_bits(job, calibration, *budget, resume=resume))
+        with job.timed("sensitivity"):
+            _choose_bits(job, calibration, *budget, resume=resume)
     store = _open_store(job, calibration, resume=resume)
     _announce_duration(job, calibration.tokens.numel())
     try:
-        _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
-        staged, notices = _timed(job, "write", lambda: _stage(job, store))
+        with job.timed("layers"):
+            _quantise_layers(job, calibration, store)
+        with job.timed("write"):
+            staged, notices = stage(job.base, store, len(job.decoder.names), job.quant)
         notify(listener, notices)
-        result = _timed(job, "check", lambda: _check(job, staged, calibration))
-        return _publish(job, store, staged, calibration, result)
+        written = open_checkpoint(staged, unfinished=True)
+        with job.timed("check"):
+            result = _check(job, written, calibration)
+        return _publish(job, store, written, calibration, result)
     finally:
         store.release()
 
@@ -369,14 +386,13 @@ def _choose_bits(
     tokens = sample_of(calibration.tokens, job.device)
     facts = run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
     with (
-        work_folder(job.out.with_name(job.out.name + PARTIAL)) as folder,
+        locked(job.work, LOCK),
         finishing("this layer is measured"),
     ):
+        kept = job.work / SENSITIVITY
         if not resume:
-            (folder / SENSITIVITY).unlink(missing_ok=True)
-        divergences = measure(
-            job.decoder, tokens, job.settings, groups, folder / SENSITIVITY, facts, job.listener
-        )
+            kept.unlink(missing_ok=True)
+        divergences = measure(job.decoder, tokens, job.settings, groups, kept, facts, job.listener)
     job.mixed = choose_bits(groups, divergences, allowed, sizes.fixed, tokens.numel())
     job.settings = replace(job.settings, block_bits=job.mixed.block_bits)
     job.quant = _quant_config(job.base, job.decoder, job.settings)
@@ -402,12 +418,11 @@ def _sizes(job: Job, groups: list[Group]) -> Sizes:
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
-    folder = job.out.with_name(job.out.name + PARTIAL)
     facts = run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
-    store = LayerStore(folder, facts, resume=resume)
+    store = LayerStore(job.work, facts, resume=resume)
     job.resumed = store.finished()
     if job.resumed:
-        found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
+        found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {job.work}"
         job.listener(Notice(f"resuming: {found}"))
     return store
 
@@ -440,13 +455,8 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
         quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
 
 
-def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
-    return stage(job.base, store, len(job.decoder.names), job.quant)
-
-
-def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
+def _check(job: Job, written: Checkpoint, calibration: CalibrationSet) -> CheckResult | None:
     """Compare the written folder with the base; refuse a broken one."""
-    written = open_checkpoint(staged, unfinished=True)
     validate_quantised(written.source, job.quant)
     if is_random(job.base.config):
         job.listener(Notice("random weights: the files are complete; their accuracy is not measured"))
@@ -468,15 +478,16 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
     if result.broken:
         raise VerificationError(
             f"the quantised model is broken: {result.verdict.sentence}",
-            where=staged,
+            where=written.folder,
             hint="nothing was published; try --bits 8, more calibration text, or --dtype float32",
         )
     return result
 
 
 def _publish(
-    job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
+    job: Job, store: LayerStore, written: Checkpoint, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
+    staged = written.folder
     blocks = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
     kept = {f"{prefix}.{name}": reason for prefix, block in blocks for name, reason in block.items()}
     manifest = {
@@ -498,29 +509,20 @@ def _publish(
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
     files = {file.name: {"bytes": file.stat().st_size} for file in staged.iterdir() if file.is_file()}
-    written = open_checkpoint(staged, unfinished=True)
     card = model_card(job.out.name, manifest | {"files": files}, written, job.base.companions)
     (staged / CARD).write_text(card, encoding="utf-8")
+    where_it_loads = _where_it_loads(written)
     publish(staged, job.out, manifest)
     store.discard()
-    job.listener(Notice(_where_it_loads(job.out)))
+    job.listener(Notice(where_it_loads))
     return Quantised(job.out, weight_bytes, job.base_bytes, result, job.seconds, job.resumed)
 
 
-def _where_it_loads(folder: Path) -> str:
+def _where_it_loads(written: Checkpoint) -> str:
     """Return a line on which engines load the folder, and the first reason where one does not."""
-    written = open_checkpoint(folder)
     verdicts = engine_verdicts(read_gptq_folder(written))
     able = ", ".join(verdict.engine for verdict in verdicts if verdict.loads) or "no engine"
     other = [f"{v.engine} ({v.problems[0].reason})" for v in verdicts if not v.loads]
     said = f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
     untested = " (by its layout: no test here runs this model type in them)"
     return said + untested if by_inspection(written.config) else said
-
-
-def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:
-    started = time.perf_counter()
-    try:
-        return step()
-    finally:
-        job.seconds[phase] = time.perf_counter() - started

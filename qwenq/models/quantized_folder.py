@@ -18,8 +18,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +36,6 @@ from qwenq.storage import (
     fsync_file,
     fsync_folder,
     guard_storage,
-    locked,
     sha256_file,
     take_lock,
 )
@@ -50,10 +48,10 @@ if TYPE_CHECKING:
     from qwenq.models.source import TensorSource
 
 
-_LAYERS, _LOCK = "layers", "lock"
+_LAYERS, LOCK = "layers", "lock"
 SENSITIVITY = "sensitivity.json"
 """What was measured to choose bits by module (``gptq.mixed_bits``)."""
-_OURS = {RUN, _LOCK, _LAYERS, STAGED, SENSITIVITY}
+_OURS = {RUN, LOCK, _LAYERS, STAGED, SENSITIVITY}
 
 
 class LayerStore:
@@ -76,7 +74,7 @@ class LayerStore:
                 where=folder,
                 hint="name another folder with --out, or move these files",
             )
-        self._lock = take_lock(folder, _LOCK)
+        self._lock = take_lock(folder, LOCK)
         try:
             self._begin(run, resume=resume)
         except BaseException:
@@ -116,7 +114,7 @@ class LayerStore:
     def save(self, index: int, tensors: dict[str, Tensor], modules: dict[str, Any]) -> None:
         """Put a layer on the disk: content first, then the record that makes it count."""
         with guard_storage(self.folder):
-            (self.folder / _LOCK).stat()  # else its disk was unmounted, and the layer would go below it
+            (self.folder / LOCK).stat()  # else its disk was unmounted, and the layer would go below it
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
         file = self._layers / f"{index:05d}-{digest[:16]}.safetensors"
@@ -168,20 +166,13 @@ class LayerStore:
         return record
 
 
-@contextmanager
-def work_folder(folder: Path) -> Iterator[Path]:
-    """Hold the work folder ``OUT.partial`` while something other than its layers is written there."""
-    with locked(folder, _LOCK):
-        yield folder
-
-
 def discard_leftover(folder: Path) -> bool:
     """Remove the work folder of a finished run; return False where another process uses it, or it stays."""
     staged = (folder / STAGED).exists()  # another run's: its rename has not happened
     if staged or any(entry.name not in _OURS for entry in folder.iterdir()):
         return False
     try:
-        lock = take_lock(folder, _LOCK)
+        lock = take_lock(folder, LOCK)
     except (UsageError, StorageError):
         return False
     with lock:
