@@ -19,7 +19,6 @@ from qwenq.environment import __version__, versions
 from qwenq.errors import UnsupportedError, UsageError, VerificationError
 from qwenq.evals.check import CheckResult, check
 from qwenq.events import Advance, Event, Listener, Notice, Start, notify, rough_time, silent
-from qwenq.gptq.duration import product_rate, seconds_of_layers
 from qwenq.gptq.mixed_bits import Group, MixedBits, choose_bits, groups_of, measure, sample_of
 from qwenq.gptq.pipeline import (
     LAYER_IS_STORED,
@@ -49,7 +48,7 @@ from qwenq.models.folders import CARD, PARTIAL
 from qwenq.models.gptq_config import QuantConfig, dynamic_rules, is_quantised, module_groups, packed_bytes
 from qwenq.models.gptq_format import validate_quantised
 from qwenq.models.identity import base_facts, model_name
-from qwenq.models.machine import device_memory, resolve_device, resolve_dtype
+from qwenq.models.machine import device_memory, product_rate, resolve_device, resolve_dtype
 from qwenq.models.opening import open_model
 from qwenq.models.quantized_folder import (
     LOCK,
@@ -66,6 +65,7 @@ from qwenq.models.shapes import ModelShape
 from qwenq.models.transformers_model import summary
 from qwenq.planner.budget import Sizes, allowed_bytes
 from qwenq.planner.calibration_size import calibration_size
+from qwenq.planner.estimates import quantisation_seconds
 from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder, read_gptq_folder
 from qwenq.publishing.model_card import model_card
 from qwenq.recipe import Recipe
@@ -433,7 +433,14 @@ def _announce_duration(job: Job, tokens: int) -> None:
     if shape is None or not left or job.device.type != "cpu" or job.team.launched:
         return
     rates = product_rate(job.device, job.decoder.dtype), product_rate(job.device, torch.float32)
-    seconds = seconds_of_layers(shape, tokens, job.settings, rates, job.resumed)
+    seconds = quantisation_seconds(
+        shape,
+        tokens,
+        rates,
+        done=job.resumed,
+        asymmetric=bool(job.settings.asymmetric_calibration),
+        descent=job.settings.coordinate_descent,
+    )
     if seconds < SHORT:
         return
     timed = f"a matrix product that was timed here ({rates[0] / 1e9:.0f} GFLOP/s)"

@@ -284,8 +284,8 @@ def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, Part]]:
                     continue
                 axis = _OUTPUT_AXIS[kind]
                 third = source.info(name).shape[axis] // 3
-                own = slice(part * third, (part + 1) * third)
-                yield f"{prefix}.{module}.{kind}", Part(name, axis=axis, cut=own)
+                span = part * third, (part + 1) * third
+                yield f"{prefix}.{module}.{kind}", Part(name, axis=axis, span=span)
         elif found[2] not in _IN_BLOCK:
             raise _unknown(name)
         elif kind != "bias":

@@ -103,8 +103,9 @@ class Part:
     stored: str  # name in the files
     expert: int | None = None  # index along the first dimension of fused experts
     transposed: bool = False  # the expert's matrix is stored as [in, out]
-    axis: int = 0  # along which it is cut, once the matrix is [out, in]
-    cut: slice = slice(None)
+    # along which axis it is cut, once the matrix is [out, in], and from where to where; None: it is not
+    axis: int | None = None
+    span: tuple[int, int] = (0, 0)
 
 
 class PartsView:
@@ -129,8 +130,8 @@ class PartsView:
         shape = list(info.shape if part.expert is None else info.shape[1:])
         if part.transposed:
             shape.reverse()
-        if part.cut != slice(None):
-            shape[part.axis] = len(range(shape[part.axis])[part.cut])
+        if part.axis is not None:
+            shape[part.axis] = part.span[1] - part.span[0]
         return TensorInfo(tuple(shape), info.dtype)
 
     def read(self, name: str) -> torch.Tensor:
@@ -144,9 +145,9 @@ class PartsView:
             tensor = self.whole.read(part.stored)[part.expert]
         if part.transposed:
             tensor = tensor.T.contiguous()
-        if part.cut == slice(None):
+        if part.axis is None:
             return tensor
-        return tensor[(slice(None),) * part.axis + (part.cut,)].clone()  # a view would keep the rest alive
+        return tensor.narrow(part.axis, part.span[0], part.span[1] - part.span[0]).clone()  # frees the rest
 
     def _part(self, name: str) -> Part:
         if name not in self._parts:
@@ -320,9 +321,9 @@ def _experts(prefix: str, kind: str, stored: str, info: TensorInfo, transposed: 
     experts, rows = info.shape[0], info.shape[2 if transposed else 1]
     if kind == "down_proj":
         return {f"{prefix}.{e}.down_proj.weight": Part(stored, e, transposed) for e in range(experts)}
-    halves = {"gate_proj": slice(0, rows // 2), "up_proj": slice(rows // 2, rows)}  # gate's rows come first
+    halves = {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}  # gate's rows come first
     return {
-        f"{prefix}.{e}.{name}.weight": Part(stored, e, transposed, cut=half)
+        f"{prefix}.{e}.{name}.weight": Part(stored, e, transposed, 0, half)
         for e in range(experts)
         for name, half in halves.items()
     }
