@@ -29,11 +29,10 @@ from torch import Tensor
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.autoround import METHODS, is_awq_packed, require_weights_only
 from qwenq.models.gptq_format import from_int32
-from qwenq.models.source import TensorInfo, TensorSource, WeightsView
+from qwenq.models.source import OTHER_MODEL, TensorInfo, TensorSource, WeightsView
 
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """Nibble of a word that holds column 0, 1, … of its eight."""
-_OTHER_MODEL = "config.json and the weights are not of one model: copy the folder again"
 _ONE_BYTE = {"int-quantized", "float-quantized", "naive-quantized"}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -92,7 +91,7 @@ def _fitting(module: str) -> Iterator[None]:
         raise ModelError(
             f"the tensors of this module do not fit each other: {error}",
             where=module,
-            hint=_OTHER_MODEL,
+            hint=OTHER_MODEL,
         ) from error
 
 
@@ -128,7 +127,7 @@ def open_foreign(config: Mapping[str, Any], source: TensorSource, where: Path) -
     opened = ForeignSource(source, found, torch.float32)
     if not opened.modules:
         raise ModelError(
-            f"config.json names {found.name}, and no tensor has that form", where=where, hint=_OTHER_MODEL
+            f"config.json names {found.name}, and no tensor has that form", where=where, hint=OTHER_MODEL
         )
     return opened
 
@@ -260,7 +259,7 @@ def _packed(schemes: list[dict[str, Any]], activations: bool) -> ForeignFormat:
             raise ModelError(
                 f"its weights have {bits} bits, and config.json has {', '.join(map(str, sorted(widths)))}",
                 where=module,
-                hint=_OTHER_MODEL,
+                hint=OTHER_MODEL,
             )
         values = unpack_int32(words, bits, columns).float()  # [out, in]
         scales = source.read(f"{module}.weight_scale").float()  # [out, groups]
@@ -301,7 +300,7 @@ def _eight_bits(scheme: Mapping[str, Any], activations: bool) -> ForeignFormat:
         values = source.read(f"{module}.weight")
         if values.dtype not in (*_FP8, torch.int8):
             raise ModelError(
-                f"{module}.weight is {values.dtype}, no weight of 8 bits", where=module, hint=_OTHER_MODEL
+                f"{module}.weight is {values.dtype}, no weight of 8 bits", where=module, hint=OTHER_MODEL
             )
         values, scales = values.float(), source.read(f"{module}.weight_scale").float()
         if f"{module}.weight_zero_point" in set(source.names()):

@@ -28,7 +28,7 @@ from qwenq.models.gptq_config import (
     CheckpointFormat,
     QuantConfig,
 )
-from qwenq.models.source import TensorInfo, TensorSource, WeightsView
+from qwenq.models.source import OTHER_MODEL, TensorInfo, TensorSource, WeightsView
 
 _OTHER: dict[CheckpointFormat, CheckpointFormat] = {"gptq": "gptq_v2", "gptq_v2": "gptq"}
 _ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 temporary
@@ -296,17 +296,28 @@ def surplus_biases(
     return {name for name in candidates if not bool(source.read(name).any())}
 
 
-def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
-    """Check the tensors of every quantised module against the config; return the modules' names."""
-    modules = quantised_modules(source)
+def packed_modules(source: TensorSource, quant: QuantConfig) -> list[str]:
+    """Return the names of the quantised modules, in file order, their headers checked against the config."""
+    modules, names = quantised_modules(source), set(source.names())
     if not modules:
         raise ModelError(
             "the config says GPTQ, but no tensor is named *.qweight",
             hint="the folder mixes the config and the weights of two models, or a shard is missing",
         )
-    names = set(source.names())
-    for module in modules:
+    # Modules that have a ``qweight``, then those that have only some of the other tensors.
+    rest = (name.removesuffix(".qzeros") for name in sorted(names) if name.endswith(".qzeros"))
+    for module in dict.fromkeys([*modules, *rest]):
         check_module_shapes(source, names, module, quant)
+        if f"{module}.weight" in names:
+            what = f"{module} is there twice: as weight and as qweight"
+            raise ModelError(what, where=f"{module}.weight", hint=OTHER_MODEL)
+    return modules
+
+
+def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
+    """Check the tensors of every quantised module against the config; return the modules' names."""
+    modules, names = packed_modules(source, quant), set(source.names())
+    for module in modules:
         if f"{module}.g_idx" in names:
             check_g_idx(source.read(f"{module}.g_idx"), module, quant)
         if quant.of(module).sym:
