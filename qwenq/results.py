@@ -47,20 +47,9 @@ Value = str | int | float | bool | None
 HERE = "this machine"
 """Place of a server whose address is that of the machine itself."""
 
-_CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+(-GPTQ-Int[48])?")
-"""The bundled model's folder in the cache, whose name has a layout number (``models.bundled``), and folders
-that `qwenq quantize` names after it."""
-
-
-def plain_name(name: str) -> str:
-    """Return a model's name from that of its folder; the bundled model has one name by any path."""
-    found = _CACHED.fullmatch(name)
-    return found[1] + (found[2] or "") if found else name
-
-
 @dataclass(frozen=True)
 class Model:
-    """The weights that a row is about; names pass through `plain_name`.
+    """The weights that a row is about.
 
     Attributes:
         name: for people: the folder's or the hub's name.
@@ -79,12 +68,6 @@ class Model:
     family: str
     nbytes: int | None = None
     group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("name", "family"):
-            value = getattr(self, key)
-            if isinstance(value, str):  # a foreign row is refused where it is read, by its types
-                object.__setattr__(self, key, plain_name(value))
 
     @property
     def label(self) -> str:

@@ -27,7 +27,7 @@ from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
 from qwenq.recipe import Recipe
-from qwenq.results import RESULTS_FILE, plain_name
+from qwenq.results import RESULTS_FILE
 from qwenq.stopping import with_parent
 from qwenq.storage import append_line, guard_storage, locked
 
@@ -232,7 +232,7 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
     parts["quantize"]["bits"] = BITS[precision]
     states = [state(path) for path in _local(recipe.model, recipe.calibration.source)]
     facts = json.dumps([__version__, parts, states], sort_keys=True)
-    name = plain_name(Path(recipe.model).name) if recipe.model else BUNDLED
+    name = Path(recipe.model).name if recipe.model else BUNDLED
     return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
 
 

@@ -79,9 +79,8 @@ def _show_event(event: Event) -> None:
 def _report_name(model: str) -> str:
     """Return the model's name; where a recipe cannot have it, its valid characters and a hash."""
     from qwenq.models.identity import folder_name
-    from qwenq.results import plain_name
 
-    name = plain_name(folder_name(Path(model)))
+    name = folder_name(Path(model))
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return name
     kept = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-") or "model"
