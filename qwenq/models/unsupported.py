@@ -40,7 +40,6 @@ _SIZES_KNOWN = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
 _RUNS = re.compile(r"mixtral|qwen(1\.5|2)-(moe|.*-a\d+b)")
 """Names of further ones that are quantised and run, and whose sizes are not known."""
 _FAMILY = re.compile(r"qwen|mixtral")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
 _TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
 
 
@@ -52,16 +51,11 @@ def missing_by_name(name: str) -> str | None:
     return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
 
 
-def missing_by_config(config: dict[str, Any], *, experts: bool = True) -> str | None:
-    """Return what a model of an unknown type needs at least, by its config.json; experts may be left out."""
+def missing_by_config(config: dict[str, Any]) -> str | None:
+    """Return what a model of an unknown type needs at least, by its config.json."""
     text = config.get("text_config")
-    of_text = {**config, **text} if isinstance(text, dict) else config
-    kinds = of_text.get("layer_types")
-    found = []
-    if isinstance(kinds, list) and "linear_attention" in kinds:
-        found.append(_LINEAR)
-    if experts and any(isinstance(count := of_text.get(key), int) and count > 0 for key in _EXPERTS):
-        found.append(_ROUTING)
+    kinds = (text if isinstance(text, dict) else config).get("layer_types")
+    found = [_LINEAR] if isinstance(kinds, list) and "linear_attention" in kinds else []
     return _listed(found + [part for key, part in _TOWERS if config.get(key)])
 
 

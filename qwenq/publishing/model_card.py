@@ -36,20 +36,37 @@ _MARKS = re.compile(rf"<!-- (/?)qwenq:({'|'.join(SECTIONS)}) -->")
 
 
 @dataclass(frozen=True)
-class Score:
-    """A figure of the model-index."""
-
-    dataset: tuple[str, str, str]  # its kind, its name for people, and what else decides the figure
-    metric: tuple[str, str]  # its kind, and its name for people
-    value: float
-
-
-@dataclass(frozen=True)
 class Measured:
     """What a report adds to a card: Markdown of the section, and scores for the model-index."""
 
     text: str = ""
-    scores: tuple[Score, ...] = ()
+    scores: tuple[EvalResult, ...] = ()
+
+
+_OURS = {"tool": "qwenq"}
+"""Arguments of a metric of the model-index that a report may replace."""
+
+
+def score(dataset: tuple[str, str, str], metric: tuple[str, str], value: float) -> EvalResult:
+    """Return a figure for the model-index.
+
+    Args:
+        dataset: its kind, its name for people, and what else decides the figure.
+        metric: its kind, and its name for people.
+        value: the figure.
+    """
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset[0],
+        dataset_name=dataset[1],
+        dataset_config=dataset[2] or None,
+        metric_type=metric[0],
+        metric_name=metric[1],
+        metric_value=value,
+        metric_args=_OURS,
+    )
 
 
 def write_model_card(folder: Path, base: Path | None = None, measured: Measured | None = None) -> Path:
@@ -118,7 +135,7 @@ def _new(
     config: Mapping[str, Any],
     origin: Mapping[str, Any],
     sections: Mapping[str, str],
-    scores: Sequence[Score],
+    scores: Sequence[EvalResult],
 ) -> str:
     from huggingface_hub import ModelCardData
 
@@ -141,7 +158,7 @@ def _new(
     return f"---\n{data.to_yaml()}\n{index}---\n\n# {markdown(name)}\n\n{body}\n"
 
 
-def _check_scores(manifest: Mapping[str, Any]) -> Iterator[Score]:
+def _check_scores(manifest: Mapping[str, Any]) -> Iterator[EvalResult]:
     check = manifest.get("check")
     if not check:
         return
@@ -152,35 +169,17 @@ def _check_scores(manifest: Mapping[str, Any]) -> Iterator[Score]:
         "perplexity_ratio": "Perplexity over that of the unquantised model",
     }
     for kind, title in metrics.items():
-        yield Score(dataset, (kind, title), round(check[kind]["value"], 5))
+        yield score(dataset, (kind, title), round(check[kind]["value"], 5))
 
 
-def _model_index(name: str, scores: Sequence[Score], kept: Sequence[EvalResult] = ()) -> str:
-    """Return the block ``model-index`` of a front matter: these scores, then what people added."""
-    from huggingface_hub import EvalResult, ModelCardData
+def _model_index(name: str, scores: Sequence[EvalResult]) -> str:
+    """Return the block ``model-index`` of a front matter."""
+    from huggingface_hub import ModelCardData
 
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=score.dataset[0],
-            dataset_name=score.dataset[1],
-            dataset_config=score.dataset[2] or None,
-            metric_type=score.metric[0],
-            metric_name=score.metric[1],
-            metric_value=score.value,
-            metric_args=_OURS,
-        )
-        for score in scores
-    ]
-    block = ModelCardData(model_name=name, eval_results=[*results, *kept]).to_yaml()
-    return f"{block}\n"
+    return f"{ModelCardData(model_name=name, eval_results=list(scores)).to_yaml()}\n"
 
 
-_OURS = {"tool": "qwenq"}
-"""Arguments of a metric of the model-index that a report may replace."""
-
-
-def _renewed(existing: str, sections: Mapping[str, str], scores: Sequence[Score], card: Path) -> str:
+def _renewed(existing: str, sections: Mapping[str, str], scores: Sequence[EvalResult], card: Path) -> str:
     """Return a card whose marked sections are new; what people removed is not put back."""
     _require_pairs(existing, card)
     for key, content in sections.items():
@@ -205,7 +204,7 @@ def _require_pairs(existing: str, card: Path) -> None:
         begun = None if slash else key
 
 
-def _with_scores(text: str, scores: Sequence[Score], card: Path) -> str:
+def _with_scores(text: str, scores: Sequence[EvalResult], card: Path) -> str:
     """Return a card whose model-index has these scores in the place of earlier ones; all else stays."""
     from huggingface_hub import ModelCard
 
@@ -222,7 +221,9 @@ def _with_scores(text: str, scores: Sequence[Score], card: Path) -> str:
             where=card,
             hint="mend it, or remove it, and scores stay out of the card",
         ) from error
-    return f"{text[: block.start()]}{_model_index(str(known.model_name), scores, kept)}{text[block.end() :]}"
+    return (
+        f"{text[: block.start()]}{_model_index(str(known.model_name), [*scores, *kept])}{text[block.end() :]}"
+    )
 
 
 def _marked(key: str, content: str) -> str:
