@@ -396,22 +396,16 @@ def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
-    """Check that every zero point of a symmetric model is the middle; one off means the other format."""
+    """Check that every zero point of a symmetric model is the middle."""
     quant = quant.of(module)
-    form, other = quant.checkpoint_format, _OTHER[quant.checkpoint_format]
-    if _all_in_the_middle(qzeros, quant.bits, form):
+    if _all_in_the_middle(qzeros, quant.bits, quant.checkpoint_format):
         return
-    if _all_in_the_middle(qzeros, quant.bits, other):
-        raise ModelError(
-            f"the config says {form}, but the zero points are stored as {other} does",
-            where=f"{module}.qzeros",
-            hint=f'set "checkpoint_format": "{other}" in config.json and quantize_config.json',
-        )
-    zeros = unpack_zeros(qzeros, quant.bits, form)
+    zeros = unpack_zeros(qzeros, quant.bits, quant.checkpoint_format)
     raise ModelError(
         f"the config says sym, but zero points run from {int(zeros.min())} to {int(zeros.max())}",
         where=f"{module}.qzeros",
-        hint='an asymmetric model needs "sym": false; otherwise the file is damaged',
+        hint='an asymmetric model needs "sym": false, one of the other format its "checkpoint_format"; '
+        "otherwise the file is damaged",
     )
 
 

@@ -32,6 +32,7 @@ from qwenq.models.qwen_tokenizer import (
     StreamDecoder,
     byte_of_char,
     read_ranks,
+    require_ids,
     without_surrogates,
 )
 from qwenq.storage import read_json
@@ -127,7 +128,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return QwenTokenizer.from_file(path)
     if path.is_dir() and (path / RANKS_FILE).is_file():
         return load_qwen_tokenizer(path)
-    if path.is_dir() and not any((path / name).is_file() for name in _SUFFICIENT):
+    if path.is_dir() and not has_tokenizer(path):
         raise ModelError(
             "the folder holds no tokenizer",
             where=path,
@@ -261,7 +262,7 @@ class HfTokenizer:
         """Return the text, special tokens spelled out. ModelError names an unknown id."""
         if self._byte_level:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        self._check(ids)
+        require_ids(ids, self.vocab_size, self._path)
         return str(self._hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -270,7 +271,7 @@ class HfTokenizer:
             raise UnsupportedError(
                 "this tokenizer is not byte-level: ids have no exact bytes", where=self._path
             )
-        self._check(ids)
+        require_ids(ids, self.vocab_size, self._path)
         table = self._bytes_of_id
         return b"".join(table[token_id] for token_id in ids)
 
@@ -334,14 +335,6 @@ class HfTokenizer:
                 where=self._path,
                 hint="its files are damaged, or not to be trusted: download them again",
             ) from error
-
-    def _check(self, ids: Sequence[int]) -> None:
-        for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ModelError(
-                    f"token id {token_id} is not in the vocabulary (0 … {self.vocab_size - 1})",
-                    where=self._path,
-                )
 
     @cached_property
     def _byte_level(self) -> bool:
