@@ -48,7 +48,7 @@ from qwenq.models.folders import CARD, PARTIAL
 from qwenq.models.gptq_config import QuantConfig, dynamic_rules, is_quantised, module_groups, packed_bytes
 from qwenq.models.gptq_format import validate_quantised
 from qwenq.models.identity import base_facts, model_name
-from qwenq.models.machine import device_memory, product_rate, resolve_device, resolve_dtype
+from qwenq.models.machine import device_memory, resolve_device, resolve_dtype
 from qwenq.models.opening import open_model
 from qwenq.models.quantized_folder import (
     LOCK,
@@ -427,20 +427,26 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
     return store
 
 
+def product_rate(dtype: torch.dtype, side: int = 1024, seconds: float = 0.1) -> float:
+    """Return the operations a second of a large matrix product on the CPU, timed for a tenth of a second."""
+    a, b = (torch.ones(side, side, dtype=dtype) for _ in range(2))
+    a @ b  # the first one sets up what computes it
+    count, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < seconds:
+        a @ b
+        count += 1
+    return 2 * side**3 * count / passed
+
+
 def _announce_duration(job: Job, tokens: int) -> None:
     """Say about how long the layers take, on one CPU: elsewhere no operations were compared with times."""
     shape, left = _shape(job), len(job.decoder.names) - job.resumed
     if shape is None or not left or job.device.type != "cpu" or job.team.launched:
         return
-    rates = product_rate(job.device, job.decoder.dtype), product_rate(job.device, torch.float32)
-    seconds = quantisation_seconds(
-        shape,
-        tokens,
-        rates,
-        done=job.resumed,
-        asymmetric=bool(job.settings.asymmetric_calibration),
-        descent=job.settings.coordinate_descent,
-    )
+    rates = product_rate(job.decoder.dtype), product_rate(torch.float32)
+    asymmetric = job.settings.asymmetric_calibration > 0
+    whole = quantisation_seconds(shape, tokens, rates=rates, asymmetric=asymmetric) or 0.0
+    seconds = whole * left / len(job.decoder.names)
     if seconds < SHORT:
         return
     timed = f"a matrix product that was timed here ({rates[0] / 1e9:.0f} GFLOP/s)"

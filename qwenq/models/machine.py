@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -49,22 +48,6 @@ def product_dtype(device: torch.device | str) -> torch.dtype:
     if torch.device(device).type == "cpu" and cpu.float32_is_faster():
         return torch.float32
     return compute_dtype(device)
-
-
-_SIDE, _SECONDS = 1024, 0.1
-
-
-def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return the operations a second of a large matrix product, timed for a tenth of a second."""
-    import torch
-
-    a, b = (torch.ones(_SIDE, _SIDE, dtype=dtype, device=device) for _ in range(2))
-    a @ b  # the first one sets up what computes it
-    count, began = 0, time.perf_counter()
-    while (seconds := time.perf_counter() - began) < _SECONDS:
-        a @ b
-        count += 1
-    return 2 * _SIDE**3 * count / seconds
 
 
 def resolve_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

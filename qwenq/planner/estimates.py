@@ -182,74 +182,64 @@ def _held(shape: ModelShape, block: Block) -> int:
     return int(shape.hidden + mixture + widest)
 
 
-# Estimate how long quantising takes: operations are counted, and rates of large products are measured.
-#
-# What a layer does beside products is counted as so many operations of float32 a row and column²; both
-# numbers are from reports/benchmarks/quantize_profile.md. The same numbers give the times of other shapes,
-# and of a CPU without bfloat16, to a few tenths.
-
-
-OF_PEAK = 0.7  # share of a large product's rate that forward passes and Hessians reach
-SOLVER, DESCENT = 15.0, 10.0
-"""Operations of float32, in time, that factor, rounding and statistics take, and coordinate descent."""
-CPU_RATES = 420e9, 192e9
-"""Operations a second of a large product in bfloat16 and in float32: 2 threads of an AMD EPYC
+CPU_RATES = 293e9, 85e9
+"""Operations a second of products and of the solver: 2 threads of an AMD EPYC that multiplies bfloat16
 (reports/benchmarks/quantize_profile.json)."""
+PRODUCT_RATES = 420e9, 192e9
+"""Operations a second of a large product in bfloat16 and in float32 on that CPU."""
 DELTA_RULE = 0.37 / (256 * 48)
 """Seconds of a thread for one token and head of linear attention, in torch (Qwen3.5-27B's sizes)."""
 CPU_THREADS = 2
 
 
 def quantisation_operations(
-    block: Block, tokens: int, *, asymmetric: bool = True, descent: bool = True
+    shape: ModelShape, tokens: int, *, asymmetric: bool = True
 ) -> tuple[float, float]:
-    """Return the operations of a block in the dtype of its forward pass, and those in float32.
+    """Return the operations of all layers: of products (with text and with Hessians), and of the solver.
 
-    Its linears count, which take almost all of the time. With asymmetric calibration the original block runs
-    as well.
+    Attention's own products, reading and packing are left out. With asymmetric calibration the original model
+    reads the text as well, and targets are shifted.
     """
-    products = (4.0 if asymmetric else 2.0) * tokens * block.active_parameters
-    solver = 0.0
-    for rows, width, copies, share in block.solved_groups():
-        seen = tokens * share * copies
-        products += seen * width**2  # half of the Hessian
-        if asymmetric:
-            products += 2.0 * seen * min(width**2, 2 * rows * width)
-        solver += (SOLVER + (DESCENT if descent else 0.0)) * copies * rows * width**2
-    return products, solver
+    products = solving = 0.0
+    for block in shape.blocks:
+        for rows, width, copies, share in block.solved_groups():
+            seen = tokens * share  # by each copy
+            of_text = seen * width * (2 * rows + width)
+            of_weights = 2 * rows * width**2
+            if asymmetric:
+                drift = 2 * rows if rows < width else width
+                target = 6 * rows * width if rows <= width else 4 * width**2 + 2 * rows * width
+                of_text += seen * width * 2 * (rows + drift)
+                of_weights += width * target
+            products += len(block.layers) * copies * (of_text + of_weights)
+            solving += len(block.layers) * copies * width**2 * (2 / 3 * width + 6 * rows)
+    return products, solving
 
 
 def quantisation_seconds(
     shape: ModelShape,
     tokens: int,
-    rates: tuple[float, float],
+    gpu: Gpu | None = None,
     *,
-    done: int = 0,
+    rates: tuple[float, float] = PRODUCT_RATES,
     asymmetric: bool = True,
-    descent: bool = True,
-) -> float:
-    """Return the seconds that the layers take on a CPU, but for ``done`` ones; the check comes on top.
+) -> float | None:
+    """Return the seconds that the layers take, without the check; None: no rate was measured.
 
-    ``rates`` are those of a product in the dtype of the forward pass, and in float32.
+    Without a GPU it is two cores of a CPU, as ``CPU_RATES`` says, or a CPU whose large products have these
+    ``rates``, in the dtype of the text's passes and in float32.
     """
-    seconds = 0.0
-    for block in shape.blocks:
-        products, solver = quantisation_operations(block, tokens, asymmetric=asymmetric, descent=descent)
-        one = products / (OF_PEAK * rates[0]) + solver / rates[1]
-        if not block.attends and shape.linear_attention is not None:
-            one += 2 * tokens * shape.linear_attention.value_heads * DELTA_RULE / CPU_THREADS
-        seconds += one * sum(layer >= done for layer in block.layers)
-    return seconds
-
-
-def planned_seconds(shape: ModelShape, tokens: int, gpu: Gpu | None) -> float | None:
-    """Return the seconds of a plan, on two cores of a CPU or on a GPU; None: no rate was measured."""
+    products, solving = quantisation_operations(shape, tokens, asymmetric=asymmetric)
     if gpu is None:
-        return quantisation_seconds(shape, tokens, CPU_RATES)
+        of_products, of_solver = (own / here for own, here in zip(PRODUCT_RATES, rates, strict=True))
+        seconds = products / CPU_RATES[0] * of_products + solving / CPU_RATES[1] * of_solver
+        if (linear := shape.linear_attention) is not None:
+            layers = sum(len(block.layers) for block in shape.blocks if not block.attends)
+            seconds += 2 * tokens * layers * linear.value_heads * DELTA_RULE / CPU_THREADS
+        return seconds
     if gpu.quantising_tflops is None or shape.experts is not None or shape.linear_attention is not None:
         return None
-    rate = gpu.quantising_tflops * 1e12
-    return quantisation_seconds(shape, tokens, (rate, rate))
+    return (products + solving) / (gpu.quantising_tflops * 1e12)
 
 
 # Bound the speed of generation by bandwidth: a token cannot come faster than its bytes can be read.

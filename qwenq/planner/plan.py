@@ -28,7 +28,7 @@ from qwenq.planner.estimates import (
     Gpu,
     SpeedBound,
     generation_memory,
-    planned_seconds,
+    quantisation_seconds,
     speed_bound,
     weight_bytes_per_step,
 )
@@ -343,7 +343,7 @@ def _quantisation(model: PlannedModel, options: PlanOptions, gpu: Gpu | None) ->
         )
 
     size, name = sized(options.samples), gpu.name if gpu else None
-    seconds = planned_seconds(model.shape, size.samples * size.seq_len, gpu)
+    seconds = quantisation_seconds(model.shape, size.samples * size.seq_len, gpu)
     hours = None if seconds is None else seconds / 3600
     if size.fits is not False or options.samples is None:
         return Quantisation(name, size, size.fits, hours=hours)

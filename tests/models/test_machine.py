@@ -8,13 +8,7 @@ import torch
 
 from qwenq.compute import cpu
 from qwenq.errors import UsageError
-from qwenq.models.machine import (
-    compute_dtype,
-    product_dtype,
-    product_rate,
-    resolve_device,
-    resolve_dtype,
-)
+from qwenq.models.machine import compute_dtype, product_dtype, resolve_device, resolve_dtype
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -95,7 +89,3 @@ def test_a_gpu_that_is_not_there_is_refused_with_what_is() -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(UsageError, match=rf"cuda:{count} cannot be used: {count} CUDA GPU"):
         resolve_device(f"cuda:{count}")
-
-
-def test_a_product_is_timed() -> None:
-    assert 1e8 < product_rate(torch.device("cpu"), torch.float32) < 1e14
