@@ -460,7 +460,9 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+HUB_ID = re.compile(rf"{_PART}/{_PART}")
+"""owner/name on the hub."""
 
 
 def quantize_command(recipe: Mapping[str, Any], out: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from qwenq.models.bundled import is_bundled
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import local_path
 from qwenq.models.unsupported import refuse_to_run
+from qwenq.recipe import HUB_ID
 
 Weights = Literal["stored", "random"]
 
@@ -53,8 +53,6 @@ BUNDLED_NOTICE = (
     "no MODEL given: using the bundled SmolLM2-135M-Instruct; "
     "name a Qwen with e.g. `qwenq quantize Qwen/Qwen2.5-0.5B-Instruct`"
 )
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"{_PART}/{_PART}")
 _NAME_ONE = "name a folder with config.json, or a hub id like Qwen/Qwen2.5-0.5B"
 _ALIKE = 60.0  # of 100: how near a sibling's name has to be to be suggested
 _ALIKE_IN_CATALOGUE = 85.0  # nearer: its names differ by a digit
@@ -94,7 +92,7 @@ def resolve_model(model: str | None) -> Resolved:
         raise UsageError(
             "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
         )
-    if _HUB_ID.fullmatch(model):
+    if HUB_ID.fullmatch(model):
         refuse_to_run(model)
         from qwenq.models.hub import fetch
 

@@ -18,14 +18,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from qwenq.errors import AlreadyDoneError, StorageError, UsageError
+from qwenq.errors import AlreadyDoneError, CorruptFileError, QwenqError, StorageError, UsageError
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.folders import CARD, MANIFEST, PARTIAL, RUN, STAGED, require_renameable, take_name
 from qwenq.models.gptq_config import LAYER_PARTS
@@ -36,6 +36,7 @@ from qwenq.storage import (
     fsync_file,
     fsync_folder,
     guard_storage,
+    read_json,
     sha256_file,
     take_lock,
 )
@@ -129,7 +130,7 @@ class LayerStore:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return all packed tensors of a finished layer."""
-        source = SafetensorsSource([self._file(index)])
+        source = self._source([index])
         return {name: source.read(name) for name in source.names()}
 
     def discard(self) -> None:
@@ -143,10 +144,10 @@ class LayerStore:
 
     def source(self, count: int) -> SafetensorsSource:
         """Return the packed tensors of the first ``count`` layers, which are read one at a time."""
-        return SafetensorsSource([self._file(index) for index in range(count)])
+        return self._source(range(count))
 
-    def _file(self, index: int) -> Path:
-        return self._layers / str(self._finished(index)["file"])
+    def _source(self, indices: Iterable[int]) -> SafetensorsSource:
+        return SafetensorsSource([self._layers / str(self._finished(index)["file"]) for index in indices])
 
     def _finished(self, index: int) -> dict[str, Any]:
         record = self._record(index, verify=False)
@@ -201,14 +202,12 @@ def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> li
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file; None where it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return read_json(path) or None
+    except CorruptFileError:
         return None
     except OSError as error:
-        raise StorageError(
-            f"{path.name} cannot be read: {error.strerror}", where=path, hint="name another --out"
-        ) from error
-    return content if isinstance(content, dict) else None
+        what = f"{path.name} cannot be read: {error.strerror}"
+        raise StorageError(what, where=path, hint="name another --out") from error
 
 
 def require_free(target: Path, option: str) -> None:
@@ -240,9 +239,9 @@ def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: st
         return
     work = target.with_name(target.name + PARTIAL)
     try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(target / MANIFEST)
         same = manifest["recipe"] == recipe and manifest["base"]["fingerprint"] == fingerprint
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, QwenqError, KeyError, TypeError):
         return
     if same and work.is_dir() and discard_leftover(work):
         raise AlreadyDoneError(

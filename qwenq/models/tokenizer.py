@@ -325,10 +325,8 @@ class HfTokenizer:
             return self._hf(
                 text, add_special_tokens=False, split_special_tokens=not special, verbose=False
             ).input_ids
-        except MemoryError:
-            raise
         except BaseException as error:  # a regular expression that takes too long makes the library panic
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not _is_failure(error):
                 raise
             raise ModelError(
                 f"the tokenizer fails on a text: {' '.join(str(error).split())[:500]}",
@@ -385,6 +383,12 @@ Tokenizer = QwenTokenizer | HfTokenizer
 TextStream = StreamDecoder | PieceStream
 
 
+def _is_failure(error: BaseException) -> bool:
+    """Return whether a tokenizer's library has failed, in Rust perhaps, and was not interrupted."""
+    failed = isinstance(error, Exception) and not isinstance(error, MemoryError)
+    return failed or type(error).__name__ == "PanicException"
+
+
 def _load(path: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -395,10 +399,8 @@ def _load(path: Path) -> Any:
             _refuse_foreign_names(path / "tokenizer_config.json")
             check_labels(read_json(path / "config.json"), path / "config.json")
             loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except ModelError:
-        raise
     except BaseException as error:  # the readers raise bare Exception, and those in Rust panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if isinstance(error, ModelError) or not _is_failure(error):
             raise
         if (stop := stopping.behind(error)) is not None:
             raise stop from error
