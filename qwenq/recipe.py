@@ -465,32 +465,43 @@ HUB_ID = re.compile(rf"{_PART}/{_PART}")
 """owner/name on the hub."""
 
 
+def options_of(section: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words of a command for settings of a section that are not the defaults."""
+    for name, each in settings(section).items():
+        option, value = f"--{name.replace('_', '-')}", values.get(name)
+        if value is None or _typed(value) == _typed(each.default):
+            continue
+        if isinstance(value, bool):
+            yield each.flags.split("/")[0 if value else -1]
+        elif name == "module_bits" and isinstance(value, dict):  # the option that is repeated
+            for pattern, bits in value.items():
+                yield from (option, f"{pattern}={bits}")
+        else:
+            yield from (option, _typed(value))
+
+
+def _typed(value: Any) -> str:
+    """Return a value as it is typed on the command line: ``20``, ``mmlu=20,gsm8k=150``, ``2048,8192``."""
+    if isinstance(value, dict):
+        value = [f"{key}={number}" for key, number in value.items()]
+    return ",".join(map(str, value)) or "0" if isinstance(value, list | tuple) else str(value)
+
+
 def quantize_command(recipe: Mapping[str, Any], out: str) -> str:
     """Return the command that quantises by a recipe (``Recipe.to_json``): options that are not the defaults.
 
     Of folders and files the names are shown, without where they lie.
     """
-    plain = Recipe().to_json()
-    parts = ["qwenq quantize"]
+    words = ["qwenq", "quantize"]
     if recipe.get("model"):
         given = str(recipe["model"])
-        parts.append(given if HUB_ID.fullmatch(given) else Path(given).name)
-    source = str(recipe.get("calibration", {}).get("source", "self"))
-    if source != "self":
-        parts.append(f"--calibration {Path(source).name}")
-    for section, keys in (("calibration", ("samples", "seq_len")), ("quantize", tuple(plain["quantize"]))):
-        for key in keys:
-            value = recipe.get(section, {}).get(key)
-            if value is None or value == plain[section][key]:
-                continue
-            option = f"--{key.replace('_', '-')}"
-            if isinstance(value, bool):
-                parts.append("--asym" if key == "sym" else option if value else f"--no{option[1:]}")
-            elif isinstance(value, dict):
-                parts += [f"{option} {pattern}={bits}" for pattern, bits in value.items()]
-            else:
-                parts.append(f"{option} {value}")
-    return " ".join([*parts, f"--out {out}"])
+        words.append(given if HUB_ID.fullmatch(given) else Path(given).name)
+    calibration = recipe.get("calibration", {})
+    if (source := str(calibration.get("source", "self"))) != "self":
+        words += ["--calibration", Path(source).name]
+    sizes = {key: calibration.get(key) for key in ("samples", "seq_len")}
+    options = (*options_of("calibration", sizes), *options_of("quantize", recipe.get("quantize", {})))
+    return " ".join([*words, *options, "--out", out])
 
 
 LARGEST = 1_000_000

@@ -26,7 +26,7 @@ from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
-from qwenq.recipe import Recipe
+from qwenq.recipe import Recipe, options_of
 from qwenq.results import RESULTS_FILE
 from qwenq.stopping import with_parent
 from qwenq.storage import append_line, guard_storage, locked
@@ -238,46 +238,16 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
 
 def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
     """Yield the evaluations, the unquantised model first: the others are paired with its answers."""
-    options = [*_eval_options(recipe), "--out", str(folder)]
-    base = recipe.model or "bundled"
-    rows = folder / RESULTS_FILE
-    data = recipe.eval.data if recipe.eval else None
-    asked = recipe.eval.dtype if recipe.eval else "auto"
-    dtype = () if asked == "auto" else ("--dtype", asked)
-    for precision in plain:
-        arguments = ("eval", base, "--dtype", DTYPES[precision], *options)
-        yield Step(f"evaluate {precision}", arguments, rows, _local(recipe.model, data))
-    for precision, model in quantised.items():
-        arguments = ("eval", str(model), *dtype, *options)
-        yield Step(f"evaluate {precision}", arguments, rows, (model, *_local(data)))
-
-
-def _eval_options(recipe: Recipe) -> Iterator[str]:
-    wanted = recipe.eval
-    if wanted is None:
-        return
-    yield from ("--tasks", ",".join(wanted.tasks), "--protocol", wanted.protocol)
-    if wanted.subjects:
-        yield from ("--subjects", ",".join(wanted.subjects))
+    wanted, base, rows = recipe.eval, recipe.model or "bundled", folder / RESULTS_FILE
+    assert wanted is not None  # noqa: S101 - the caller has looked
     data = None if wanted.data is None else Path(wanted.data).expanduser()  # no shell does it for a step
-    for option, value in (
-        ("--limit", _by_task(wanted.limit)),
-        ("--shots", wanted.shots),
-        ("--thinking", None if wanted.thinking == "auto" else wanted.thinking),
-        ("--max-new-tokens", _by_task(wanted.max_new_tokens)),
-        ("--data", data),
-    ):
-        if value is not None:
-            yield from (option, str(value))
-    if wanted.sample:
-        yield "--sample"
-
-
-def _by_task(number: int | dict[str, int] | None) -> str | None:
-    """Return a number of all tasks, or of each, as the command line takes it."""
-    if not isinstance(number, dict):
-        return None if number is None else str(number)
-    return ",".join(f"{task}={count}" for task, count in number.items())
+    for precision in (*plain, *quantised):
+        made = quantised.get(precision)
+        own = {"data": data, "dtype": DTYPES.get(precision, wanted.dtype)}
+        options = options_of("eval", {**vars(wanted), **own})
+        reads = (made, *_local(wanted.data)) if made else _local(recipe.model, wanted.data)
+        arguments = ("eval", str(made or base), *options, "--out", str(folder))
+        yield Step(f"evaluate {precision}", arguments, rows, reads)
 
 
 def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Step:
@@ -290,19 +260,11 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
         shown = [*plain, *quantised]
     else:
         names, shown = [*(names if plain else []), *map(str, quantised.values())], plain
-    options = {
-        "--precision": ",".join(shown),
-        "--tokens": ",".join(map(str, wanted.tokens)) or "0",
-        "--encode": ",".join(map(str, wanted.encode)) or "0",
-        "--attention": ",".join(wanted.attention),
-        "--engine": ",".join(wanted.engine),
-        "--weights": "random" if random else "",
-        "--budget": wanted.budget or "",
-        "--out": str(folder),
-    }
-    arguments = [text for option, value in options.items() if value for text in (option, value)]
+    options = ("--precision", ",".join(shown)) if shown else ()
+    drawn = ("--weights", "random") if random else ()
+    arguments = (*names, *options, *options_of("profile", vars(wanted)), *drawn, "--out", str(folder))
     reads = (*_local(recipe.model), *(() if random else quantised.values()))
-    return Step("profile", ("profile", *names, *arguments), folder / RESULTS_FILE, reads)
+    return Step("profile", ("profile", *arguments), folder / RESULTS_FILE, reads)
 
 
 def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
