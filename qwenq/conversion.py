@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -96,7 +97,14 @@ def convert(
         changes.append("GPTQ → compressed-tensors, the same integers and scales")
     total = sum(info.nbytes for _, info in entries)
     with new_folder(target) as folder:
-        files = _write_counted(folder, entries, read, max_shard_bytes, listener)
+        with counted(listener, "writing", "tensors") as update:
+            number = count()
+
+            def read_counted(name: str) -> torch.Tensor:
+                update(next(number), len(entries))
+                return read(name)
+
+            files = write_shards(folder, entries, read_counted, max_shard_bytes)
         atomic_write_json(folder / "config.json", config)
         if quant is not None:
             written = QuantConfig.read(config)
@@ -111,24 +119,6 @@ def convert(
         total_bytes=total,
         changes=changes,
     )
-
-
-def _write_counted(
-    folder: Path,
-    entries: list[tuple[str, TensorInfo]],
-    read: Callable[[str], torch.Tensor],
-    max_shard_bytes: int,
-    listener: Listener,
-) -> list[Path]:
-    """Write tensors to shards, reporting each as it is read."""
-    numbers = {name: number for number, (name, _) in enumerate(entries)}
-    with counted(listener, "writing", "tensors") as update:
-
-        def read_counted(name: str) -> torch.Tensor:
-            update(numbers[name], len(entries))
-            return read(name)
-
-        return write_shards(folder, entries, read_counted, max_shard_bytes)
 
 
 def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:
