@@ -279,13 +279,10 @@ def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, Part]]:
         prefix = f"model.layers.{found[1]}"
         if found[2] == _FUSED and kind in (*_OUTPUT_AXIS, "g_idx"):
             for part, module in enumerate(_SPLIT):  # g_idx runs along the input axis: all three share it
-                if kind == "g_idx":
-                    yield f"{prefix}.{module}.{kind}", Part(name)
-                    continue
-                axis = _OUTPUT_AXIS[kind]
-                third = source.info(name).shape[axis] // 3
-                span = part * third, (part + 1) * third
-                yield f"{prefix}.{module}.{kind}", Part(name, axis=axis, span=span)
+                own = Part(name)
+                if kind != "g_idx":
+                    own = Part(name, axis=_OUTPUT_AXIS[kind], part=part, parts=len(_SPLIT))
+                yield f"{prefix}.{module}.{kind}", own
         elif found[2] not in _IN_BLOCK:
             raise _unknown(name)
         elif kind != "bias":

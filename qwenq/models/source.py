@@ -103,9 +103,10 @@ class Part:
     stored: str  # name in the files
     expert: int | None = None  # index along the first dimension of fused experts
     transposed: bool = False  # the expert's matrix is stored as [in, out]
-    # along which axis it is cut, once the matrix is [out, in], and from where to where; None: it is not
-    axis: int | None = None
-    span: tuple[int, int] = (0, 0)
+    # of equal parts along an axis, once the matrix is [out, in], which one it is
+    axis: int = 0
+    part: int = 0
+    parts: int = 1
 
 
 class PartsView:
@@ -130,8 +131,8 @@ class PartsView:
         shape = list(info.shape if part.expert is None else info.shape[1:])
         if part.transposed:
             shape.reverse()
-        if part.axis is not None:
-            shape[part.axis] = part.span[1] - part.span[0]
+        if part.parts > 1:
+            shape[part.axis] //= part.parts
         return TensorInfo(tuple(shape), info.dtype)
 
     def read(self, name: str) -> torch.Tensor:
@@ -145,9 +146,10 @@ class PartsView:
             tensor = self.whole.read(part.stored)[part.expert]
         if part.transposed:
             tensor = tensor.T.contiguous()
-        if part.axis is None:
+        if part.parts == 1:
             return tensor
-        return tensor.narrow(part.axis, part.span[0], part.span[1] - part.span[0]).clone()  # frees the rest
+        size = tensor.shape[part.axis] // part.parts
+        return tensor.narrow(part.axis, part.part * size, size).clone()  # a view would keep the rest alive
 
     def _part(self, name: str) -> Part:
         if name not in self._parts:
@@ -318,12 +320,11 @@ def _is_transposed(whole: TensorSource, both: Sequence[str], hidden: Any, folder
 
 def _experts(prefix: str, kind: str, stored: str, info: TensorInfo, transposed: bool) -> dict[str, Part]:
     """Return the parts of one fused tensor: a matrix [out, in] for each expert, or two for gate and up."""
-    experts, rows = info.shape[0], info.shape[2 if transposed else 1]
+    experts = info.shape[0]
     if kind == "down_proj":
         return {f"{prefix}.{e}.down_proj.weight": Part(stored, e, transposed) for e in range(experts)}
-    halves = {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}  # gate's rows come first
     return {
-        f"{prefix}.{e}.{name}.weight": Part(stored, e, transposed, 0, half)
+        f"{prefix}.{e}.{name}.weight": Part(stored, e, transposed, 0, half, 2)
         for e in range(experts)
-        for name, half in halves.items()
+        for half, name in enumerate(("gate_proj", "up_proj"))  # gate's rows come first
     }
