@@ -252,7 +252,7 @@ class TextView(PartsView):
                 full = (f"{fused[1]}.{kind}" for kind in ("gate_up_proj", "down_proj"))
                 both = [stored.get(each, each) for each in full]
                 transposed = _is_transposed(whole, both, hidden, folder)
-                self._parts.update(_experts(fused[1], fused[2], name, whole.info(name), transposed))
+                self._parts.update(_experts(fused[1], fused[2], name, whole.info(name).shape[0], transposed))
         self._shown: dict[str, list[str]] = {}
         for shown, part in self._parts.items():
             self._shown.setdefault(part.stored, []).append(shown)
@@ -318,9 +318,8 @@ def _is_transposed(whole: TensorSource, both: Sequence[str], hidden: Any, folder
     )
 
 
-def _experts(prefix: str, kind: str, stored: str, info: TensorInfo, transposed: bool) -> dict[str, Part]:
+def _experts(prefix: str, kind: str, stored: str, experts: int, transposed: bool) -> dict[str, Part]:
     """Return the parts of one fused tensor: a matrix [out, in] for each expert, or two for gate and up."""
-    experts = info.shape[0]
     if kind == "down_proj":
         return {f"{prefix}.{e}.down_proj.weight": Part(stored, e, transposed) for e in range(experts)}
     return {
