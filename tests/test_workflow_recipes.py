@@ -13,7 +13,6 @@ from test_workflow import WHOLE, chain
 
 from qwenq.errors import UnsupportedError
 from qwenq.evals.tasks.ifeval import require_packages
-from qwenq.models.bundled import NAME
 from qwenq.workflow import ATTENTIONS, ENGINES
 
 
@@ -51,14 +50,6 @@ def test_a_model_of_any_name_has_a_report(tmp_path: Path, model: str, name: str)
     assert done.returncode == 0, done.stderr
     assert re.search(f"run folder runs/{name}\n", done.stderr), done.stderr
     assert f"/{model}-GPTQ-Int4" in done.stderr
-
-
-def test_the_bundled_model_by_its_folder_in_the_cache_has_its_own_name(tmp_path: Path) -> None:
-    (tmp_path / "r.toml").write_text("[eval]\n")
-    cached = f"cache/models/{NAME}-1"
-    done = qwenq("run", "r.toml", "--model", cached, "--dry-run", cwd=tmp_path)
-    assert f"run folder runs/{NAME}\n" in done.stderr
-    assert f"/{NAME}-GPTQ-Int4" in done.stderr
 
 
 def test_the_users_own_folder_is_meant_by_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
