@@ -65,6 +65,8 @@ NotNegative = Annotated[int, Bounds(ge=0, strict=True)]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 Thinking = Literal["auto", "on", "off"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+AttentionName = Literal["auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best"]
+EngineName = Literal["fast", "transformers"]
 ON_CPU, ON_GPU = (48, 256), (128, 2048)
 """Calibration sequences, and tokens of each, that auto stands for where memory suffices."""
 FAIL_ON = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1.0"
@@ -253,11 +255,11 @@ class ProfileRecipe:
         "Lengths of prompts whose prefill is measured, comma-separated; 0: no prefill.",
         "In a recipe `[]` for no prefill.",
     )
-    attention: tuple[str, ...] = setting(
+    attention: tuple[AttentionName, ...] = setting(
         ("auto",),
         "Attention backends that `qwenq doctor` lists, comma-separated; auto: grouped on a CPU, else sdpa.",
     )
-    engine: tuple[str, ...] = setting(("fast",), "Engines, comma-separated: fast, transformers.")
+    engine: tuple[EngineName, ...] = setting(("fast",), "Engines, comma-separated: fast, transformers.")
     budget: Annotated[str, Bounds(pattern=r"^(\d+(\.\d+)?[smh])+$")] | None = setting(
         None, "Time limit of the whole sweep: 90s, 10m, 1h30m.", shown="unlimited"
     )

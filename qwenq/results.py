@@ -47,6 +47,7 @@ Value = str | int | float | bool | None
 HERE = "this machine"
 """Place of a server whose address is that of the machine itself."""
 
+
 @dataclass(frozen=True)
 class Model:
     """The weights that a row is about.

@@ -34,12 +34,6 @@ from qwenq.storage import append_line, guard_storage, locked
 # Refuse at once what a later step of a recipe would refuse after hours.
 
 
-ATTENTIONS = ("auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best")
-ENGINES = ("fast", "transformers")
-"""Names that `qwenq profile` knows. Where they are defined torch is loaded, and the steps of a run would
-inherit its memory as a peak of their own."""
-
-
 def _require_sound(recipe: Recipe, file: Path) -> None:
     """Require conditions and tasks that there are, files that are there, and no contradiction."""
     from qwenq.evals.tasks.registry import get_task, protocol_names
@@ -98,12 +92,6 @@ def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "profile.tokens = 1: a generation has 2 new tokens or more", "use encode for prompts alone"
     if not wanted.tokens and not wanted.encode:
         yield "profile.tokens and profile.encode are empty", "name a length, or leave [profile] out"
-    for key, names, known in (
-        ("attention", wanted.attention, ATTENTIONS),
-        ("engine", wanted.engine, ENGINES),
-    ):
-        if wrong := [name for name in names if name not in known]:
-            yield f"profile.{key}: there is no {wrong[0]!r}", f"use {', '.join(known)}"
     if wanted.budget is not None:
         try:
             parse_budget(wanted.budget)
