@@ -28,7 +28,6 @@ from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.gptq_format import PackedLinear, dequantise, pack
 from qwenq.models.machine import resolve_device
 from qwenq.models.opening import open_model
-from qwenq.models.pad_ffn import widened
 from qwenq.models.quantized_folder import LayerStore
 from qwenq.models.transformers_model import Expert, Routed
 from qwenq.stopping import Terminated, asked, finishing
@@ -346,7 +345,6 @@ def send_job(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Se
     team.broadcast_object(
         {
             "model": decoder.checkpoint.fingerprint,
-            "ffn": decoder.checkpoint.config.get("intermediate_size"),
             "settings": asdict(settings),
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "attention": [decoder.attention, decoder.attention_reason],
@@ -366,8 +364,6 @@ def run_rank(recipe: Recipe, team: Team, device: str = "auto") -> None:
     """
     job = team.broadcast_object()
     checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
-    if recipe.quantize.pad_ffn != "none":
-        checkpoint = widened(checkpoint, job["ffn"])
     if checkpoint.fingerprint != job["model"]:
         raise ModelError(
             "the model here is not the one that rank 0 has",
