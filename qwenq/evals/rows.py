@@ -135,7 +135,7 @@ def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | str | No
         for row in rows
         if (row.status, row.model.family, row.point) == wanted and isinstance(row.details.get("items"), dict)
     }
-    base = choose_base(found, eval_model.how.dtype)
+    base = choose_base(found, eval_model.settings["dtype"])
     if base is not None or not rows or point in [row.point for row in rows]:
         return base
     last = rows[-1].point

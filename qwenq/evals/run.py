@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError, StorageError
 from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, name_of, split_by_cost
-from qwenq.evals.answering import generate_answers, score_choices
-from qwenq.evals.batching import (
-    ChoiceTokens,
-    RequestTokens,
-    WriteTokens,
-    budget_for,
-    encode_requests,
-    limited,
-    questions_hash,
-    request_hash,
-    require_context,
-)
+from qwenq.evals.batching import limited, questions_hash, request_hash
 from qwenq.evals.endpoint import Reply
-from qwenq.evals.model import EvalModel, LocalModel, RemoteModel
+from qwenq.evals.model import EvalModel
 from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
-from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
+from qwenq.evals.task import Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
 from qwenq.events import Advance, Finish, Listener, Start, silent
-from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
 
 
@@ -161,7 +149,7 @@ def _ask(
     requests = [plan.request(item) for item in mine]
     if not mine:
         return
-    replies = _replies(eval_model, plan, mine, requests, batch)
+    replies = eval_model.respond(mine, requests, batch, plan.thinking)
     with finishing("the items under way are recorded"):
         for together in replies:
             made = [_judged(plan, mine[index], requests[index], reply) for index, reply in together]
@@ -223,46 +211,6 @@ def _title(eval_model: EvalModel, plan: TaskPlan) -> str:
 
 def _log(eval_model: EvalModel, plan: TaskPlan, run: Path, team: Team) -> AnswerLog:
     return AnswerLog(run, _title(eval_model, plan), answer_log_key(eval_model, plan), team.rank)
-
-
-def _replies(
-    eval_model: EvalModel,
-    plan: TaskPlan,
-    items: Sequence[Item],
-    requests: Sequence[Request],
-    batch: int | None,
-) -> Iterator[list[tuple[int, Reply]]]:
-    """Return an iterator of answers in batches; the model is loaded when this returns."""
-    if isinstance(eval_model, RemoteModel):
-        return ([response] for response in eval_model.respond(items, requests))
-    encoded = encode_requests(eval_model.tokenizer, items, requests)
-    require_context(encoded, eval_model.engine.context)  # before the first is asked
-    return _generated(eval_model, encoded, batch, plan.thinking)
-
-
-def _generated(
-    eval_model: LocalModel, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
-) -> Iterator[list[tuple[int, Reply]]]:
-    """Yield answers and their places: letters first, a batch at a time, then texts, one by one."""
-    engine, tokenizer = eval_model.engine, eval_model.tokenizer
-    letters = {i: one for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)}
-    texts = {i: one for i, one in enumerate(encoded) if isinstance(one, WriteTokens)}
-
-    def reply(index: int, answer: Answer) -> tuple[int, Reply]:
-        return index, Reply(answer, len(encoded[index].prompt), engine.implementation)
-
-    if letters:
-        places = list(letters)
-        for found in score_choices(engine, list(letters.values()), budget_for(engine, batch)):
-            yield [reply(places[place], chosen) for place, chosen in found]
-    if texts:
-        places = list(texts)
-        budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
-        sampling = eval_model.sampling[0] if thinking else GREEDY
-        for place, written in generate_answers(
-            engine, tokenizer, list(texts.values()), tokenizer.eos_ids, *budgets, sampling
-        ):
-            yield [reply(places[place], written)]
 
 
 def _run_pending(
