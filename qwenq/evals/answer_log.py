@@ -56,8 +56,7 @@ class AnswerRecord:
     logprobs: tuple[float, ...] | None = None
     published: tuple[float, ...] | None = None
     extracted: str | None = None  # the answer that was read from it
-    # the verdict; None where a program has not run yet, or the right answer is not published
-    correct: bool | None = None
+    correct: bool | None = None  # the verdict; None where a program has not run yet
     also: Mapping[str, bool] = field(default_factory=dict)  # further verdicts
     note: str | None = None
     stopped: bool | None = None  # whether the text ended before its limit
@@ -312,9 +311,7 @@ def _question(key: dict[str, Any], record: AnswerRecord, source: DataSource) -> 
 
 
 def _answer(path: Path, record: AnswerRecord) -> str:
-    verdict = {True: "correct", False: "wrong", None: "no verdict"}[record.correct]
-    if record.correct is None and (record.note or "").startswith("not run"):
-        verdict = "not run yet"
+    verdict = {True: "correct", False: "wrong", None: "not run yet"}[record.correct]
     lines = [f"=== {path.name.rsplit('.', 2)[0]}: {verdict}"]
     if record.output is not None:
         end = "" if record.stopped else ", cut at the limit"

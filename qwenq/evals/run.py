@@ -9,7 +9,7 @@ from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError, StorageError
-from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, name_of, split_by_cost
+from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, split_by_cost
 from qwenq.evals.batching import limited, questions_hash, request_hash
 from qwenq.evals.endpoint import Reply
 from qwenq.evals.model import EvalModel
@@ -159,7 +159,7 @@ def _ask(
 
 
 def _judged(plan: TaskPlan, item: Item, request: Request, reply: Reply) -> AnswerRecord:
-    """Judge an answer; without a verdict where the sandbox gives it, or the right answer is not published.
+    """Judge an answer; without a verdict where the sandbox gives it.
 
     A chat model's thoughts are recorded, but not judged.
     """
@@ -174,7 +174,7 @@ def _judged(plan: TaskPlan, item: Item, request: Request, reply: Reply) -> Answe
         prompt_tokens=reply.prompt_tokens,
         implementation=reply.how,
         extracted=judgement.extracted,
-        correct=judgement.correct if judgement.known and not plan.task.needs_sandbox else None,
+        correct=None if plan.task.needs_sandbox else judgement.correct,
         also=dict(judgement.also),
         note=judgement.note,
     )
@@ -199,18 +199,10 @@ def answer_log_key(eval_model: EvalModel, plan: TaskPlan) -> dict[str, object]:
     }
 
 
-def answer_log_name(eval_model: EvalModel, plan: TaskPlan) -> str:
-    """Return the name of the records' file without its suffix."""
-    return name_of(_title(eval_model, plan), answer_log_key(eval_model, plan))
-
-
-def _title(eval_model: EvalModel, plan: TaskPlan) -> str:
-    model = eval_model.model
-    return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
-
-
 def _log(eval_model: EvalModel, plan: TaskPlan, run: Path, team: Team) -> AnswerLog:
-    return AnswerLog(run, _title(eval_model, plan), answer_log_key(eval_model, plan), team.rank)
+    model, task = eval_model.model, plan.task
+    title = f"{model.name}.{model.precision}.{task.name}.{task.protocol}"
+    return AnswerLog(run, title, answer_log_key(eval_model, plan), team.rank)
 
 
 def _run_pending(

@@ -27,10 +27,9 @@ from qwenq.evals.model import (
     open_eval_model,
 )
 from qwenq.evals.rows import base_row, cut_notice, record_checks, rows_of
-from qwenq.evals.run import Answers, TaskPlan, answer, answer_log_name, answer_share, make_plan
+from qwenq.evals.run import Answers, TaskPlan, answer, answer_share, make_plan
 from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
 from qwenq.evals.task import MAIN, DataSource, ProtocolName
-from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
 from qwenq.events import Advance, Listener, Notice, Start
 from qwenq.models.folders import local_path
@@ -166,8 +165,6 @@ def evaluate(
                 for line in cut_notice(plan, answers):
                     listener(Notice(f"{eval_model.model.label}: {line}"))
                 rows += _append_rows(eval_model, plan, answers, batch, run, sandbox, command)
-                if name == "ceval-test":
-                    listener(Notice(_write_submission(eval_model, plan, answers, run)))
             eval_model.unload()
     return rows
 
@@ -264,18 +261,3 @@ def _append_rows(
     for row in rows:
         append_row(run, row)
     return rows
-
-
-def _write_submission(eval_model: EvalModel, plan: TaskPlan, answers: Answers, run: Path) -> str:
-    """Write the file for C-Eval's leaderboard, as the test split has no published answers; return a notice.
-
-    It is named as its records are, so that no other answers overwrite it, nor a part of them the whole.
-    """
-    asked, all_ = len(answers.judged), ceval.TEST.total or 0
-    ending = "part.json" if asked < all_ else "json"
-    path = run / f"ceval-submission.{answer_log_name(eval_model, plan)}.{ending}"
-    atomic_write_json(path, ceval.submission(answers.judged))
-    if asked < all_:
-        part = f"answers to {asked:,} of the {all_:,} questions of C-Eval's test split"
-        return f"{part}; the leaderboard needs all of them: {path}"
-    return f"the answers to C-Eval's test split, for its leaderboard: {path}"

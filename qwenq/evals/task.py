@@ -105,7 +105,6 @@ class Judgement:
     # further verdicts by metric name, such as ``published`` or ``flexible``
     also: Mapping[str, bool] = field(default_factory=dict)
     note: str | None = None  # a reason, such as the sandbox's verdict on a program
-    known: bool = True  # whether the right answer is published; else ``correct`` means nothing
 
 
 @dataclass(frozen=True)

@@ -192,16 +192,6 @@ def test_micro_and_macro_averages() -> None:
     assert BASE.scores([]) == []
 
 
-def test_the_leaderboard_file() -> None:
-    task = get_task("ceval-test", "card")
-    unanswered = Item("law/0", "law", {key: value for key, value in ZH.items() if key != "answer"})
-    judgement = task.judge(unanswered, said("答案是C"))
-    assert not judgement.correct and not judgement.known
-    assert CARD.judge(ITEM, said("D")).known
-    assert task.scores([(unanswered, judgement)]) == []
-    assert ceval.submission([(unanswered, judgement)]) == {"law": {"3": "C"}}
-
-
 def test_the_option_most_like_a_text_is_that_of_thefuzz() -> None:
     process = pytest.importorskip("thefuzz.process")
     drawn = random.Random(0)

@@ -104,7 +104,7 @@ class Dataset:
                 expected = published[subject]
                 where = places.get(subject, f"{self.name}, {subject}")
                 check_count(count, expected or self.least, where, more=expected is None)
-            if self.total is not None and (not apart or len(there) == len(self.counts)):
+            if self.total is not None:
                 check_count(total, self.total, self.name)
         return items
 
