@@ -23,7 +23,7 @@ from qwenq.evals.endpoint import RemoteModel, Reply
 from qwenq.evals.task import Answer, Item, ProtocolName, Request
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
-from qwenq.models.identity import base_of, result_model, served_identity
+from qwenq.models.identity import base_of, result_model
 from qwenq.models.machine import resolve_device
 from qwenq.models.opening import resolve_model
 from qwenq.models.random_weights import refuse_random

@@ -10,7 +10,6 @@ from evals.columns_data import write_lines
 
 from qwenq.errors import DataError
 from qwenq.evals.task import Choose, Chosen, DataSource, Item, Judgement, Task, Write, Written, score_all
-from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.choices import closest_option, judge_choice, lettered
 from qwenq.evals.tasks.data import Dataset
 from qwenq.evals.tasks.files import Row

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from qwenq.errors import DataError
 from qwenq.evals.task import Choose, DataSource, Item, Write, Written
 from qwenq.evals.tasks.data import SAMPLE
 from qwenq.evals.tasks.humaneval import program
