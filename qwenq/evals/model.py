@@ -162,7 +162,7 @@ class LocalModel:
     ) -> Iterator[list[tuple[int, Reply]]]:
         """Return an iterator of answers, in batches and with their places; the model is loaded before it.
 
-        Letters come first, a batch at a time, then texts, one by one; ``batch`` rows at once, None: what fits.
+        Letters come first, a batch at a time, then texts, one by one; ``batch`` rows at once, else what fits.
         """
         encoded = encode_requests(self.tokenizer, items, requests)
         require_context(encoded, self.engine.context)  # before the first is asked

@@ -9,17 +9,15 @@ is evaluated once per batch, by the block's own code in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from qwenq.errors import UnsupportedError
-from qwenq.models.transformers_model import Routed, linears_of
+from qwenq.models.transformers_model import Hook, Routed, hooked, linears_of
 
-Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 Forward = Callable[[Tensor], Tensor]
 Routing = list["Routed | None"]
 """Of an expert's linears: which tokens the input is made of, per batch and then per reference batch."""
@@ -52,7 +50,7 @@ def shared_inputs(
 
         return hook
 
-    with hooked(block, note):
+    with hooked(linears_of(block), note):
         forward(sample)
     return [names for *_, names in seen]
 
@@ -80,12 +78,9 @@ def run_sequential(
         The block's output per batch with the new weights, and per reference batch with the original ones.
     """
     main = getcurrent()
-    first = {names[0] for names in groups}
+    first = {names[0]: block.get_submodule(names[0]) for names in groups}
 
-    def pause(name: str) -> Hook | None:
-        if name not in first:
-            return None
-
+    def pause(name: str) -> Hook:
         parent = block.get_submodule(name.rpartition(".")[0])
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -93,7 +88,7 @@ def run_sequential(
 
         return hook
 
-    with hooked(block, pause):
+    with hooked(first, pause):
         runs = [greenlet(forward) for _ in (*batches, *reference)]
         states = [run.switch(batch) for run, batch in zip(runs, (*batches, *reference), strict=True)]
         count = len(batches)
@@ -107,18 +102,3 @@ def run_sequential(
                 block.get_submodule(name).weight.data = weight
             states = [run.switch() for run in runs[:count]] + original
     return states[:count], states[count:]
-
-
-@contextmanager
-def hooked(block: nn.Module, make: Callable[[str], Hook | None]) -> Iterator[None]:
-    """Call what ``make`` returns for a linear's name whenever that linear is about to run."""
-    handles = [
-        linear.register_forward_pre_hook(hook)
-        for name, linear in linears_of(block).items()
-        if (hook := make(name)) is not None
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qwenq.compute.grid import ScaleSearch
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.gptq.coordinate_descent import SWEEPS
-from qwenq.gptq.grid import ScaleSearch
 from qwenq.models.block_shapes import AUTOMATIC_BITS
 from qwenq.models.gptq_config import CheckpointFormat
 from qwenq.models.shapes import GROUP_SIZES, fitting_group_sizes

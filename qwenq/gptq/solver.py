@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from qwenq.compute.columns import Block, round_columns
+from qwenq.compute.grid import Grid, Rounded, ScaleSearch, round_to_nearest, search_grid
 from qwenq.errors import QuantisationError, UsageError
 from qwenq.gptq.coordinate_descent import descend
-from qwenq.gptq.grid import Grid, Rounded, ScaleSearch, search_grid
 
 PANEL = 192  # columns of a triangular or symmetric matrix that are solved for or multiplied by at a time
 BLOCK = 64  # columns per lazy update. The paper has 128; on a CPU shorter rank-1 updates win
@@ -114,8 +114,7 @@ def quantize_weight(
         W, damped, bits, size, sym=sym, scale_search=scale_search, coordinate_descent=coordinate_descent
     )
     Q = grid.values(rounded.integers)
-    plain = search_grid(W, H.diagonal(), bits, size, sym=sym, search="none")
-    values = (Q, plain.values(plain.integers(W)), torch.zeros_like(W))
+    values = (Q, round_to_nearest(W, bits, size, sym=sym), torch.zeros_like(W))
     lost, lost_by_rtn, energy = (float(output_error(W, x, damped.H).sum()) for x in values)
     errors = (lost / (energy or 1.0), lost_by_rtn / (energy or 1.0))
     return QuantizedWeight(rounded.integers, grid.scales, grid.zeros, Q, *errors, damped.damp)

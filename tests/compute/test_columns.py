@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qwenq.compute import columns, cpu
 from qwenq.compute.columns import Block, round_by_c, round_by_torch, round_columns, unsupported_reason
-from qwenq.gptq.grid import Rounded, search_grid
+from qwenq.compute.grid import Rounded, search_grid
 from qwenq.gptq.solver import gptq, inverse_factor, order_by_diagonal
 
 pytestmark = pytest.mark.usefixtures("each_variant")

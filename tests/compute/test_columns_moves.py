@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qwenq.compute import cpu
 from qwenq.compute.columns import Block, move_by_c, move_by_torch, move_columns
-from qwenq.gptq.grid import Grid, search_grid
+from qwenq.compute.grid import Grid, search_grid
 from qwenq.gptq.solver import output_error
 
 pytestmark = pytest.mark.usefixtures("each_variant")

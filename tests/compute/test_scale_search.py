@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.compute import cpu
+from qwenq.compute.grid import Grid, search_grid
 from qwenq.compute.scales import Groups, search_by_c, search_by_torch, unsupported_reason
-from qwenq.gptq.grid import Grid, search_grid
 
 Found = tuple[torch.Tensor, torch.Tensor]
 

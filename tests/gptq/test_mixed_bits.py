@@ -16,9 +16,9 @@ from tiny_families import write_calibration, write_family
 from tiny_published import transformers_of, write_dequantised, write_published
 from torch.nn import functional
 
+from qwenq.compute.grid import search_grid
 from qwenq.errors import UsageError
 from qwenq.gptq import mixed_bits
-from qwenq.gptq.grid import search_grid
 from qwenq.gptq.mixed_bits import Group, choose_bits, groups_of, measure, sample_of
 from qwenq.gptq.settings import Settings
 from qwenq.models.blocks import BlockwiseDecoder
