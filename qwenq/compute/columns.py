@@ -162,7 +162,7 @@ def fit_scale(block: Block, values: Tensor, group: int) -> Fitted:
 
 def fit_by_c(block: Block, values: Tensor, group: int) -> Fitted:
     """Fit as ``fit_scale`` does, groups of at most ``WIDEST_GROUP`` columns."""
-    _check(block, values=values)
+    _check(block, values)
     if len(block.columns) > WIDEST_GROUP:
         raise ValueError(f"a group of {len(block.columns)} columns, more than {WIDEST_GROUP}")
     old, zero = block.scales[group], block.zeros[group]
@@ -207,7 +207,7 @@ def _run_triton(block: Block, columns: Tensor, values: Tensor, *, moves: bool) -
 
 def _run_c(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
     """Run a kernel over the columns; return the costs, [rows]."""
-    _check(block, values=values)
+    _check(block, values)
     groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
     cpu.call(
         kernel, block.columns, values, factors, block.scales, block.zeros, groups, block.integers,
@@ -221,20 +221,15 @@ def _workspace(block: Block) -> Tensor:
     return torch.empty(torch.get_num_threads(), len(block.columns), STRIP)
 
 
-def _check(block: Block, **others: Tensor) -> None:
-    """Check shapes, dtypes and strides against what ``Block`` says: C reads memory by these numbers."""
+def _check(block: Block, values: Tensor) -> None:
+    """Check shapes, dtypes and strides against what ``Block`` says."""
     count, rows = block.columns.shape
-    dtypes = {"integers": torch.uint8}
-    shapes = {"U": (count, count), "scales": block.scales.shape, "zeros": block.scales.shape}
-    tensors = {name: x for name, x in block._asdict().items() if isinstance(x, Tensor)} | others
-    for name, x in tensors.items():
-        dtype, shape = dtypes.get(name, torch.float32), shapes.get(name, (count, rows))
-        if x.dtype != dtype or x.device.type != "cpu" or x.shape != shape:
-            raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, not {dtype} {list(shape)}")
-        if name != "U" and not x.is_contiguous():
-            raise ValueError(f"{name} are not contiguous")
-    if block.scales.shape[1] != rows:
-        raise ValueError(f"{rows} rows, and scales for {block.scales.shape[1]}")
+    cpu.require("U", block.U, torch.float32, (count, count), contiguous=False)
+    cpu.require("integers", block.integers, torch.uint8, (count, rows))
+    for name, x in (("columns", block.columns), ("errors", block.errors), ("values", values)):
+        cpu.require(name, x, torch.float32, (count, rows))
+    for name, x in (("scales", block.scales), ("zeros", block.zeros)):
+        cpu.require(name, x, torch.float32, (len(block.scales), rows))
     if rows < LEAST_ROWS:
         raise ValueError(f"{rows} rows, fewer than {LEAST_ROWS}")
     if len(block.groups) != count or min(block.groups) < 0 or max(block.groups) >= len(block.scales):

@@ -11,7 +11,7 @@ import ctypes
 import os
 import platform
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -193,6 +193,16 @@ def call(name: str, *arguments: Tensor | int | float) -> None:
         else:
             values.append(argument)
     kernel(name)((ctypes.c_int64 * len(values))(*values))
+
+
+def require(
+    name: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int], *, contiguous: bool = True
+) -> None:
+    """Refuse a tensor on the CPU that is not what a kernel relies on: C reads memory by these numbers."""
+    sound = x.dtype is dtype and x.shape == tuple(shape) and x.device.type == "cpu"
+    if not sound or (contiguous and not x.is_contiguous()):
+        wanted = f"{'contiguous ' if contiguous else ''}{dtype} {list(shape)} on a CPU"
+        raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, not {wanted}")
 
 
 def library_constant(name: str, *arguments: int) -> int:

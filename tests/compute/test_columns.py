@@ -119,7 +119,7 @@ def test_a_whole_matrix_comes_out_the_same(seed: int, rows: int, reorder: bool, 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"columns": torch.zeros(32, 24).T}, "columns are not contiguous"),
+        ({"columns": torch.zeros(32, 24).T}, "columns: .* not contiguous"),
         ({"columns": torch.zeros(24, 32, dtype=torch.float64)}, "columns: torch.float64"),
         ({"U": torch.eye(23)}, "U: .* not torch.float32 .24, 24."),
         ({"zeros": torch.zeros(1, 32)}, "zeros: "),
@@ -127,7 +127,10 @@ def test_a_whole_matrix_comes_out_the_same(seed: int, rows: int, reorder: bool, 
         ({"errors": torch.zeros(24, 31)}, "errors: "),
         ({"groups": [3] * 24}, "24 columns in groups"),
         ({"groups": [0] * 23}, "24 columns in groups"),
-        ({"scales": torch.ones(3, 31), "zeros": torch.ones(3, 31)}, "32 rows, and scales for 31"),
+        (
+            {"scales": torch.ones(3, 31), "zeros": torch.ones(3, 31)},
+            "scales: .* not .* .3, 32.",
+        ),
     ],
 )
 def test_wrong_shapes_dtypes_and_strides_are_refused(changes: dict[str, object], said: str) -> None:
