@@ -70,18 +70,30 @@ def fallback_reason(device: torch.device) -> str | None:
 def round_columns(block: Block) -> Tensor:
     """Fill integers and errors; return Σ error² over the columns, [rows]."""
     if triton_unsupported_reason(block.columns) is None:
-        return round_by_triton(block)
-    return round_by_c(block) if _suits_c(block) else round_by_torch(block)
+        return by_triton(block)
+    return by_c(block) if _suits_c(block) else round_by_torch(block)
 
 
-def round_by_c(block: Block) -> Tensor:
-    """Round as ``round_columns`` does; the columns stay as they were."""
-    return _run_c("round_columns", block, block.U.T.contiguous(), block.columns)
+def by_c(block: Block, values: Tensor | None = None) -> Tensor:
+    """Round as ``round_columns`` does, or with values move as ``move_columns``; the columns are kept."""
+    moved = block.columns if values is None else values
+    _check(block, moved)
+    kernel, factors = ("round_columns", block.U.T) if values is None else ("move_columns", block.U)
+    groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
+    cpu.call(
+        kernel, block.columns, moved, factors.contiguous(), block.scales, block.zeros, groups, block.integers,
+        block.errors, costs, _workspace(block), *block.columns.shape, float(block.levels),
+    )  # fmt: skip
+    return costs
 
 
-def round_by_triton(block: Block) -> Tensor:
-    """Round as ``round_columns`` does; the columns are changed."""
-    return _run_triton(block, block.columns, block.columns, moves=False)
+def by_triton(block: Block, values: Tensor | None = None) -> Tensor:
+    """Round as ``round_columns`` does, which changes the columns, or with values move as ``move_columns``."""
+    from qwenq.compute.triton.columns import run_columns
+
+    if values is None:
+        return run_columns(block.columns, block.columns, *block[1:], moves=False)
+    return run_columns(block.columns.clone(), values, *block[1:], moves=True)
 
 
 def round_by_torch(block: Block) -> Tensor:
@@ -111,18 +123,8 @@ def move_columns(block: Block, values: Tensor) -> Tensor:
         values: [block, rows] of the same dtype, contiguous: the columns of Q.
     """
     if triton_unsupported_reason(block.columns) is None:
-        return move_by_triton(block, values)
-    return move_by_c(block, values) if _suits_c(block) else move_by_torch(block, values)
-
-
-def move_by_c(block: Block, values: Tensor) -> Tensor:
-    """Move as ``move_columns`` does; the gradients stay as they were."""
-    return _run_c("move_columns", block, block.U.contiguous(), values)
-
-
-def move_by_triton(block: Block, values: Tensor) -> Tensor:
-    """Move as ``move_columns`` does; the gradients stay as they were."""
-    return _run_triton(block, block.columns.clone(), values, moves=True)
+        return by_triton(block, values)
+    return by_c(block, values) if _suits_c(block) else move_by_torch(block, values)
 
 
 def move_by_torch(block: Block, values: Tensor) -> Tensor:
@@ -197,23 +199,6 @@ def storable(scales: Tensor) -> Tensor:
     half = scales.clamp(-LARGEST, LARGEST).half().float()
     tiny = half.abs() < SMALLEST
     return torch.where(tiny, torch.where(scales < 0, -SMALLEST, SMALLEST), half)
-
-
-def _run_triton(block: Block, columns: Tensor, values: Tensor, *, moves: bool) -> Tensor:
-    from qwenq.compute.triton.columns import run_columns
-
-    return run_columns(columns, values, *block[1:], moves=moves)
-
-
-def _run_c(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
-    """Run a kernel over the columns; return the costs, [rows]."""
-    _check(block, values)
-    groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
-    cpu.call(
-        kernel, block.columns, values, factors, block.scales, block.zeros, groups, block.integers,
-        block.errors, costs, _workspace(block), *block.columns.shape, float(block.levels),
-    )  # fmt: skip
-    return costs
 
 
 def _workspace(block: Block) -> Tensor:

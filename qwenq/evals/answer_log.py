@@ -7,7 +7,7 @@ import json
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from qwenq.errors import QwenqError, StorageError, UsageError
 from qwenq.evals.batching import limited, prompt_text, request_hash
-from qwenq.evals.task import Choose, DataSource, Request
+from qwenq.evals.task import Choose, DataSource
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import read_rows
 from qwenq.storage import fsync_folder, guard_storage
@@ -200,32 +200,6 @@ def _plain(record: AnswerRecord) -> dict[str, Any]:
     """Return the fields that have a value: letters have no output, texts no log-probabilities."""
     values = asdict(record).items()
     return {name: value for name, value in values if name == "subject" or value not in (None, {})}
-
-
-# Share a task among ranks.
-
-
-CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact
-DECODE_COST = 8  # a new token, in tokens of a prompt: these go through the model together
-
-
-def cost(request: Request) -> int:
-    """Return the rough cost of a request, in tokens of a prompt."""
-    prompt = len(prompt_text(request.prompt)) // CHARACTERS_A_TOKEN
-    return prompt + (
-        len(request.choices) if isinstance(request, Choose) else DECODE_COST * request.max_new_tokens
-    )
-
-
-def split_by_cost(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Return indexes for each rank: the costliest first, each to the rank with the least so far."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        rank = loads.index(min(loads))
-        shares[rank].append(index)
-        loads[rank] += costs[index]
-    return [sorted(share) for share in shares]
 
 
 # Show one item in full: prompt, answers and verdicts.

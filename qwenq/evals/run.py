@@ -9,12 +9,12 @@ from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError, StorageError
-from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, split_by_cost
-from qwenq.evals.batching import limited, questions_hash, request_hash
+from qwenq.evals.answer_log import AnswerLog, AnswerRecord
+from qwenq.evals.batching import limited, prompt_text, questions_hash, request_hash
 from qwenq.evals.endpoint import Reply
 from qwenq.evals.model import EvalModel
 from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
-from qwenq.evals.task import Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
+from qwenq.evals.task import Choose, Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
 from qwenq.events import Advance, Finish, Listener, Start, silent
 from qwenq.stopping import finishing
 
@@ -144,9 +144,10 @@ def _ask(
     team: Team,
 ) -> None:
     """Ask this rank's share of these items, and record each answer."""
-    shares = split_by_cost([cost(plan.request(item)) for item in items], team.world)
-    mine = [items[index] for index in shares[team.rank]]
-    requests = [plan.request(item) for item in mine]
+    requests = [plan.request(item) for item in items]
+    costliest_first = sorted(range(len(items)), key=lambda index: -cost(requests[index]))
+    share = sorted(costliest_first[team.rank :: team.world])
+    mine, requests = [items[index] for index in share], [requests[index] for index in share]
     if not mine:
         return
     replies = eval_model.respond(mine, requests, batch, plan.thinking)
@@ -156,6 +157,18 @@ def _ask(
             records.append(*made)
             for record in made:
                 listener(Advance(step_name(eval_model, plan), result=record.correct))
+
+
+CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact
+DECODE_COST = 8  # a new token, in tokens of a prompt: these go through the model together
+
+
+def cost(request: Request) -> int:
+    """Return the rough cost of a request, in tokens of a prompt."""
+    prompt = len(prompt_text(request.prompt)) // CHARACTERS_A_TOKEN
+    return prompt + (
+        len(request.choices) if isinstance(request, Choose) else DECODE_COST * request.max_new_tokens
+    )
 
 
 def _judged(plan: TaskPlan, item: Item, request: Request, reply: Reply) -> AnswerRecord:

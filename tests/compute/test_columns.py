@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.compute import columns, cpu
-from qwenq.compute.columns import Block, round_by_c, round_by_torch, round_columns, unsupported_reason
+from qwenq.compute.columns import Block, by_c, round_by_torch, round_columns, unsupported_reason
 from qwenq.compute.grid import Rounded, search_grid
 from qwenq.gptq.solver import gptq, inverse_factor, order_by_diagonal
 
@@ -41,7 +41,7 @@ def copied(one: Block) -> Block:
 def rounded_by_both(one: Block) -> tuple[Block, Block]:
     """By compiled code and by torch; what they return is compared, too."""
     fast, slow = copied(one), copied(one)
-    torch.testing.assert_close(round_by_c(fast), round_by_torch(slow), rtol=1e-5, atol=1e-12, equal_nan=True)
+    torch.testing.assert_close(by_c(fast), round_by_torch(slow), rtol=1e-5, atol=1e-12, equal_nan=True)
     return fast, slow
 
 
@@ -135,7 +135,7 @@ def test_a_whole_matrix_comes_out_the_same(seed: int, rows: int, reorder: bool, 
 )
 def test_wrong_shapes_dtypes_and_strides_are_refused(changes: dict[str, object], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        round_by_c(block(0, 32, 24)._replace(**changes))
+        by_c(block(0, 32, 24)._replace(**changes))
 
 
 def test_other_dtypes_devices_and_machines_run_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
