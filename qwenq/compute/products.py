@@ -28,12 +28,7 @@ def products(
 
 def are_compiled(like: Tensor) -> bool:
     """Return whether ``products`` of such activations are computed in C, which adds tokens in one order."""
-    return unsupported_reason(like.dtype, like.device) is None
-
-
-def unsupported_reason(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return why products are not computed in C, in words that follow "because"; None: they are."""
-    return cpu.unsupported_input(device, dtype)
+    return cpu.unsupported_input(like.device, like.dtype) is None
 
 
 class CProducts:

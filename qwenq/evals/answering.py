@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qwenq.errors import ModelError
 from qwenq.evals.batching import (
@@ -101,7 +102,10 @@ def _score_group(
     while done < len(order):
         stop_here()  # every answer that was yielded is recorded
         longest = len(tails[order[done]])
-        rows = min(_rows(budget, longest, shared + longest, work), len(order) - done)
+        rows = budget.rows_that_fit(longest, shared + longest)
+        if work is not None and work.batch <= rows < 2 * work.batch:
+            rows = work.batch  # as many as before, to use its cache again
+        rows = min(rows, len(order) - done)
         batch = order[done : done + rows]
         try:
             if work is not None and work.batch == rows and not work.states:
@@ -121,18 +125,11 @@ def _score_group(
         done += rows
 
 
-def _rows(budget: Budget, longest: int, capacity: int, work: KVCache | None) -> int:
-    """Return the rows that fit; as many as before if that is at least half, to reuse the cache."""
-    fit = budget.rows_that_fit(longest, capacity)
-    return work.batch if work is not None and work.batch <= fit < 2 * work.batch else fit
-
-
 def _choose(engine: Engine, requests: Sequence[ChoiceTokens], logits: Tensor, cache: KVCache) -> list[Chosen]:
     """Return answers from the float32 logits [rows, vocabulary] of prompts in ``cache``."""
     require_finite(logits, [request.name for request in requests])
-    first = torch.tensor(
-        _padded([[choice[0] for choice in r.choices] for r in requests]), device=engine.device
-    )
+    letters = [torch.tensor([choice[0] for choice in request.choices]) for request in requests]
+    first = pad_sequence(letters, batch_first=True).to(engine.device)  # the padding is never read
     logs = logits.log_softmax(-1).gather(1, first).tolist()  # [rows, choices]
     # The scripts of Qwen's base models: softmax in the model's own dtype, where near values become equal.
     shares = logits.to(engine.dtype).softmax(-1).gather(1, first)
@@ -167,12 +164,6 @@ def _rest(engine: Engine, requests: Sequence[ChoiceTokens], cache: KVCache) -> d
             following = torch.tensor(text[1:], device=engine.device).unsqueeze(1)
             found[where] = float(logits.log_softmax(-1).gather(1, following).sum())
     return found
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Pad rows to one length; the padding is never read."""
-    longest = max(map(len, rows))
-    return [[*row, *[0] * (longest - len(row))] for row in rows]
 
 
 # Generate answers to many prompts in one batch whose finished rows are replaced at once.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from qwenq.calibration.sequences import check_vocabulary
+from qwenq.compute import cpu
 from qwenq.compute.columns import fallback_reason
-from qwenq.compute.products import unsupported_reason
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import ModelError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.asymmetric import measure_deviation
@@ -105,7 +105,7 @@ def how_summed(dtype: torch.dtype, device: torch.device, team: Team) -> str:
     """Return the way that Hessians are summed, as the last bits depend on it: exact, torch or compiled."""
     if team.launched:
         return "exact"
-    return "torch" if unsupported_reason(dtype, device) else "compiled"
+    return "torch" if cpu.unsupported_input(device, dtype) else "compiled"
 
 
 def how_solved(settings: Settings, device: torch.device) -> str:
