@@ -277,8 +277,11 @@ def run_programs(
 
 def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Event) -> Outcome:
     """Run one program: start both sides, wait for the verdict, end both."""
-    with ExitStack() as stack:
-        solution, tests, complaints = _start(program, sandbox, limits, stack)
+    with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as complaints, ExitStack() as stack:
+        content = {"solution": program.solution, "prelude": program.prelude, "tests": program.tests}
+        job.write(json.dumps({**content, "entry_points": program.entry_points}).encode())
+        job.seek(0)
+        solution, tests = _start(sandbox, limits, job, complaints, stack)
         lines = _Lines(cast(IO[bytes], tests.stdout), stop)
         if lines.next(_START_SECONDS) is None:
             complaints.seek(0)
@@ -296,15 +299,10 @@ def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Eve
 
 
 def _start(
-    program: Program, sandbox: Sandbox, limits: Limits, stack: ExitStack
-) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], IO[bytes]]:
-    """Start both processes, which end with the stack; return them and the file of their sandboxes' errors."""
+    sandbox: Sandbox, limits: Limits, job: IO[bytes], complaints: IO[bytes], stack: ExitStack
+) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+    """Start both processes, which end with the stack; ``complaints`` takes their sandboxes' errors."""
     ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
-    complaints = stack.enter_context(tempfile.TemporaryFile())
-    job = stack.enter_context(tempfile.TemporaryFile())
-    content = {"solution": program.solution, "prelude": program.prelude, "tests": program.tests}
-    job.write(json.dumps({**content, "entry_points": program.entry_points}).encode())
-    job.seek(0)
     common: dict[str, Any] = {"stderr": complaints, "env": sandbox.environment, "cwd": "/"}
     common["start_new_session"] = True  # Ctrl-C is for this process; these are ended by it
     solution = subprocess.Popen(
@@ -324,7 +322,7 @@ def _start(
     stack.callback(_end, tests)
     ours.close()
     theirs.close()
-    return solution, tests, complaints
+    return solution, tests
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
