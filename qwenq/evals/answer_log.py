@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -16,7 +15,7 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter
 
-from qwenq.errors import QwenqError, StorageError, UsageError
+from qwenq.errors import QwenqError, StorageError, UsageError, visible
 from qwenq.evals.batching import limited, prompt_text, request_hash
 from qwenq.evals.task import Choose, DataSource
 from qwenq.evals.tasks.registry import get_task
@@ -205,10 +204,6 @@ def _plain(record: AnswerRecord) -> dict[str, Any]:
 # Show one item in full: prompt, answers and verdicts.
 
 
-_REORDERING = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F)}
-"""Characters that make a terminal show text in another order than it is written in."""
-
-
 def show_item(run: Path, id_: str, source: DataSource) -> str:
     """Return the text of ``qwenq eval --show``, without control characters.
 
@@ -244,16 +239,6 @@ def _is_sample(run: Path) -> bool:
     except QwenqError:
         return False
     return bool(points) and all("data" in point for point in points)
-
-
-def visible(text: str) -> str:
-    """Escape control characters, and those that change the direction of text (``\\x1b``)."""
-    return "".join(
-        char
-        if char in "\n\t" or (unicodedata.category(char) not in {"Cc", "Cs"} and char not in _REORDERING)
-        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for char in text
-    )
 
 
 def _key(path: Path) -> dict[str, Any]:

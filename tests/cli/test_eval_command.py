@@ -239,7 +239,7 @@ def test_answers_cannot_steer_the_terminal(evaluate: Shell, base: Path, data: Pa
     with file.open("a") as opened:
         opened.write(json.dumps(hostile) + "\n")
     shown = evaluate(base, "--data", data, "--show", record["id"]).out
-    assert "\\x1b[2J\\x07\\u202egone" in shown
+    assert "\ufffd[2J\ufffd\ufffdgone" in shown
     assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(shown)
 
 

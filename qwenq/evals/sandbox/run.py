@@ -278,8 +278,7 @@ def run_programs(
 def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Event) -> Outcome:
     """Run one program: start both sides, wait for the verdict, end both."""
     with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as complaints, ExitStack() as stack:
-        content = {"solution": program.solution, "prelude": program.prelude, "tests": program.tests}
-        job.write(json.dumps({**content, "entry_points": program.entry_points}).encode())
+        job.write(json.dumps(asdict(program)).encode())
         job.seek(0)
         solution, tests = _start(sandbox, limits, job, complaints, stack)
         lines = _Lines(cast(IO[bytes], tests.stdout), stop)

@@ -75,9 +75,8 @@ CEVAL = Dataset(
     hub="ceval/ceval-exam",
     config="{subject}",
     files=("{split}/{subject}_{split}.csv",),
-    read=partial(read_csv, columns=IDENTIFIED, header=True, optional=("explanation", "")),
+    read=partial(read_csv, columns=IDENTIFIED, header=True),
     split="val",
-    sampled=True,
 )
 _task = partial(
     Task,
