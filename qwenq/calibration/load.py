@@ -56,7 +56,6 @@ def calibration_for(
     """Load the set or make it.
 
     Args:
-        recipe: says which, and how large.
         checkpoint: whose tokenizer it is for, and who writes it where the source is "self".
         device: where the model writes; a GPU is given more text.
         listener: receives what was chosen, and the progress in tokens.

@@ -177,9 +177,6 @@ def sample_rows(
     """Sample rows by inverse transform: draw u takes the first id whose cumulative probability exceeds u.
 
     Args:
-        model: a causal language model of transformers.
-        checkpoint: for messages.
-        vocabulary: where texts begin and end.
         uniforms: float64 [rows, seq_len] in [0, 1).
         report: called with the number of tokens that each row has so far.
     """

@@ -216,8 +216,6 @@ class _Workspace:
     """What a step of so many rows writes to, and its arguments.
 
     Args:
-        shape: sizes.
-        rows: of the batch.
         slots: of each row of the cache, at most.
         linears, vectors: addresses of each block, int64 [layers, LINEARS] and [layers, VECTORS] of C.
         norm: float32 [hidden].

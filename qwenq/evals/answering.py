@@ -387,8 +387,6 @@ def generate_answers(
     """Yield (index, answer) for each request, in the order of finishing.
 
     Args:
-        engine, tokenizer: of one model.
-        requests: prompts and limits.
         stop_ids: each ends an answer and is not part of it.
         budget: for decode steps.
         prompts: for the passes over prompts.

@@ -117,10 +117,8 @@ def score_tokens(
     """Run both heads and compare, a slab of tokens at a time.
 
     Args:
-        base, quantised: whose heads to use.
         hidden: the last block's output of base and quantised, [batch, tokens, hidden] per batch.
         batches: int64 [batch, tokens], what the hidden states were made from.
-        step: called after each batch.
     """
     slab = max(1, min(SLAB_TOKENS, SLAB_ELEMENTS // base.vocabulary))
     rows = []

@@ -92,7 +92,6 @@ def answer(
 
     Args:
         run: the run folder, which has to be locked (``storage.locked``).
-        listener: receives progress.
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
         team: further processes that ask a share, each in ``answer_share``; this one is rank 0.

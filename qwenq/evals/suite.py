@@ -131,7 +131,6 @@ def evaluate(
         command: as the user typed it, for the rows.
         team: further processes that ask a share, each in ``_evaluate_share``; this one is rank 0.
         batch: rows at once; None: as many as fit.
-        unsafe_code: run programs without a sandbox.
     """
     order = bases_first(eval_models)
     plans = _plans(order, chosen)

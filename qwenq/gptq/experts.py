@@ -45,7 +45,6 @@ def measure_expert(
     """Return the Hessian, the deviation and the number of tokens of an expert; all ranks get the same.
 
     Args:
-        given: the input of the linears.
         weights: float32 [rows, in] of each linear.
         pooled: called with a step in tokens: the Hessian over every such token of the block.
         team: the ranks that share the batches.

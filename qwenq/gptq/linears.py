@@ -60,7 +60,6 @@ def quantise_group(
         weights: name → [out, in] float32; all with the same ``in``.
         H: [in, in] float32, their common Hessian; changed in place (damping).
         deviation: of their inputs from the original model's; None: there is none.
-        settings: GPTQ's.
         team: its ranks solve a share of the rows each, and all get the result.
 
     Raises:

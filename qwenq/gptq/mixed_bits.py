@@ -200,12 +200,9 @@ def measure(
     that decide the result, is gone on with.
 
     Args:
-        decoder: of the base.
         tokens: int64 [sequences, tokens], from ``sample_of``.
         settings: group size, symmetry and scale search.
-        groups: from ``groups_of``.
         file, facts: what is kept, and of what.
-        listener: receives the progress.
     """
     known, layers = _read(file, facts), range(len(decoder.names))
     if not {_key(group) for group in groups} <= known.keys():

@@ -132,9 +132,7 @@ def quantise_layers(
     """Quantise every block into ``store``, each with the inputs that the quantised blocks before it produce.
 
     Args:
-        decoder: the model, block by block.
         tokens: int64 [samples, seq_len], no padding.
-        settings: GPTQ's.
         store: of rank 0, None on others. Layers that it has are not solved again; their forward pass is run.
         on_layer: called after each layer, on rank 0.
         team: the ranks: each runs a share of the batches, and solves a share of the rows.

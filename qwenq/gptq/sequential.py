@@ -34,8 +34,6 @@ def shared_inputs(
     of its own: else its weight would be replaced before the original model's activations have met it.
 
     Args:
-        block: a decoder block.
-        forward: runs the block on hidden states.
         sample: [1, tokens, hidden], any values.
         kind: of a linear by its name: those that are quantised alike have the same.
     """
@@ -66,10 +64,7 @@ def run_sequential(
     """Run all batches through the block; ``solve`` replaces each group before it is evaluated.
 
     Args:
-        block: a decoder block.
-        forward: runs the block on hidden states.
         batches: hidden states, [batch, tokens, hidden] each.
-        groups: from ``shared_inputs``.
         solve: called once per group, in order; the weights it returns take the place of the block's.
         reference: hidden states of the original model for some of the batches, in their order. They pause at
             the same linears and go on with the original weights: one copy of the block serves both.
