@@ -18,7 +18,6 @@ from qwenq.environment import __version__, versions
 from qwenq.errors import UnsupportedError, UsageError, VerificationError
 from qwenq.evals.check import CheckResult, check
 from qwenq.events import Advance, Event, Listener, Notice, Start, notify, rough_time, silent
-from qwenq.gptq.duration import product_rate, seconds_of_layers
 from qwenq.gptq.mixed_bits import Group, MixedBits, choose_bits, groups_of, measure, sample_of
 from qwenq.gptq.pipeline import (
     LAYER_IS_STORED,
@@ -65,6 +64,7 @@ from qwenq.models.shapes import ModelShape
 from qwenq.models.transformers_model import summary
 from qwenq.planner.budget import Sizes, allowed_bytes
 from qwenq.planner.calibration_size import calibration_size
+from qwenq.planner.estimates import quantisation_seconds
 from qwenq.planner.tensor_parallel import padded
 from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder, read_gptq_folder
 from qwenq.publishing.model_card import model_card
@@ -418,13 +418,26 @@ def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> Layer
     return store
 
 
+def product_rate(dtype: torch.dtype, side: int = 1024, seconds: float = 0.1) -> float:
+    """Return the operations a second of a large matrix product on the CPU, timed for a tenth of a second."""
+    a, b = (torch.ones(side, side, dtype=dtype) for _ in range(2))
+    a @ b  # the first one sets up what computes it
+    count, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < seconds:
+        a @ b
+        count += 1
+    return 2 * side**3 * count / passed
+
+
 def _announce_duration(job: Job, tokens: int) -> None:
     """Say about how long the layers take, on one CPU: elsewhere no operations were compared with times."""
     shape, left = _shape(job), len(job.decoder.names) - job.resumed
     if shape is None or not left or job.device.type != "cpu" or job.team.launched:
         return
-    rates = product_rate(job.device, job.decoder.dtype), product_rate(job.device, torch.float32)
-    seconds = seconds_of_layers(shape, tokens, job.settings, rates, job.resumed)
+    rates = product_rate(job.decoder.dtype), product_rate(torch.float32)
+    asymmetric = job.settings.asymmetric_calibration > 0
+    whole = quantisation_seconds(shape, tokens, rates=rates, asymmetric=asymmetric) or 0.0
+    seconds = whole * left / len(job.decoder.names)
     if seconds < SHORT:
         return
     timed = f"a matrix product that was timed here ({rates[0] / 1e9:.0f} GFLOP/s)"
