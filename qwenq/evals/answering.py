@@ -18,7 +18,6 @@ from qwenq.evals.batching import (
     PrefixGroup,
     WriteTokens,
     group_by_prefix,
-    is_out_of_memory,
     longest_first,
     new_decode_cache,
 )
@@ -26,8 +25,12 @@ from qwenq.evals.task import Chosen, Written
 from qwenq.models.tokenizer import TextStream, Tokenizer
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine
+from qwenq.runtime.memory import explained
 from qwenq.runtime.sampling import GREEDY, Sampler, Sampling
 from qwenq.stopping import asked, stop_here
+
+BATCH = "a batch of prompts", "use a smaller model, dtype or prompt"
+"""What memory may not suffice for, and what to do then."""
 
 # Score continuations by their log-probabilities: letters of multiple-choice questions.
 #
@@ -108,16 +111,15 @@ def _score_group(
         rows = min(rows, len(order) - done)
         batch = order[done : done + rows]
         try:
-            if work is not None and work.batch == rows and not work.states:
-                work.rewind(shared)  # what later batches add is shorter: it fits
-            else:
-                work = None  # before its successor is made
-                work = begin_rows(engine, prefix, rows, shared + longest)
-            logits = engine.prefill([tails[index] for index in batch], work)
-            found = _choose(engine, [requests[index] for index in batch], logits, work)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+            with explained(engine.device, *BATCH):
+                if work is not None and work.batch == rows and not work.states:
+                    work.rewind(shared)  # what later batches add is shorter: it fits
+                else:
+                    work = None  # before its successor is made
+                    work = begin_rows(engine, prefix, rows, shared + longest)
+                logits = engine.prefill([tails[index] for index in batch], work)
+                found = _choose(engine, [requests[index] for index in batch], logits, work)
+        except MemoryError as error:
             work = None
             budget.halve(rows, error)
             continue
@@ -288,11 +290,10 @@ class _Generator:
             rows = min(self.budget.rows_to_decode(capacity), len(self._queue))
             batch: _Batch | None = None
             try:
-                batch = _Batch(new_decode_cache(self.engine, rows, capacity), [None] * rows, [0] * rows)
-                yield from self._run_batch(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+                with explained(self.engine.device, *BATCH):
+                    batch = _Batch(new_decode_cache(self.engine, rows, capacity), [None] * rows, [0] * rows)
+                    yield from self._run_batch(batch)
+            except MemoryError as error:
                 self._begin_again(batch)
                 self.budget.halve(rows, error)
                 self.prompts.rows = min(self.prompts.rows, self.budget.rows)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from qwenq.errors import DataError, QwenqError, UsageError
@@ -286,13 +285,6 @@ def new_decode_cache(engine: Engine, rows: int, capacity: int) -> KVCache:
 
 def _has_step_layout(engine: Engine) -> bool:
     return isinstance(engine, FastEngine) and engine.decoder.has_step_layout
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the device or the process had no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:
