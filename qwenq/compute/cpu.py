@@ -127,6 +127,14 @@ def library() -> Library | str:
     return _library(os.environ.get(VARIABLE, ""), os.environ.get(FOLDER_VARIABLE, ""))
 
 
+def loaded(name: str) -> Library:
+    """Return the library that runs, for its function ``name``."""
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(f"{name} of the C library cannot run because {found}")
+    return found
+
+
 @cache
 def _library(wanted: str, folder: str) -> Library | str:
     usable = variants_here()
@@ -207,20 +215,14 @@ def require(
 
 def library_constant(name: str, *arguments: int) -> int:
     """Return a constant of the library, such as the width of a panel."""
-    found = library()
-    if isinstance(found, str):
-        raise RuntimeError(f"{name} cannot be asked for because {found}")
-    function = getattr(found.handle, name)
+    function = getattr(loaded(name).handle, name)
     function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long] * len(arguments)
     return int(function(*arguments))
 
 
 def kernel(name: str) -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
     """Return a kernel as a function of its arguments' array."""
-    found = library()
-    if isinstance(found, str):
-        raise RuntimeError(f"the kernel {name} cannot run because {found}")
-    return _kernel(found, name)
+    return _kernel(loaded(name), name)
 
 
 @cache

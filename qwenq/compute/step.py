@@ -290,8 +290,6 @@ def _vectors(block: StepBlock) -> list[int]:
 @cache
 def _fields() -> tuple[str, ...]:
     """Return the names of the kernel's arguments behind the number of threads, as C declares them."""
-    library = cpu.library()
-    assert isinstance(library, cpu.Library)  # noqa: S101  # unsupported_reason has been asked
-    names = library.handle.qwenq_step_fields
+    names = cpu.loaded("qwenq_step_fields").handle.qwenq_step_fields
     names.restype = ctypes.c_char_p
     return tuple(names().decode().split())

@@ -16,7 +16,7 @@ from typing import IO, Any
 from pydantic import TypeAdapter
 
 from qwenq.errors import QwenqError, StorageError, UsageError, visible
-from qwenq.evals.batching import limited, prompt_text, request_hash
+from qwenq.evals.batching import prompt_text, request_hash
 from qwenq.evals.task import Choose, DataSource
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import read_rows
@@ -260,7 +260,7 @@ def _question(key: dict[str, Any], record: AnswerRecord, source: DataSource) -> 
         why = error.what if isinstance(error, QwenqError) else "the item is not in this data"
         return f"{title}\n(prompt not shown: {why}; name the data of this run: --data DIR or --sample)"
     limit = key.get("max_new_tokens")
-    request = limited(task.request(item), limit if isinstance(limit, int) else None)
+    request = task.request(item, limit if isinstance(limit, int) else None)
     changed = request_hash(item, request) != record.asked
     note = "\n(the data or the task has changed since: the recorded question was another)" if changed else ""
     lines = [f"{title}{note}\n--- prompt\n{prompt_text(request.prompt)}"]

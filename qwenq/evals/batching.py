@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -97,13 +97,6 @@ def require_context(requests: Sequence[RequestTokens], context: int | None) -> N
         hint="show fewer examples with --shots, allow fewer new tokens with --max-new-tokens, name the "
         "subjects that fit with --subjects, or leave the task out of --tasks",
     )
-
-
-def limited(request: Request, max_new_tokens: int | None) -> Request:
-    """Return the request with this limit of new tokens; None keeps the protocol's."""
-    if max_new_tokens is None or isinstance(request, Choose):
-        return request
-    return replace(request, max_new_tokens=max_new_tokens)
 
 
 def request_hash(item: Item, request: Request) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError, StorageError
 from qwenq.evals.answer_log import AnswerLog, AnswerRecord
-from qwenq.evals.batching import limited, prompt_text, questions_hash, request_hash
+from qwenq.evals.batching import prompt_text, questions_hash, request_hash
 from qwenq.evals.endpoint import Reply
 from qwenq.evals.model import EvalModel
 from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
@@ -36,7 +36,7 @@ class TaskPlan:
 
     def request(self, item: Item) -> Request:
         """Return the request for an item, with this plan's limit."""
-        return limited(self.task.request(item), self.max_new_tokens)
+        return self.task.request(item, self.max_new_tokens)
 
 
 @dataclass(frozen=True)

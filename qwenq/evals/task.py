@@ -248,8 +248,8 @@ class Task:
             )
         return self.load(source, tuple(subjects), wanted)
 
-    def request(self, item: Item) -> Request:
-        """Return the request for an item."""
+    def request(self, item: Item, max_new_tokens: int | None = None) -> Request:
+        """Return the request for an item; without a limit of new tokens the task's own."""
         question = self.question if item.shots or not self.alone else self.alone
         shown = "".join(self._filled(self.shot, row, item) for row in item.shots)
         text = self._filled(self.header, {}, item) + shown + self._filled(question, item.data, item)
@@ -260,7 +260,7 @@ class Task:
         if self.choices:
             letters = letters_of(item.data)
             return Choose(prompt, tuple(self.choices.format(letter=letter) for letter in letters))
-        return Write(prompt, self.max_new_tokens, self.until)
+        return Write(prompt, max_new_tokens or self.max_new_tokens, self.until)
 
     def _filled(self, template: str, row: Mapping[str, str], item: Item) -> str:
         found = self.fill(row) if row else row

@@ -142,11 +142,6 @@ def every_linear(decoder: BlockwiseDecoder, settings: Settings) -> dict[str, nn.
     return {name: linear for block in blocks for name, linear in quantised_linears(block, settings).items()}
 
 
-def input_widths(linears: Mapping[str, nn.Linear]) -> dict[str, int]:
-    """Return the input width of every linear, by its name in a block."""
-    return {name: linear.in_features for name, linear in linears.items()}
-
-
 def kept_parameters(decoder: BlockwiseDecoder, settings: Settings) -> Iterator[dict[str, str]]:
     """Yield what of each block is not quantised, with the reason: the decoder's or the recipe's."""
     for block, kept in zip(decoder.blocks, decoder.kept(), strict=True):

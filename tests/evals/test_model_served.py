@@ -30,7 +30,7 @@ class Shout:
     def items(self, *_: Any) -> list[Item]:
         return [Item(f"shout/{n}", None, {"q": f"word{n}"}) for n in range(6)]
 
-    def request(self, item: Item) -> Write | Choose:
+    def request(self, item: Item, _: int | None = None) -> Write | Choose:
         return chat(item.data["q"])
 
     def judge(self, item: Item, found: Any) -> Judgement:
@@ -134,7 +134,7 @@ def test_answers_cut_by_the_server_are_reported(
 
 def test_continuations_of_a_chat_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
     class Chat(Shout):
-        def request(self, item: Item) -> Choose:
+        def request(self, item: Item, _: int | None = None) -> Choose:
             return Choose(({"role": "user", "content": item.data["q"]},), ("A", "B"))
 
     with pytest.raises(UsageError, match="scores continuations of a chat"):
