@@ -94,7 +94,6 @@ class Sandbox:
     """A way to start a confined process."""
 
     implementation: str  # its name and version, for the records
-    isolated: bool  # False for ``--unsafe-code``
     wrap: Wrap  # a Python command line → the command that runs it confined
     package_root: str  # the process's path to ``qwenq/evals/sandbox/inside``
 
@@ -116,7 +115,7 @@ def find_sandbox(unsafe: bool = False) -> Sandbox:
     """
     if unsafe:
         kept = "limits and system-call filter" if filterable() else "limits"
-        return Sandbox(f"none (--unsafe-code; {kept} only)", False, lambda c, _: c, str(_PACKAGE_ROOT))
+        return Sandbox(f"none (--unsafe-code; {kept} only)", lambda c, _: c, str(_PACKAGE_ROOT))
     reasons = []
     for name, make in (("bubblewrap", _bubblewrap), ("Linux namespaces", _namespaces)):
         try:
@@ -152,7 +151,7 @@ def _bubblewrap() -> Sandbox:
             options += ["--dev-bind", device, device]
         return [program, *options, "--remount-ro", "/", "--chdir", "/tmp", "--", *command]  # noqa: S108
 
-    return Sandbox(version or "bubblewrap", True, wrap, "/inside")
+    return Sandbox(version or "bubblewrap", wrap, "/inside")
 
 
 def _namespaces() -> Sandbox:
@@ -160,7 +159,7 @@ def _namespaces() -> Sandbox:
         plan = {"visible": _visible(), "links": _links(), "devices": _DEVICES, "scratch": limits.scratch}
         return [*_python(), namespaces.__file__, json.dumps(plan), *command]
 
-    return Sandbox(f"Linux namespaces ({os.uname().release})", True, wrap, "/inside")
+    return Sandbox(f"Linux namespaces ({os.uname().release})", wrap, "/inside")
 
 
 def _python() -> list[str]:
