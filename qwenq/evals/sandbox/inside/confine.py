@@ -53,7 +53,7 @@ def filterable() -> bool:
 
 
 def confine(limits: dict[str, Any]) -> None:
-    """Bound memory, files and processor time of this process, from now on (``Limits``); install the filter."""
+    """Bound memory, files and processor time of this process by ``Limits``, and filter its system calls."""
     used = sum(os.times()[:2])
     seconds = int(used + limits["seconds"]) + 1
     for what, most in (
