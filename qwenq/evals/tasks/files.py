@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from qwenq import stopping
 from qwenq.errors import DataError
+from qwenq.models.hub import network_errors
 
 LARGEST = 64_000_000  # bytes
 AnyPath = Path | zipfile.Path
@@ -255,7 +256,7 @@ def read_hub(dataset: str, config: str | None, split: str, *, copy: Path | None)
         with _from_the_cache(datasets, why=_unreachable(dataset)):
             rows: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
             listed = [dict(row) for row in rows]
-    except (OSError, ValueError, RuntimeError, KeyError, own, _http_error()) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, own, *network_errors()) as error:
         raise _no_benchmark(error, where) from error
     if not listed:
         raise DataError("the hub returned no rows", where=where, hint=_WAYS)
@@ -309,7 +310,7 @@ def fetch_hub_file(dataset: str, name: str) -> Path:
     why = _unreachable(dataset)
     try:
         found = hf_hub_download(dataset, name, repo_type="dataset", local_files_only=why is not None)
-    except (OSError, ValueError, RuntimeError, _http_error()) as error:
+    except (OSError, ValueError, RuntimeError, *network_errors()) as error:
         raise _no_benchmark(why or error, where) from error
     return Path(found)
 
@@ -343,16 +344,9 @@ def _unreachable(dataset: str) -> _UnreachableError | None:
         HfApi().dataset_info(dataset, timeout=_TIMEOUT)
     except HfHubHTTPError:
         return None  # it answers; the download has the better error
-    except (OSError, _http_error()) as error:
+    except (OSError, *network_errors()) as error:
         return _UnreachableError(f"{constants.ENDPOINT} could not be reached: {error}")
     return None
-
-
-def _http_error() -> type[Exception]:
-    """Return the base error of the hub's HTTP library, which is httpx or a successor."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 @contextmanager
