@@ -19,6 +19,7 @@ from qwenq.models.folders import MANIFEST
 from qwenq.models.integrity import verify_files
 from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows, require_readable
 from qwenq.statistics import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
+from qwenq.storage import read_json
 
 # Make rows of scores, each compared with the base's.
 
@@ -168,10 +169,9 @@ UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
 def has_check(folder: Path) -> bool:
     """Return whether the folder has a manifest with a check; one of random weights has none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return isinstance(read_json(folder / MANIFEST).get("check"), dict)
+    except (CorruptFileError, OSError):
         return False
-    return isinstance(manifest, dict) and isinstance(manifest.get("check"), dict)
 
 
 def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") -> list[Row]:

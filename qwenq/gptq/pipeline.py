@@ -18,7 +18,7 @@ from qwenq.compute.columns import fallback_reason
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import ModelError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.asymmetric import measure_deviation
-from qwenq.gptq.experts import ExpertInput, measure_expert
+from qwenq.gptq.experts import measure_expert
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.linears import ModuleStats, QuantisedLinear, quantise_group
 from qwenq.gptq.sequential import Routing, run_sequential, shared_inputs
@@ -261,9 +261,11 @@ class _Layer:
         tokens = None
         if routed:
             count = len(inputs)
-            given = ExpertInput(inputs, routed[:count], reference, routed[count:])
-            pool = partial(self._pooled, names[0], given.routed)
-            H, deviation, tokens = measure_expert(given, list(weights.values()), pool, self._team)
+            mine, other = routed[:count], routed[count:]
+            pool = partial(self._pooled, names[0], mine)
+            H, deviation, tokens = measure_expert(
+                inputs, mine, reference, other, list(weights.values()), pool, self._team
+            )
         else:
             H = hessian(inputs, self._team)
             deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team)
