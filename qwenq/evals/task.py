@@ -221,7 +221,6 @@ class Task:
     choices: str = ""
     average: Callable[[Judged], list[Score]] = score_all  # scores, the main one first
     subjects: Collection[str] = ()  # all of the benchmark's; empty: it has none
-    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []  # further notices on a set of items
     # the sandbox's program for an item and the extracted code; None: nothing has to be run
     program: Callable[[Item, str], Program] | None = None
     # the benchmark's own solution of an item, where there are programs
@@ -273,12 +272,12 @@ class Task:
         return self.average(judged) if judged else []
 
     def notes(self, items: Sequence[Item]) -> list[str]:
-        """Return notices on these items: of a part of the subjects, and the task's own."""
+        """Return a notice where these items are of a part of the subjects."""
         covered = {item.subject for item in items} & set(self.subjects)
         if not covered or len(covered) == len(self.subjects):
-            return self.comment(items)
+            return []
         some = f"{len(covered)} of the {len(self.subjects)} subjects of {self.name}"
-        return [f"{some}: not comparable with a score over all of them", *self.comment(items)]
+        return [f"{some}: not comparable with a score over all of them"]
 
 
 def letters_of(row: Mapping[str, str]) -> list[str]:

@@ -141,19 +141,6 @@ def test_a_solution_named_like_a_builtin_and_tests_with_imports(sandbox: Sandbox
     assert run_programs([made], sandbox=sandbox)[0].passed
 
 
-def test_the_sanitized_file_alone_is_said(tmp_path: Path) -> None:
-    (tmp_path / "mbpp").mkdir()
-    rows = [
-        {"prompt": "p", "task_id": n, "code": "def f(): return 1", "test_imports": ["import math"]}
-        | {"test_list": ["assert f() == 1"], "source_file": "x"}
-        for n in (2, 3, 4, *range(11, 11 + 257))
-    ]
-    (tmp_path / "mbpp" / "sanitized-mbpp.json").write_text(json.dumps(rows))
-    found = BASE.items(DataSource(tmp_path))
-    assert len(found) == 257 and found[0].data["setup"] == "import math"
-    assert "not comparable" in BASE.notes(found)[0]
-
-
 def test_the_hub_gives_the_same_items(
     items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
