@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,17 +138,6 @@ def test_a_solution_named_like_a_builtin_and_tests_with_imports(sandbox: Sandbox
     assert made.prelude == "import math"
     assert made.tests == "assert math.isclose(_call_0(), 1 / 3)\nassert set([_call_1()]) == set([2.0])"
     assert run_programs([made], sandbox=sandbox)[0].passed
-
-
-def test_the_hub_gives_the_same_items(
-    items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
-        numbers = range(1, 11) if split == "prompt" else range(11, 511)
-        return [task(n, **(NODE if n == 11 else {})) for n in numbers]
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=rows))
-    assert BASE.items(DataSource()) == items
 
 
 @pytest.mark.parametrize(
