@@ -226,6 +226,7 @@ def damp_hessian(H: Tensor, damp: float, order: Tensor) -> DampedHessian:
     dead = diagonal == 0
     mean = float(diagonal.mean()) or 1.0
     diagonal[dead] = mean
+    plain = diagonal.clone()
     diagonal.add_(damp * mean)
     while (U := inverse_factor(H, order)) is None:
         if damp > LARGEST_DAMP:
@@ -233,8 +234,8 @@ def damp_hessian(H: Tensor, damp: float, order: Tensor) -> DampedHessian:
                 "the Hessian is not positive definite whatever the damping",
                 hint="use more, and more varied, calibration text",
             )
-        diagonal.add_(damp * mean)
         damp *= 2
+        diagonal.copy_(plain + damp * mean)
     return DampedHessian(H, U, order, damp, int(dead.sum()))
 
 
