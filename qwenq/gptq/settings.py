@@ -42,13 +42,11 @@ class Settings:
     block_bits: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def from_recipe(
-        cls, recipe: QuantizeRecipe, group_size: int = -1, module_bits: tuple[tuple[str, int], ...] = ()
-    ) -> Settings:
-        """Return the settings of a recipe, with what ``choose_group_size`` and ``module_bits`` chose."""
+    def from_recipe(cls, recipe: QuantizeRecipe, module_bits: tuple[tuple[str, int], ...] = ()) -> Settings:
+        """Return the settings of a recipe; the group size is chosen by the widths that these leave."""
         return cls(
             bits=recipe.bits,
-            group_size=group_size,
+            group_size=-1,
             sym=recipe.sym,
             act_order=recipe.act_order == "static",
             scale_search=recipe.scale_search,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_a_coarse_count_of_bytes_stays_within_the_size(monkeypatch: pytest.Monke
 
 def decoder_and_groups(model: Path) -> tuple[BlockwiseDecoder, Settings, list[Group]]:
     decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), torch.float32)
-    settings = Settings.from_recipe(QuantizeRecipe(), group_size=32)
+    settings = replace(Settings.from_recipe(QuantizeRecipe()), group_size=32)
     return decoder, settings, groups_of(decoder, settings)
 
 
