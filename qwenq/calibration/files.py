@@ -51,7 +51,7 @@ def _zstandard(path: Path, _: str) -> IO[bytes]:
     return io.BufferedReader(stream)
 
 
-_OPENERS: dict[bytes, Callable[[Path, str], Any]] = {
+_OPENERS: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\x00": lzma.open,
@@ -64,7 +64,7 @@ def _start(path: Path) -> bytes:
         return file.read(16)
 
 
-def _opener(path: Path) -> Callable[[Path, str], Any] | None:
+def _opener(path: Path) -> Callable[..., Any] | None:
     """Return what decompresses a file, by its first bytes; None: it is not compressed."""
     start = _start(path)
     return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
