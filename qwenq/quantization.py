@@ -36,7 +36,6 @@ from qwenq.gptq.settings import (
     choose_group_size,
     describe,
     every_linear,
-    input_widths,
     kept_parameters,
     module_bits,
     quantised_linears,

@@ -198,8 +198,8 @@ class EvalRecipe:
     tasks: tuple[str, ...] = setting(
         ("mmlu", "ceval", "gsm8k", "humaneval"),
         "Benchmarks, comma-separated: mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, "
-        "mmlu-pro, gpqa-diamond, ifeval, math-500, ceval-test.",
-        "math and bbh have the base protocol only; ceval-test writes the file for C-Eval's leaderboard.",
+        "mmlu-pro, gpqa-diamond, ifeval, math-500.",
+        "math and bbh have the base protocol only.",
     )
     protocol: Literal["auto", "card", "base", "lm-eval"] = setting(
         "auto",

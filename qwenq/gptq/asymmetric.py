@@ -99,8 +99,6 @@ def shift_targets(
 
     Args:
         W: [rows, in] float32.
-        parts: the runs.
-        deviation: of these rows' inputs.
         hessian: of the drifted inputs; its damping keeps the regression from following noise.
         strength: 0 (plain GPTQ) … 1 (the whole shift).
     """

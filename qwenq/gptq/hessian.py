@@ -142,8 +142,6 @@ def mean_products(
     Args:
         left, right: activations by batch; a batch's product is computed in the dtype of the right.
         tokens: of each batch; may be empty on this rank.
-        widths: columns of left and right.
-        device: of the result.
         same: left and right are the same; only what is on and below the diagonal is computed, and mirrored.
         team: the ranks; each gets the sums.
     """

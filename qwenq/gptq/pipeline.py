@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from qwenq.calibration.sequences import check_vocabulary
+from qwenq.compute import cpu
 from qwenq.compute.columns import fallback_reason
-from qwenq.compute.products import unsupported_reason
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import ModelError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.asymmetric import measure_deviation
-from qwenq.gptq.experts import ExpertInput, measure_expert
+from qwenq.gptq.experts import measure_expert
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.linears import ModuleStats, QuantisedLinear, quantise_group
 from qwenq.gptq.sequential import Residuals, Routing, residual_sources, run_sequential, shared_inputs
@@ -104,7 +104,7 @@ def how_summed(dtype: torch.dtype, device: torch.device, team: Team) -> str:
     """Return the way that Hessians are summed, as the last bits depend on it: exact, torch or compiled."""
     if team.launched:
         return "exact"
-    return "torch" if unsupported_reason(dtype, device) else "compiled"
+    return "torch" if cpu.unsupported_input(device, dtype) else "compiled"
 
 
 def how_solved(settings: Settings, device: torch.device) -> str:
@@ -131,9 +131,7 @@ def quantise_layers(
     """Quantise every block into ``store``, each with the inputs that the quantised blocks before it produce.
 
     Args:
-        decoder: the model, block by block.
         tokens: int64 [samples, seq_len], no padding.
-        settings: GPTQ's.
         store: of rank 0, None on others. Layers that it has are not solved again; their forward pass is run.
         on_layer: called after each layer, on rank 0.
         team: the ranks: each runs a share of the batches, and solves a share of the rows.
@@ -273,9 +271,11 @@ class _Layer:
         tokens = None
         if routed:
             count = len(inputs)
-            given = ExpertInput(inputs, routed[:count], reference, routed[count:])
-            pool = partial(self._pooled, names[0], given.routed)
-            H, deviation, tokens = measure_expert(given, list(weights.values()), pool, self._team)
+            mine, other = routed[:count], routed[count:]
+            pool = partial(self._pooled, names[0], mine)
+            H, deviation, tokens = measure_expert(
+                inputs, mine, reference, other, list(weights.values()), pool, self._team
+            )
         else:
             H = hessian(inputs, self._team)
             deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team, residuals)

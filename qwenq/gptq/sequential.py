@@ -9,19 +9,16 @@ is evaluated once per batch, by the block's own code in transformers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from qwenq.errors import UnsupportedError
-from qwenq.models.transformers_model import Routed, linears_of
+from qwenq.models.transformers_model import Hook, Routed, hooked, linears_of
 
-Hook = Callable[[nn.Module, tuple[Any, ...]], None]
 Forward = Callable[[Tensor], Tensor]
 Routing = list["Routed | None"]
 """Of an expert's linears: which tokens the input is made of, per batch and then per reference batch."""
@@ -41,8 +38,6 @@ def shared_inputs(
     of its own: else its weight would be replaced before the original model's activations have met it.
 
     Args:
-        block: a decoder block.
-        forward: runs the block on hidden states.
         sample: [1, tokens, hidden], any values.
         kind: of a linear by its name: those that are quantised alike have the same.
     """
@@ -57,7 +52,7 @@ def shared_inputs(
 
         return hook
 
-    with hooked(block, note):
+    with hooked(linears_of(block), note):
         forward(sample)
     return [names for *_, names in seen]
 
@@ -99,7 +94,8 @@ def residual_sources(block: nn.Module, forward: Forward, sample: Tensor) -> dict
     try:
         states.append(("", forward(sample)))
     finally:
-        _remove(handles)
+        for handle in handles:
+            handle.remove()
     found: dict[str, str] = {}
     for name, output, before in outputs:
         for source, state in states[:before]:
@@ -124,10 +120,7 @@ def run_sequential(
     """Run all batches through the block; ``solve`` replaces each group before it is evaluated.
 
     Args:
-        block: a decoder block.
-        forward: runs the block on hidden states.
         batches: hidden states, [batch, tokens, hidden] each.
-        groups: from ``shared_inputs``.
         solve: called once per group, in order; the weights it returns take the place of the block's.
         reference: hidden states of the original model for some of the batches, in their order. They pause at
             the same linears and go on with the original weights: one copy of the block serves both.
@@ -137,21 +130,19 @@ def run_sequential(
         The block's output per batch with the new weights, and per reference batch with the original ones.
     """
     main = getcurrent()
-    first = {names[0] for names in groups}
+    first = {names[0]: block.get_submodule(names[0]) for names in groups}
     alone = {names[0] for names in groups if len(names) == 1}
     sources = {name: source for name, source in (residuals or {}).items() if name in alone}
+    read = {source: block.get_submodule(source) for source in sources.values() if source}
     streams: dict[tuple[object, str], Tensor] = {}  # by run and where they are read; until their last reader
 
-    def read(source: str) -> Hook:
+    def keep(source: str) -> Hook:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             streams[getcurrent(), source] = args[0]
 
         return hook
 
-    def pause(name: str) -> Hook | None:
-        if name not in first:
-            return None
-
+    def pause(name: str) -> Hook:
         parent = block.get_submodule(name.rpartition(".")[0])
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -159,11 +150,7 @@ def run_sequential(
 
         return hook
 
-    handles = [
-        block.get_submodule(source).register_forward_pre_hook(read(source))
-        for source in set(sources.values()) - {""}
-    ]
-    with hooked(block, pause, handles):
+    with hooked(read, keep), hooked(first, pause):
         runs = [greenlet(forward) for _ in (*batches, *reference)]
         streams |= {(run, ""): batch for run, batch in zip(runs, (*batches, *reference), strict=True)}
         states = [run.switch(batch) for run, batch in zip(runs, (*batches, *reference), strict=True)]
@@ -184,27 +171,3 @@ def run_sequential(
                 block.get_submodule(name).weight.data = weight
             states = [run.switch() for run in runs[:count]] + original
     return states[:count], states[count:]
-
-
-@contextmanager
-def hooked(
-    block: nn.Module, make: Callable[[str], Hook | None], others: Sequence[RemovableHandle] = ()
-) -> Iterator[None]:
-    """Call what ``make`` returns for a linear's name whenever that linear is about to run.
-
-    At the end these hooks are removed, and ``others``.
-    """
-    handles = [
-        linear.register_forward_pre_hook(hook)
-        for name, linear in linears_of(block).items()
-        if (hook := make(name)) is not None
-    ]
-    try:
-        yield
-    finally:
-        _remove([*handles, *others])
-
-
-def _remove(handles: Sequence[RemovableHandle]) -> None:
-    for handle in handles:
-        handle.remove()
