@@ -205,5 +205,5 @@ def register() -> None:
         import_module(module)
     order = list(COMMANDS)
     app.registered_commands.sort(
-        key=lambda one: order.index(one.name or getattr(one.callback, "__name__", ""))
+        key=lambda one: order.index(one.name or str(getattr(one.callback, "__name__", "")))
     )

@@ -117,8 +117,8 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         labels = (Cell(label, label) for label in [*named, words])
         made.append(Line((*labels, *_cells(loss))))
     optional = [*(["Against"] if len(bases) > 1 else []), *(["Where"] if any(places) else [])]
-    labels = ("Task", "Quantization", *optional, WORDS)
-    return Table("losses", "What it cost", (*labels, *FIGURES), len(labels), tuple(made), tuple(caption))
+    titles = ("Task", "Quantization", *optional, WORDS)
+    return Table("losses", "What it cost", (*titles, *FIGURES), len(titles), tuple(made), tuple(caption))
 
 
 def distinguish(found: Sequence[Loss], collection: Collection) -> list[str]:

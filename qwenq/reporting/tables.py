@@ -214,8 +214,8 @@ def _cell(item: Measured) -> Cell:
     plain = row.point.get("attention") in ("v1", "v2") and row.point.get("device") == "cuda"
     plain = plain and row.model.precision == "fp32"
     said = [*([OUTLIERS] if known else []), *([RAN_PLAIN] if plain else [])]
-    bounds = (None, None) if row.low is None or row.high is None else (write(row.low), write(row.high))
-    return Cell(write(row.value), row.value, *bounds, note="; ".join(said))
+    low, high = (None, None) if row.low is None or row.high is None else (write(row.low), write(row.high))
+    return Cell(write(row.value), row.value, low, high, "; ".join(said))
 
 
 OUTLIERS = "a median that includes outlying repetitions, which results.json lists"
