@@ -308,9 +308,10 @@ def fetch_hub_file(dataset: str, name: str) -> Path:
 
     where = f"hub dataset {dataset}, {name}"
     why = _unreachable(dataset)
+    broken: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *network_errors())
     try:
         found = hf_hub_download(dataset, name, repo_type="dataset", local_files_only=why is not None)
-    except (OSError, ValueError, RuntimeError, *network_errors()) as error:
+    except broken as error:
         raise _no_benchmark(why or error, where) from error
     return Path(found)
 
@@ -340,11 +341,12 @@ def _unreachable(dataset: str) -> _UnreachableError | None:
 
     if constants.is_offline_mode():
         return None
+    broken: tuple[type[Exception], ...] = (OSError, *network_errors())
     try:
         HfApi().dataset_info(dataset, timeout=_TIMEOUT)
     except HfHubHTTPError:
         return None  # it answers; the download has the better error
-    except (OSError, *network_errors()) as error:
+    except broken as error:
         return _UnreachableError(f"{constants.ENDPOINT} could not be reached: {error}")
     return None
 
