@@ -51,13 +51,6 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(given).resolve() if given else bundled(tmp_path_factory, "int8", "--bits", "8")
 
 
-@pytest.fixture(scope="session")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model in 4 bits, `down_proj` in 8, attention's `o_proj` left as it is."""
-    rules = ["--module-bits", "down_proj=8", "--module-bits", "o_proj=16"]
-    return bundled(tmp_path_factory, "mixed", "--bits", "4", *rules)
-
-
 def bundled(tmp_path_factory: pytest.TempPathFactory, name: str, *options: str) -> Path:
     """The bundled model, quantised now on little text."""
     python()

@@ -65,13 +65,9 @@ def linear(_: Any, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None
 def unpack_experts(
     config: Any, w13: Any, w2: Any, w13_scale: Any, w2_scale: Any, *_: Any
 ) -> tuple[torch.Tensor | None, ...]:
-    """In the order in which vLLM keeps them: weights, scales, and six that are not needed.
-
-    They come as they are stored, [expert, in · bits / 32, out], and scales [expert, groups, out].
-    """
+    """In the order in which vLLM keeps them: weights, scales, and six that are not needed."""
     bits = getattr(config, "weight_bits", None) or config.num_bits
-    pairs = (w13, w13_scale), (w2, w2_scale)
-    weights = (dequantised(packed.mT, scales.mT, bits) for packed, scales in pairs)
+    weights = dequantised(w13, w13_scale, bits), dequantised(w2, w2_scale, bits)
     return (*weights, w13_scale, w2_scale, *[None] * 6)
 
 

@@ -23,9 +23,9 @@ TEXTS = (
 LENGTH = 100  # tokens of a random prompt: more than the chunk of 64 in which linear attention reads them
 # Of a random model that vLLM can run: heads that its attention knows, widths that its product takes.
 DENSE_SIZES = {"head_dim": 32, "hidden_size": 128, "intermediate_size": 192}
-# Experts as wide as its kernels for real ones are made for: narrower ones take another path there. Heads of
+# Experts of whole groups: with others vLLM takes another path, which does not look `dynamic` up. Heads of
 # linear attention have the width of published ones; its kernels know 64 and 128.
-SIZES = {"head_dim": 32, "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 64}
+SIZES = {"head_dim": 32, "hidden_size": 128, "intermediate_size": 192, "moe_intermediate_size": 128}
 HYBRID_SIZES = {**SIZES, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
 _ROTARY = {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5}
 HYBRIDS: dict[str, dict[str, Any]] = {
@@ -35,8 +35,6 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_ROTARY, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
     },
 }
-HYBRIDS["qwen3_5"] = HYBRIDS["qwen3_5_text"]
-HYBRIDS["qwen3_5_moe"] = HYBRIDS["qwen3_5_text"] | {"shared_expert_intermediate_size": 64}
 own_product = pytest.mark.skipif(
     not has_product(),
     reason="vLLM's product of Int4 weights needs AVX-512; plain torch takes it in other tests",
