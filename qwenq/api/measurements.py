@@ -220,7 +220,7 @@ def profile(
     """
     from qwenq.evals.rows import record_checks
     from qwenq.profiling.planning import parse_budget
-    from qwenq.profiling.spec import lengths_of, require_known, subjects_of
+    from qwenq.profiling.spec import lengths_of, require_kernel, subjects_of
     from qwenq.profiling.sweep import sweep_models
     from qwenq.storage import locked
 
@@ -234,7 +234,7 @@ def profile(
             named = "served" if tuple(precision) == PRECISIONS else ",".join(precision)
             load = tuple(concurrency), input, output
             return _profile_served(endpoint, model, named, load, seconds, out, listener, command)
-        require_known(chosen.attention, chosen.engine, kernel)
+        require_kernel(kernel)
         how: dict[str, Any] = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel}
         how |= {"tp": tp, "lengths": lengths_of(context, chosen.tokens, chosen.encode)}
         found = subjects_of(each_once(models), precision, weights, seed)

@@ -154,7 +154,6 @@ def _with_bases(names: list[str | None], rows: Sequence[Row]) -> Iterator[Words]
     from qwenq.comparison import PLAIN
     from qwenq.models.identity import model_name
     from qwenq.models.opening import resolve_model
-    from qwenq.results import plain_name
 
     scores = [row for row in rows if "items" in row.details]
     here = {row.model.fingerprint for row in scores}
@@ -162,7 +161,7 @@ def _with_bases(names: list[str | None], rows: Sequence[Row]) -> Iterator[Words]
     apart = {row.model: row.details.get("base") for row in scores if row.model.precision not in PLAIN}
     for model in [one for one, base in apart.items() if one not in compared and base not in here]:
         note(f"{model.label} is not compared with its base, which was not evaluated")
-        name = next(name for name in names if plain_name(model_name(name)) == model.name)
+        name = next(name for name in names if model_name(name) == model.name)
         if (base := named_base(resolve_model(name).folder)) is not None:
             words = sys.argv[sys.argv.index("eval") + 1 :] if "eval" in sys.argv else []
             yield ("eval", base, *words)

@@ -51,7 +51,6 @@ def plan(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a calibration sequence. [default: 256; on a GPU 2048]")
     ] = None,
-    pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show the effect of padding the MLP.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
 ) -> None:
     """Show what a model needs, before anything is downloaded.
@@ -78,7 +77,7 @@ def plan(
     from qwenq.planner.tables import plan_tables
 
     console = table_console(120, markup=True)
-    for part in plan_tables(result, show_padding=pad_ffn):
+    for part in plan_tables(result):
         console.print(part)
 
 

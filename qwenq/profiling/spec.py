@@ -188,18 +188,13 @@ def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[i
     return [*((length, 1) for length in encoded), *((c, t) for t in news for c in context)]
 
 
-def require_known(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
+def require_kernel(kernel: str) -> None:
     """Refuse a misspelt name before the first point."""
-    from qwenq.runtime.attention import BACKENDS
     from qwenq.runtime.quantised_linear import KERNELS
 
-    for option, given, known in (
-        ("--attention", attentions, ("auto", *BACKENDS)),
-        ("--engine", engines, ("fast", "transformers")),
-        ("--kernel", [kernel], ("auto", *(each.name for each in KERNELS))),
-    ):
-        if wrong := [name for name in given if name not in known]:
-            raise UsageError(f"there is no {wrong[0]!r}", where=option, hint=f"use {', '.join(known)}")
+    known = ("auto", *(each.name for each in KERNELS))
+    if kernel not in known:
+        raise UsageError(f"there is no {kernel!r}", where="--kernel", hint=f"use {', '.join(known)}")
 
 
 def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> None:

@@ -56,7 +56,7 @@ def cut_of(row: Row) -> Cut | None:
     return Cut(answers, of)
 
 
-LETTERS = ("mmlu", "ceval", "ceval-test", "cmmlu")
+LETTERS = ("mmlu", "ceval", "cmmlu")
 
 
 def asked_by(row: Row) -> str:

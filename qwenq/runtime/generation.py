@@ -43,6 +43,10 @@ def checked(logits: Tensor, dtype: torch.dtype, *, prompt: bool) -> Tensor:
     return logits
 
 
+OnToken = Callable[[int, int], None]
+"""Called with (row, id) for every token that is kept, as soon as it is known."""
+
+
 @dataclass
 class Timing:
     """Tokens and wall seconds, prefill and decode apart. The first new token belongs to the prefill."""
@@ -186,6 +190,7 @@ class Engine(ABC):
         stop_ids: Collection[int] = (),
         exact_tokens: bool = False,
         cache: KVCache | None = None,
+        on_token: OnToken | None = None,
     ) -> Generated:
         """Answer each prompt.
 
@@ -197,6 +202,7 @@ class Engine(ABC):
             exact_tokens: give every row exactly ``max_new_tokens``: stop ids are suppressed, their logits
                 −∞, as ``min_new_tokens`` does in transformers.
             cache: goes on from there; None: an empty one, of the size that is needed.
+            on_token: called with (row, id) as tokens come.
 
         Raises:
             UsageError: as `prefill`, no token was asked for, or every id is suppressed.
@@ -219,6 +225,8 @@ class Engine(ABC):
                     ends[row] = token
                     continue
                 ids[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
             if None not in ends:
                 break
         return Generated([Answer(row, end) for row, end in zip(ids, ends, strict=True)], timing)

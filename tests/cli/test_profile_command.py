@@ -197,8 +197,8 @@ def test_a_real_point(shell: Shell) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--attention", "v3"), "there is no 'v3'"),
-        (("--engine", "slow"), "there is no 'slow'"),
+        (("--attention", "v3"), "profile.attention = 'v3': Input should be 'auto'"),
+        (("--engine", "slow"), "profile.engine = 'slow': Input should be 'fast'"),
         (("--kernel", "magic"), "there is no 'magic'"),
         (("--precision", "int3"), "there is no precision 'int3'"),
         (("--tokens", "many"), "Input should be a valid integer"),
