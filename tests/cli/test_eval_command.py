@@ -175,7 +175,6 @@ def test_what_quantising_cost_by_its_check_is_shown_and_recorded_once(
     assert "| Int8 | 0.0712 (0.0600–0.0800) | 90.0 (85.0–95.0) |" in report
 
 
-
 def test_a_check_of_other_bytes_is_not_shown(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:
     int8 = quantise(tmp_path / "Tiny-GPTQ-Int8", base, noise=0.5)
     write_manifest(int8)
