@@ -36,7 +36,6 @@ from qwenq.gptq.settings import (
     choose_group_size,
     describe,
     every_linear,
-    input_widths,
     kept_parameters,
     module_bits,
     quantised_linears,
@@ -218,7 +217,8 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     bits = module_bits(decoder, wanted.module_bits, wanted.bits)
     settings = Settings.from_recipe(wanted, module_bits=bits)
     check_packable(decoder, settings)
-    group_size, why = choose_group_size(wanted.group_size, input_widths(every_linear(decoder, settings)))
+    widths = {name: linear.in_features for name, linear in every_linear(decoder, settings).items()}
+    group_size, why = choose_group_size(wanted.group_size, widths)
     listener(Notice(why))
     settings = replace(settings, group_size=group_size)
     if kept := summary(kept_parameters(decoder, settings)):

@@ -174,8 +174,8 @@ class QuantizeRecipe:
     )
     asymmetric_calibration: Annotated[float, Bounds(ge=0, le=1)] = setting(
         0.5,
-        "Share of the error inherited from earlier layers that a layer corrects (GPTAQ's alpha); 0: plain "
-        "GPTQ.",
+        "Share of the error inherited from earlier layers that a layer corrects (GPTAQ's alpha, LoaQ); 0: "
+        "plain GPTQ.",
     )
     coordinate_descent: bool = setting(
         True,
@@ -198,8 +198,8 @@ class EvalRecipe:
     tasks: tuple[str, ...] = setting(
         ("mmlu", "ceval", "gsm8k", "humaneval"),
         "Benchmarks, comma-separated: mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, "
-        "mmlu-pro, gpqa-diamond, ifeval, math-500, ceval-test.",
-        "math and bbh have the base protocol only; ceval-test writes the file for C-Eval's leaderboard.",
+        "mmlu-pro, gpqa-diamond, ifeval, math-500.",
+        "math and bbh have the base protocol only.",
     )
     protocol: Literal["auto", "card", "base", "lm-eval"] = setting(
         "auto",

@@ -20,6 +20,7 @@ from qwenq.models.integrity import verify_files
 from qwenq.recipe import quantize_command
 from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows, require_readable
 from qwenq.statistics import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
+from qwenq.storage import read_json
 
 # Make rows of scores, each compared with the base's.
 
@@ -136,7 +137,7 @@ def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | str | No
         for row in rows
         if (row.status, row.model.family, row.point) == wanted and isinstance(row.details.get("items"), dict)
     }
-    base = choose_base(found, eval_model.how.dtype)
+    base = choose_base(found, eval_model.settings["dtype"])
     if base is not None or not rows or point in [row.point for row in rows]:
         return base
     last = rows[-1].point
@@ -169,10 +170,9 @@ UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
 def has_check(folder: Path) -> bool:
     """Return whether the folder has a manifest with a check; one of random weights has none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return isinstance(read_json(folder / MANIFEST).get("check"), dict)
+    except (CorruptFileError, OSError):
         return False
-    return isinstance(manifest, dict) and isinstance(manifest.get("check"), dict)
 
 
 def append_check_rows(folder: Path, model: Model, run: Path) -> list[Row]:

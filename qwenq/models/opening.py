@@ -38,16 +38,6 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
     return replace(random_checkpoint(name, seed), notices=[notice])
 
 
-def refuse_random_weights(weights: str) -> None:
-    """Refuse ``--weights random`` in a command that judges a model: random ones have no accuracy."""
-    if weights == "random":
-        raise UsageError(
-            "random weights: accuracy would mean nothing",
-            where="--weights",
-            hint="name a model with real weights; `qwenq profile` and `qwenq plan` take random ones",
-        )
-
-
 BUNDLED_NOTICE = (
     "no MODEL given: using the bundled SmolLM2-135M-Instruct; "
     "name a Qwen with e.g. `qwenq quantize Qwen/Qwen2.5-0.5B-Instruct`"

@@ -203,6 +203,20 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], make: Callable[[str], Hook]) -> Iterator[None]:
+    """Call what ``make`` returns for a module's name whenever that module is about to run."""
+    handles = [module.register_forward_pre_hook(make(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def kept_of(block: nn.Module) -> dict[str, str]:
     """Return the parameters of a block with two dimensions or more that stay as they are: name → reason."""
     linears = linears_of(block)

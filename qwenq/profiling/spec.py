@@ -237,7 +237,13 @@ def subjects_of(
     found = Subjects()
     for given in models:
         _add(found, given, precisions, weights, seed)
-    found.subjects = [_settled(each, found) for each in found.subjects]
+    # A quantised model is in the family of the base that its manifest names by fingerprint, as evaluations
+    # have it: the base's folder may have been renamed since.
+    families = {name: found.plain[base] for name, base in found.bases.items() if base in found.plain}
+    found.subjects = [
+        replace(each, model=replace(each.model, family=families.get(each.model.name, each.model.family)))
+        for each in found.subjects
+    ]
     return found
 
 
@@ -274,15 +280,6 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
         found.plain[checkpoint.fingerprint] = made[0].model.family
     elif isinstance(base := base_of(checkpoint.folder).get("fingerprint"), str):
         found.bases[name] = base
-
-
-def _settled(subject: Subject, found: Subjects) -> Subject:
-    """Return it in the family of the base that its manifest names by fingerprint, as evaluations do.
-
-    The base's folder may have been renamed since.
-    """
-    family = found.plain.get(found.bases.get(subject.model.name, ""))
-    return subject if family is None else replace(subject, model=replace(subject.model, family=family))
 
 
 def _plain(

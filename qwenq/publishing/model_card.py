@@ -292,6 +292,7 @@ def _load(name: str, verdicts: Sequence[Verdict]) -> str:
     quoted = json.dumps(name)
     examples = {
         "vllm": f'from vllm import LLM\n\nmodel = LLM({quoted}, dtype="bfloat16")',
+        "sglang": f'import sglang\n\nmodel = sglang.Engine(model_path={quoted}, dtype="bfloat16")',
         "transformers": "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"model = AutoModelForCausalLM.from_pretrained({quoted})\n"
         f"tokenizer = AutoTokenizer.from_pretrained({quoted})",

@@ -93,12 +93,6 @@ class Rows:
 class Weights:
     """Reads a checkpoint's tensors onto a device, in one dtype; packed linears become the chosen kernel.
 
-    Args:
-        checkpoint: plain or GPTQ weights.
-        device, dtype: of what is read.
-        kernel: ``auto`` or a name of the kernel table.
-        processes: among which the weights are sharded.
-
     Attributes:
         kernel: name of what runs the linear layers.
         notes: faster kernels that are not used, and why.

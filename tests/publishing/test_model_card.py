@@ -51,6 +51,7 @@ def test_the_card_has_what_was_measured(folder: Path) -> None:
     assert f"Verdict: **{manifest['check']['verdict']['word']}**" in card.text
     assert "| vllm 0.33.0 | no: 21 modules have free zero points" in card.text
     assert "from vllm" not in card.text
+    assert "import sglang" not in card.text
     assert "AutoModelForCausalLM" in card.text
 
 
