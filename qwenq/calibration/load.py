@@ -206,8 +206,8 @@ def load_calibration(
             raise UsageError(
                 "a model with random weights has no tokenizer to read a text",
                 where=spec,
-                hint="leave --calibration out (`qwenq calibrate`: --source, --split, --column): "
-                "the tokens are random, too",
+                hint="leave --calibration out (`qwenq calibrate`: --source, --split, --column): tokens are "
+                "random, too",
             )
         return random_tokens(int(checkpoint.config["vocab_size"]), wanted, seed)
     if spec == "self":

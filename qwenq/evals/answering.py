@@ -77,7 +77,7 @@ def encode_prefix(engine: Engine, prefix: Sequence[int]) -> KVCache | None:
 
 def begin_rows(engine: Engine, prefix: KVCache | None, rows: int, capacity: int) -> KVCache:
     """Return a cache of ``rows`` rows that begin with the prefix."""
-    return engine.new_cache(rows, capacity) if prefix is None else prefix.fork(rows, capacity)
+    return engine.new_cache(rows, capacity) if prefix is None else prefix.take([0] * rows, capacity)
 
 
 def require_finite(values: Tensor, names: Sequence[str]) -> None:

@@ -21,7 +21,6 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.foreign_formats import ForeignFormat
 from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.gptq_format import DequantisedSource, quantised_modules
-from qwenq.models.pad_ffn import widened
 from qwenq.models.random_weights import refuse_random
 from qwenq.models.transformers_model import Hook, hooked
 from qwenq.statistics import (
@@ -304,12 +303,17 @@ def check(
     """
     quant = require_comparable(quantised, base)
     require_tokens(held_out, base)
-    base = widened(base, quantised.config.get("intermediate_size"))  # Qwen's 72B is wider than its base
     if quantised.foreign is None:
         plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
         measured = quantised_modules(quantised.source)
     else:
         plain, measured = quantised, _comparable_modules(quantised, quantised.foreign.format, base, listener)
+    widths = [one.config.get("intermediate_size") for one in (base, quantised)]
+    if widths[0] != widths[1]:
+        listener(
+            Notice(f"the MLP has {widths[1]} channels, the base's {widths[0]}: its modules are left out")
+        )
+        measured = [name for name in measured if ".mlp." not in name]
     with counted(listener, step) as progress:
         before, after = (BlockwiseDecoder(model, torch.device(device), dtype) for model in (base, plain))
         if before.fallback_notice:  # both have the same heads
@@ -345,7 +349,7 @@ def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
         if has != wants and None not in (has, wants):
             raise _another_model(key, has, wants, base)
     has, wants = (one.config.get("intermediate_size", 0) for one in (base, quantised))
-    if not has <= wants <= 2 * has:  # wider: zero channels were added before quantising (models/pad_ffn.py)
+    if not has <= wants <= 2 * has:  # wider: Qwen added channels of zeros to its 72B before it quantised it
         raise _another_model("intermediate_size", wants, has, base)
     if quantised.foreign is not None:
         found = quantised.foreign.format

@@ -21,7 +21,6 @@ from qwenq.reporting.report import make_report
 from qwenq.reporting.write import report_markdown
 from qwenq.results import read_environment, read_rows
 from qwenq.storage import sha256_file
-from qwenq.workflow import append_check
 
 SUBJECTS = "abstract_algebra,astronomy"
 
@@ -174,13 +173,6 @@ def test_what_quantising_cost_by_its_check_is_shown_and_recorded_once(
     assert (kl.value, kl.model.precision, kl.model.family) == (0.0712, "int8", "Tiny")
     report = report_markdown(make_report(collect([Path("run")]), "Tiny"))
     assert "| Int8 | 0.0712 (0.0600–0.0800) | 90.0 (85.0–95.0) |" in report
-
-    append_check(int8, Path("run"), "qwenq quantize Tiny")  # as a step of `qwenq run`
-    (kl,) = (row for row in read_rows(Path("run")) if row.metric == "kl")
-    assert kl.details["command"] == "qwenq quantize Tiny"
-    evaluate(base, int8, *options(data), "--out", "run")
-    lines = Path("run/results.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line)["metric"] for line in lines].count("kl") == 2
 
 
 def test_a_check_of_other_bytes_is_not_shown(evaluate: Shell, base: Path, data: Path, tmp_path: Path) -> None:

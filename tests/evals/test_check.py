@@ -258,14 +258,16 @@ def test_one_sequence_has_no_interval(case: Case) -> None:
 
 
 def test_a_padded_mlp_is_held_against_its_narrower_base(tmp_path: Path) -> None:
-    from qwenq.models.pad_ffn import widened
-
     base = write_base(tmp_path / "base", "qwen2", tied=False)
     narrow = open_checkpoint(base)
     wide = tmp_path / "wide"
     wide.mkdir()
-    view = widened(narrow, 96)
-    save_file({name: view.read(name) for name in view.names()}, wide / "model.safetensors")
+    tensors = {name: narrow.read(name) for name in narrow.names()}
+    for name in (name for name in tensors if ".mlp." in name):
+        more = 96 - narrow.config["intermediate_size"]
+        sides = (0, more) if name.endswith("down_proj.weight") else (0, 0, 0, more)
+        tensors[name] = torch.nn.functional.pad(tensors[name], sides)
+    save_file(tensors, wide / "model.safetensors")
     config = json.loads((base / "config.json").read_text()) | {"intermediate_size": 96}
     (wide / "config.json").write_text(json.dumps(config))
     quantised = write_quantised(tmp_path / "q", wide, QuantConfig(bits=8, group_size=32))
@@ -276,6 +278,7 @@ def test_a_padded_mlp_is_held_against_its_narrower_base(tmp_path: Path) -> None:
     ]
     assert against[0].kl.value == pytest.approx(against[1].kl.value, abs=1e-6)
     assert against[0].kl.value < 0.05
+    assert {m.name.split(".")[3] for m in against[0].modules} == {"self_attn"}
 
 
 def with_config(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:

@@ -39,21 +39,23 @@ def vllm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
 
 @pytest.fixture(scope="session")
 def int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundled(4, tmp_path_factory)
+    """$QWENQ_INTEROP_INT4 where set, else the bundled model, quantised now."""
+    given = os.environ.get("QWENQ_INTEROP_INT4")
+    return Path(given).resolve() if given else bundled(tmp_path_factory, "int4", "--bits", "4")
 
 
 @pytest.fixture(scope="session")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return bundled(8, tmp_path_factory)
+    """$QWENQ_INTEROP_INT8 where set, else the bundled model, quantised now."""
+    given = os.environ.get("QWENQ_INTEROP_INT8")
+    return Path(given).resolve() if given else bundled(tmp_path_factory, "int8", "--bits", "8")
 
 
-def bundled(bits: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """$QWENQ_INTEROP_INT4 or $QWENQ_INTEROP_INT8 where set, else the bundled model, quantised now."""
+def bundled(tmp_path_factory: pytest.TempPathFactory, name: str, *options: str) -> Path:
+    """The bundled model, quantised now on little text."""
     python()
-    if given := os.environ.get(f"QWENQ_INTEROP_INT{bits}"):
-        return Path(given).resolve()
-    folder = tmp_path_factory.mktemp("vllm") / f"int{bits}"
-    command = [sys.executable, "-m", "qwenq", "quantize", "--bits", str(bits), "--out", folder]
+    folder = tmp_path_factory.mktemp("vllm") / name
+    command = [sys.executable, "-m", "qwenq", "quantize", *options, "--out", folder]
     quick = ["--samples", "16", "--seq-len", "256", "--group-size", "64"]
     done = subprocess.run([*command, *quick], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

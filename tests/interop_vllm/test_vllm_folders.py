@@ -6,74 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipeline import run
 from regrouped import regrouped
-from tiny_families import random_tokens, write_calibration, write_family
-from tiny_published import FAMILIES, write_published
-from vllm_client import Compared, Record, Runner, compare, has_product, own_answer
+from small_models import compared, own_product, real_prompts, tiny, verdict
+from vllm_client import Record, Runner, compare, own_answer, refusal
 
 from qwenq.conversion import convert
-from qwenq.models.checkpoint import open_checkpoint
-from qwenq.models.tokenizer import load_tokenizer
-from qwenq.publishing.engines import Verdict, engine_verdicts, read_gptq_folder
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(900)]
-
-TEXTS = (
-    "The capital of France is Paris, and the river that runs through it is",
-    "def fibonacci(n):\n    if n < 2:\n        return n\n",
-    "Water boils at a lower temperature on a mountain because",
-)
-# Of a random model that vLLM can run: heads that its attention knows, widths that its product takes.
-DENSE_SIZES = {"head_dim": 32, "hidden_size": 128, "intermediate_size": 192}
-# Experts as wide as vLLM's kernels for real ones are made for: narrower ones take another path there.
-SIZES = {"head_dim": 32, "hidden_size": 128, "moe_intermediate_size": 64}
-own_product = pytest.mark.skipif(
-    not has_product(),
-    reason="vLLM's product of Int4 weights needs AVX-512; plain torch takes it in other tests",
-)
-
-
-def tiny(tmp_path: Path, family: str, **settings: Any) -> tuple[Path, list[list[int]]]:
-    """A quantised random model, and prompts for it."""
-    head = settings.pop("head", {})
-    if family in FAMILIES:
-        model = write_published(tmp_path / "m", family, **SIZES, **head)
-        settings["calibration"] = write_calibration(model, tmp_path / "t.safetensors", samples=8)
-    else:
-        model = write_family(tmp_path / "m", family, **DENSE_SIZES, **head)
-    run(model, tmp_path / "out", **settings)
-    return tmp_path / "out", random_tokens(model, 2, 40, seed=5).tolist()
-
-
-def real_prompts(folder: Path) -> list[list[int]]:
-    """Three short texts and a long one."""
-    tokenizer = load_tokenizer(folder)
-    long = (Path(__file__).parents[2] / "docs" / "design.md").read_text(encoding="utf-8")
-    return [tokenizer.encode(text)[:400] for text in (*TEXTS, long)]
-
-
-def verdict(folder: Path) -> Verdict:
-    (found,) = engine_verdicts(read_gptq_folder(open_checkpoint(folder)), ["vllm"])
-    return found
-
-
-def compared(
-    vllm: Runner,
-    record: Record,
-    name: str,
-    folder: Path,
-    prompts: list[list[int]],
-    dtype: str,
-    *,
-    plain: bool,
-    top: int = -1,
-) -> Compared:
-    """What vLLM answers beside our engine in float32, on record."""
-    answer = vllm.ask(folder, prompts, dtype=dtype, plain=plain, top=top)
-    found = compare(folder, prompts, answer)
-    record.add(name, answer, "vLLM, plain" if plain else "vLLM", dtype, found)
-    return found
 
 
 @own_product
@@ -102,7 +41,7 @@ def test_the_bundled_model_in_plain_torch(
 
 
 def test_int8_is_refused_by_the_cpu_build_and_the_rules_note_it(int8: Path, vllm: Runner) -> None:
-    assert "uint8b128" in vllm.ask(int8, [[1, 2, 3]])["refused"]
+    assert "uint8b128" in refusal(vllm.ask(int8, [[1, 2, 3]]))
     assert verdict(int8).loads
     assert any("CPU build" in note for note in verdict(int8).notes)
 
@@ -153,10 +92,10 @@ def test_converted_to_compressed_tensors(tmp_path: Path, vllm: Runner, record: R
 def test_free_zero_points_are_refused(tmp_path: Path, vllm: Runner) -> None:
     folder, prompts = tiny(tmp_path, "qwen3", sym=False, any_engine=True)
     assert not verdict(folder).loads
-    assert "sym=False" in vllm.ask(folder, prompts)["refused"]
+    assert "sym=False" in refusal(vllm.ask(folder, prompts))
 
 
 def test_groups_of_16_are_refused(tmp_path: Path, vllm: Runner) -> None:
     folder, prompts = tiny(tmp_path, "qwen3", group_size=32)
     assert not verdict(regrouped(folder, 16)).loads
-    assert "group_size" in vllm.ask(folder, prompts)["refused"]
+    assert "group_size" in refusal(vllm.ask(folder, prompts))

@@ -38,6 +38,11 @@ def has_product() -> bool:
     return "avx512f" in Path("/proc/cpuinfo").read_text()
 
 
+def has_tiles() -> bool:
+    """Whether this CPU has what vLLM's product of Int4 experts is made of."""
+    return "amx_tile" in Path("/proc/cpuinfo").read_text()
+
+
 def environment() -> dict[str, str]:
     """Without ours: its packages are of other versions."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
@@ -60,7 +65,7 @@ class Runner:
         plain: bool = False,
         top: int = 20,
     ) -> dict[str, Any]:
-        """Return the answer of runner.py."""
+        """Return the answer of runner.py; ``top``: how many log probabilities of a position, -1 for all."""
         asked = {"folder": str(folder), "prompts": prompts, "dtype": dtype, "new": NEW, "top": top}
         process = self._process(plain)
         assert process.stdin is not None
@@ -98,12 +103,23 @@ class Runner:
         return self._running[plain]
 
 
+def refusal(answer: dict[str, Any]) -> str:
+    """What vLLM says of a folder that it does not run; one that it runs is to be compared instead."""
+    if "refused" not in answer:
+        pytest.fail(
+            f"vLLM {answer['vllm']} now runs this: prove it (compare it as other folders are, and mend the "
+            "notes of `qwenq check --for vllm` and docs/format.md)"
+        )
+    return str(answer["refused"])
+
+
 def own_answer(folder: Path, prompts: Sequence[Sequence[int]], dtype: str, top: int = 20) -> dict[str, Any]:
     """What our engine answers in a dtype, in the form of runner.py: how much is the dtype's."""
     engine = load(folder, device="cpu", dtype=dtype)
     listed = []
     for ids in prompts:
-        likely = engine.logits([ids])[0][:-1].log_softmax(-1).topk(top)
+        logs = engine.logits([ids])[0][:-1].float().log_softmax(-1)
+        likely = logs.topk(top if top > 0 else logs.shape[-1])
         rows = zip(likely.indices.tolist(), likely.values.tolist(), strict=True)
         listed.append([{}, *(dict(zip(*row, strict=True)) for row in rows)])
     tokens = [engine.generate([ids], NEW).answers[0].ids for ids in prompts]
@@ -135,9 +151,7 @@ class Compared:
 def compare(folder: Path, prompts: Sequence[Sequence[int]], answer: dict[str, Any]) -> Compared:
     """Hold an answer against our engine in float32."""
     assert "refused" not in answer, answer["refused"]
-    model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    dense = model_type in ("llama", "qwen2", "qwen3")
-    engine = load(folder, device="cpu", dtype="float32", engine="fast" if dense else "transformers")
+    engine = load(folder, device="cpu", dtype="float32")
     differences, same, alike, behind = [], [], [], [0.0]
     for ids, listed, new in zip(prompts, answer["prompts"], answer["tokens"], strict=True):
         (logits,) = engine.logits([[*ids, *new]])
@@ -162,6 +176,7 @@ class Record:
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
         self.served: list[dict[str, Any]] = []
+        self.refused: list[dict[str, str]] = []
         self.vllm = ""
 
     def add(self, what: str, answer: dict[str, Any], product: str, dtype: str, found: Compared) -> None:
@@ -173,6 +188,10 @@ class Record:
     def letters(self, items: int, same: int, largest: float, dtype: str) -> None:
         self.served.append({"items": items, "same_letter": same, "largest": largest, "dtype": dtype})
 
+    def refuse(self, what: str, dtype: str, words: str) -> None:
+        """Add a folder that the CPU build does not run, with the part of its message that says why."""
+        self.refused.append({"what": what, "dtype": dtype, "words": words})
+
     def write(self, folder: Path) -> None:
         """Write all rows to vllm.json, and to vllm.md for people."""
         facts = {
@@ -182,7 +201,12 @@ class Record:
             "date": f"{date.today():%Y-%m-%d}",
         }
         folder.mkdir(parents=True, exist_ok=True)
-        report = {"environment": facts, "rows": self.rows, "letters": self.served}
+        report = {
+            "environment": facts,
+            "rows": self.rows,
+            "letters": self.served,
+            "refused": self.refused,
+        }
         (folder / "vllm.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (folder / "vllm.md").write_text(table(report), encoding="utf-8")
 
@@ -206,6 +230,13 @@ likeliest letter is the same in {same_letter} of {items} items; the largest diff
 {largest:.2f}.
 """
 
+REFUSED = """
+Refused by this CPU build, on this processor ("…" stands for what differs from machine to machine):
+
+| folder | dtype | words |
+| --- | --- | --- |
+"""
+
 
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
@@ -215,7 +246,10 @@ def table(report: dict[str, Any]) -> str:
         for row in report["rows"]
     ]
     letters = [LETTERS.format(**row) for row in report["letters"]]
-    return HEADER.format(new=NEW, **report["environment"]) + "".join(lines + letters)
+    refused = [f"| {row['what']} | {row['dtype']} | {row['words']} |\n" for row in report["refused"]]
+    if refused:
+        refused.insert(0, REFUSED)
+    return HEADER.format(new=NEW, **report["environment"]) + "".join(lines + letters + refused)
 
 
 def _cpu_model() -> str:
