@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qwenq.compute.grid import Grid, search_grid
 from qwenq.gptq.coordinate_descent import descend
-from qwenq.gptq.grid import Grid, search_grid
 from qwenq.gptq.solver import damp_hessian, gptq, order_by_diagonal, output_error
 
 ALLOWED = 0.01

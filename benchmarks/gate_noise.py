@@ -75,10 +75,12 @@ def code() -> str:
 
 
 RECORD = (
-    "import sys; from pathlib import Path; from qwenq.workflow import append_check; "
-    "append_check(Path(sys.argv[1]), Path(sys.argv[2]), 'qwenq quantize')"
+    "import sys, torch; from pathlib import Path; from qwenq.evals.rows import append_check_rows; "
+    "from qwenq.models.checkpoint import open_checkpoint; from qwenq.models.identity import result_model; "
+    "model = result_model(open_checkpoint(Path(sys.argv[1])), torch.float32, sys.argv[1]); "
+    "append_check_rows(Path(sys.argv[1]), model, Path(sys.argv[2]))"
 )
-"""Append the check that the model's manifest holds to a run, as `qwenq run` does."""
+"""Append the check that the model's manifest holds to a run, as `qwenq eval` does."""
 
 
 def measure(model: Path, folder: Path) -> None:

@@ -184,6 +184,8 @@ def peers_table(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
         lines.append(
             [
                 row["tool"],
+                f"{row['wall_s']:.0f}",
+                f"{row['peak_rss_mib']:,}",
                 f"{row['kl']:.4f}",
                 f"{row['perplexity']:.2f}",
                 f"{row['perplexity'] - base['perplexity']:+.2f}",
@@ -191,7 +193,16 @@ def peers_table(rows: list[dict[str, Any]], base: dict[str, float]) -> str:
                 "" if seen is None else f"{seen:,}",
             ]
         )
-    header = ["", "KL", "perplexity", "added", "experts rounded to nearest", "fewest tokens of an expert"]
+    header = [
+        "",
+        "seconds",
+        "peak MiB",
+        "KL",
+        "perplexity",
+        "added",
+        "experts rounded to nearest",
+        "fewest tokens of an expert",
+    ]
     return markdown_table(header, lines)
 
 
@@ -253,7 +264,8 @@ def peers_in_words(rows: list[dict[str, Any]], mixture: float, facts: dict[str, 
         f"the same {SAMPLES} × {SEQ_LEN} tokens of C4; KL and perplexity on WikiText-2, {EVALUATED} × "
         f"{SEQ_LEN} tokens, in float32 with dequantised weights. qwenq's KL is "
         f"{ours['kl'] / theirs['kl']:.2f} of GPTQModel's, the perplexity that it adds "
-        f"{gaps[0] / gaps[1]:.2f} of GPTQModel's. GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')}, "
+        f"{gaps[0] / gaps[1]:.2f} of GPTQModel's, its time, with its check, "
+        f"{ours['wall_s'] / theirs['wall_s']:.2f}. GPTQModel {facts['versions_gptqmodel'].get('gptqmodel')}, "
         "which rounds an expert to nearest where it sees less than 0.5 % of the tokens.\n"
     )
 

@@ -28,7 +28,6 @@ import decode_vs_peers
 from _common import INSTRUCTIONS, ROOT, instructions_of, machine, markdown_table, measured_on, turns_of
 
 from qwenq.reporting.tables import without_unit
-from qwenq.results import plain_name
 
 README, BENCHMARKS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 Report = dict[str, Any]
@@ -169,7 +168,7 @@ def quantize_table(name: str, report: Report) -> str:
     facts, rows = report["environment"], report["rows"]
     return (
         f"{_quantize_report.lines(rows)}\n{_quantize_report.comparison(report['ratios'], facts)} "
-        f"{plain_name(facts['model'])}, Int{facts['bits']}, groups of {facts['group_size']}, "
+        f"{facts['model'].removesuffix('-1')}, Int{facts['bits']}, groups of {facts['group_size']}, "
         f"the same tokens for all; perplexity: {facts['evaluation']} tokens; "
         f"{turns_of(facts)}; {facts['threads']} threads of {facts['cpu']} with {instructions_of(facts)}, "
         f"{measured_on(rows, facts)}; [the report](reports/benchmarks/{name}.md)."
@@ -181,7 +180,7 @@ def decode_table(report: Report) -> str:
     facts, rows = report["environment"], report["rows"]
     return (
         f"{decode_vs_peers.lines(rows)}\n{decode_vs_peers.comparison(report['ratios'], facts)} "
-        f"{plain_name(facts['model'])}, batch 1; {turns_of(facts)}; {facts['threads']} threads of "
+        f"{facts['model'].removesuffix('-1')}, batch 1; {turns_of(facts)}; {facts['threads']} threads of "
         f"{facts['cpu']} with {instructions_of(facts)}, {measured_on(rows, facts)}; "
         "[the report](reports/benchmarks/decode_cpu.md)."
     )

@@ -126,15 +126,14 @@ def _open_pair(quantised: str, against: str | None) -> _Pair:
 
 def _verified_calibration(folder: Path) -> dict[str, Any]:
     """Return what qwenq.json says of the calibration, once every file that it lists has the recorded hash."""
-    import json
-
     from qwenq.models.folders import MANIFEST
     from qwenq.models.integrity import verify_files
+    from qwenq.storage import read_json
 
     if not (folder / MANIFEST).is_file():
         return {}
     verify_files(folder)
-    used = json.loads((folder / MANIFEST).read_text(encoding="utf-8")).get("calibration")
+    used = read_json(folder / MANIFEST).get("calibration")
     return used if isinstance(used, dict) else {}
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal
 
 from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Listener, Notice, counted, silent
@@ -17,7 +18,7 @@ from qwenq.models.autoround import is_autoround
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.compressed_tensors import CompressedTensorsView
-from qwenq.models.folders import new_folder, require_renameable
+from qwenq.models.folders import new_folder
 from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.gptq_format import (
     DequantisedSource,
@@ -27,6 +28,7 @@ from qwenq.models.gptq_format import (
     validate_quantised,
 )
 from qwenq.models.integrity import check_finite
+from qwenq.models.quantized_folder import require_free
 from qwenq.models.qwen_v1 import QwenV1Source
 from qwenq.models.safetensors_files import write_shards
 from qwenq.models.shapes import DENSE, ModelShape
@@ -41,9 +43,6 @@ if TYPE_CHECKING:
 ZeroPoints = Literal["v1", "v2"]
 Layout = Literal["compressed-tensors"]
 FORMATS: dict[str, CheckpointFormat] = {"v1": "gptq", "v2": "gptq_v2"}
-HEAD = "lm_head.weight"
-_Read: TypeAlias = "Callable[[str], torch.Tensor]"
-_Entries: TypeAlias = list[tuple[str, TensorInfo]]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,6 @@ def convert(
     *,
     zeros: ZeroPoints | None = None,
     to: Layout | None = None,
-    store_head: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     listener: Listener = silent,
 ) -> Converted:
@@ -77,11 +75,12 @@ def convert(
         target: missing or empty.
         zeros: the format of zero points; None: as they are.
         to: another layout of a GPTQ model.
-        store_head: store the embedding a second time, as ``lm_head.weight`` of a model whose head is tied.
         max_shard_bytes: most bytes of tensors in one file.
         listener: receives progress and notices.
     """
-    _refuse_target(source, target)
+    if source.resolve() == target.resolve():
+        raise UsageError("DST is SRC: nothing is converted in place", where=target, hint="name a new folder")
+    require_free(target, "DST")
     checkpoint = open_checkpoint(source)
     quant = _settings(checkpoint, zeros)
     _require_whole(checkpoint, quant)
@@ -96,12 +95,16 @@ def convert(
         entries, read = [(name, view.info(name)) for name in view.names()], view.read
         config["quantization_config"] = view.settings()
         changes.append("GPTQ → compressed-tensors, the same integers and scales")
-    if store_head:
-        entries, read = _with_head(checkpoint, entries, read)
-        changes.append(f"the embedding is stored a second time, as {HEAD}")
     total = sum(info.nbytes for _, info in entries)
     with new_folder(target) as folder:
-        files = _write_counted(folder, entries, read, max_shard_bytes, listener)
+        with counted(listener, "writing", "tensors") as update:
+            number = count()
+
+            def read_counted(name: str) -> torch.Tensor:
+                update(next(number), len(entries))
+                return read(name)
+
+            files = write_shards(folder, entries, read_counted, max_shard_bytes)
         atomic_write_json(folder / "config.json", config)
         if quant is not None:
             written = QuantConfig.read(config)
@@ -116,34 +119,6 @@ def convert(
         total_bytes=total,
         changes=changes,
     )
-
-
-def _write_counted(
-    folder: Path,
-    entries: list[tuple[str, TensorInfo]],
-    read: Callable[[str], torch.Tensor],
-    max_shard_bytes: int,
-    listener: Listener,
-) -> list[Path]:
-    """Write tensors to shards, reporting each as it is read."""
-    numbers = {name: number for number, (name, _) in enumerate(entries)}
-    with counted(listener, "writing", "tensors") as update:
-
-        def read_counted(name: str) -> torch.Tensor:
-            update(numbers[name], len(entries))
-            return read(name)
-
-        return write_shards(folder, entries, read_counted, max_shard_bytes)
-
-
-def _refuse_target(source: Path, target: Path) -> None:
-    require_renameable(target, "DST")
-    if source.resolve() == target.resolve():
-        raise UsageError("DST is SRC: nothing is converted in place", where=target, hint="name a new folder")
-    if target.is_dir() and any(target.iterdir()):
-        raise UsageError("DST holds something already", where=target, hint="name a new or empty folder")
-    if target.exists() and not target.is_dir():
-        raise UsageError("DST is a file", where=target, hint="name a new or empty folder")
 
 
 def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:
@@ -220,7 +195,7 @@ def _target_config(
     return config, changes
 
 
-def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> _Entries:
+def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[str, TensorInfo]]:
     """Return names and headers to write, without zero biases that the architecture does not have."""
     hidden: set[str] = set()
     if quant is not None and checkpoint.config.get("model_type") == "qwen2":
@@ -230,7 +205,9 @@ def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> _Entries:
     return [(name, source.info(name)) for name in source.names() if name not in hidden]
 
 
-def _reader(checkpoint: Checkpoint, quant: QuantConfig | None, wanted: CheckpointFormat | None) -> _Read:
+def _reader(
+    checkpoint: Checkpoint, quant: QuantConfig | None, wanted: CheckpointFormat | None
+) -> Callable[[str], torch.Tensor]:
     """Return a function that reads a tensor as it is to be written, and requires finite numbers."""
 
     def read(name: str) -> torch.Tensor:
@@ -245,15 +222,3 @@ def _reader(checkpoint: Checkpoint, quant: QuantConfig | None, wanted: Checkpoin
             raise
 
     return read
-
-
-def _with_head(checkpoint: Checkpoint, entries: _Entries, read: _Read) -> tuple[_Entries, _Read]:
-    """Return what is to be written with a copy of the embedding as the head's weight.
-
-    Readers that load tensors by name alone, such as auto-gptq 0.7, leave a tied head empty otherwise.
-    """
-    names = dict(entries)
-    embedding = next(name for name in names if name.endswith("embed_tokens.weight"))
-    if not checkpoint.tied or HEAD in names:
-        raise UsageError(f"{HEAD} is stored already", where=checkpoint.folder, hint="leave --store-head out")
-    return [*entries, (HEAD, names[embedding])], lambda name: read(embedding if name == HEAD else name)

@@ -1,7 +1,7 @@
 """Describe the machine of a measurement: versions, processor, memory, GPUs; nothing that names its owner.
 
-Nothing heavy is loaded for it: torch is used only where the process has it already, else NVIDIA's library if
-it is installed. Unknown facts are left out, never guessed.
+Nothing heavy is loaded for it: torch is asked for its threads only where the process has it already. Unknown
+facts are left out, never guessed.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def environment() -> dict[str, Any]:
     """Return plain JSON values.
 
     Keys: ``versions``, ``python``, ``os``, ``cpu``, ``memory_bytes``, ``gpus``, ``date``.
-    ``gpus`` is None where no library could be asked, and empty without a GPU.
+    ``gpus`` is None where the driver does not answer, and empty without a GPU.
     """
     import psutil
 
@@ -131,16 +131,10 @@ def _cpu() -> dict[str, Any]:
         "model": _cpu_line("model name") or platform.processor() or platform.machine(),
         "architecture": platform.machine(),
         "features": [name for name in FEATURES if name in flags],
-        "cores": _usable_cores(),
+        # that this process may use: containers and ``taskset`` may allow fewer
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads() if torch is not None else None,
     }
-
-
-def _usable_cores() -> int | None:
-    """Return the cores that this process may use: containers and ``taskset`` may allow fewer."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
 
 
 def _cpu_line(name: str) -> str | None:
@@ -154,46 +148,18 @@ def _cpu_line(name: str) -> str | None:
 
 
 def _gpus() -> list[dict[str, Any]] | None:
-    """Return name, memory in bytes, compute capability and driver of each GPU."""
-    torch = sys.modules.get("torch")
-    asked = _gpus_by_nvml()
-    if asked is not None or torch is None:
-        return asked
-    if not torch.cuda.is_available():
+    """Return name, memory in bytes, compute capability and driver of each GPU, as nvidia-smi has them."""
+    import subprocess
+
+    fields = "name,memory.total,compute_cap,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
+        return [
+            {"name": name, "memory_bytes": int(mib) << 20, "capability": capability, "driver": driver}
+            for name, mib, capability, driver in (line.split(", ") for line in said.splitlines())
+        ]
+    except FileNotFoundError:
         return []
-    facts = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    capabilities = (f"{gpu.major}.{gpu.minor}" for gpu in facts)
-    return [
-        {"name": gpu.name, "memory_bytes": gpu.total_memory, "capability": capability, "driver": None}
-        for gpu, capability in zip(facts, capabilities, strict=True)
-    ]
-
-
-def _gpus_by_nvml() -> list[dict[str, Any]] | None:
-    """Return the same by nvidia-ml-py; None where it is not installed or finds no driver."""
-    try:
-        import pynvml
-    except ImportError:
+    except (OSError, subprocess.SubprocessError, ValueError):  # a driver that does not work
         return None
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    try:
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
-        return [_gpu_by_nvml(pynvml, handle, driver) for handle in handles]
-    except pynvml.NVMLError:
-        return None
-    finally:
-        pynvml.nvmlShutdown()
-
-
-def _gpu_by_nvml(pynvml: Any, handle: Any, driver: str) -> dict[str, Any]:
-    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return {
-        "name": pynvml.nvmlDeviceGetName(handle),
-        "memory_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).total,
-        "capability": f"{major}.{minor}",
-        "driver": driver,
-    }

@@ -1,19 +1,4 @@
-"""Define the tree of exceptions: each says what happened, where, and what to do about it.
-
-QwenqError                  exit code 1: the run failed
-├── AlreadyDoneError        exit code 0: an earlier run made what this one would make
-├── UsageError              exit code 2: the command or its input has to change
-├── ModelError              a model folder, its config or its tensors are not usable
-│   ├── CorruptFileError    the bytes are damaged: truncated, bit-flipped, NaN
-│   └── UnsupportedError    sound, but nothing here can run it (yet)
-├── CalibrationError        the calibration data is missing, too short or does not fit the model
-├── QuantisationError       the algorithm failed for a module
-├── DataError               benchmark data is missing, broken, or of another layout
-├── StorageError            the disk refused: full, read-only, gone
-├── OutOfMemoryError        the machine's or the GPU's memory is too small (also a MemoryError)
-├── HubError                the hub could not be reached or refused
-└── VerificationError       the written model does not pass its check
-"""
+"""Define the tree of exceptions: each says what happened, where, and what to do about it."""
 
 from __future__ import annotations
 

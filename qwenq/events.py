@@ -110,6 +110,7 @@ def rich_bar(console: Console, *columns: ProgressColumn) -> Progress:
         *columns,
         console=console,
         transient=True,
+        redirect_stdout=not console.stderr,  # what is piped on while a bar is on standard error stays there
         speed_estimate_period=3600,  # rich's half a minute knows no time left where one step takes longer
     )
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -18,7 +19,6 @@ from qwenq.environment import __version__, versions
 from qwenq.errors import UnsupportedError, UsageError, VerificationError
 from qwenq.evals.check import CheckResult, check
 from qwenq.events import Advance, Event, Listener, Notice, Start, notify, rough_time, silent
-from qwenq.gptq.duration import product_rate, seconds_of_layers
 from qwenq.gptq.mixed_bits import Group, MixedBits, choose_bits, groups_of, measure, sample_of
 from qwenq.gptq.pipeline import (
     LAYER_IS_STORED,
@@ -36,7 +36,6 @@ from qwenq.gptq.settings import (
     choose_group_size,
     describe,
     every_linear,
-    input_widths,
     kept_parameters,
     module_bits,
     quantised_linears,
@@ -51,13 +50,13 @@ from qwenq.models.identity import base_facts, model_name
 from qwenq.models.machine import device_memory, resolve_device, resolve_dtype
 from qwenq.models.opening import open_model
 from qwenq.models.quantized_folder import (
+    LOCK,
     SENSITIVITY,
     LayerStore,
     clean_up_after_kill,
     publish,
     require_free,
     stage,
-    work_folder,
 )
 from qwenq.models.qwen_v1 import longest_plain
 from qwenq.models.random_weights import is_random
@@ -65,13 +64,13 @@ from qwenq.models.shapes import ModelShape
 from qwenq.models.transformers_model import summary
 from qwenq.planner.budget import Sizes, allowed_bytes
 from qwenq.planner.calibration_size import calibration_size
-from qwenq.planner.tensor_parallel import padded
+from qwenq.planner.estimates import quantisation_seconds
 from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder, read_gptq_folder
 from qwenq.publishing.model_card import model_card
 from qwenq.recipe import Recipe
 from qwenq.stopping import finishing
+from qwenq.storage import locked
 
-T = TypeVar("T")
 SHORT = 10.0
 """Seconds; of fewer, no estimate is worth a line."""
 LAYERS = "quantising"
@@ -114,8 +113,6 @@ class Job:
     """One run: inputs resolved, choices made, work folder open.
 
     Attributes:
-        base: the model as it was opened.
-        checkpoint: the model as it is quantised: the base, or the base with wider MLPs.
         quant: the settings for config.json.
         mixed: which modules have 8 bits, where a size was asked for.
         team: the processes that take part; this one is rank 0.
@@ -123,7 +120,6 @@ class Job:
 
     recipe: Recipe
     base: Checkpoint
-    checkpoint: Checkpoint
     out: Path
     device: torch.device
     decoder: BlockwiseDecoder
@@ -134,6 +130,20 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     resumed: int = 0
     mixed: MixedBits | None = None
+
+    @property
+    def work(self) -> Path:
+        """Return the work folder."""
+        return self.out.with_name(self.out.name + PARTIAL)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Note the seconds that a phase takes."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = time.perf_counter() - started
 
     @property
     def base_bytes(self) -> int:
@@ -167,21 +177,23 @@ def quantize(
     recipe = recipe.validated()
     job = _prepare(recipe, out, listener, device, team)
     budget = _budget(job)
-    calibration = _timed(
-        job,
-        "calibration",
-        lambda: calibration_for(recipe, job.base, job.device, listener, _fitting(job)),
-    )
+    with job.timed("calibration"):
+        calibration = calibration_for(recipe, job.base, job.device, listener, _fitting(job))
     if budget is not None:
-        _timed(job, "sensitivity", lambda: _choose_bits(job, calibration, *budget, resume=resume))
+        with job.timed("sensitivity"):
+            _choose_bits(job, calibration, *budget, resume=resume)
     store = _open_store(job, calibration, resume=resume)
     _announce_duration(job, calibration.tokens.numel())
     try:
-        _timed(job, "layers", lambda: _quantise_layers(job, calibration, store))
-        staged, notices = _timed(job, "write", lambda: _stage(job, store))
+        with job.timed("layers"):
+            _quantise_layers(job, calibration, store)
+        with job.timed("write"):
+            staged, notices = stage(job.base, store, len(job.decoder.names), job.quant)
         notify(listener, notices)
-        result = _timed(job, "check", lambda: _check(job, staged, calibration))
-        return _publish(job, store, staged, calibration, result)
+        written = open_checkpoint(staged, unfinished=True)
+        with job.timed("check"):
+            result = _check(job, written, calibration)
+        return _publish(job, store, written, calibration, result)
     finally:
         store.release()
 
@@ -199,24 +211,23 @@ def _prepare(recipe: Recipe, out: Path | None, listener: Listener, device: str, 
     listener(Notice(why))
     if slower := fallback_notice(dtype, place):
         listener(Notice(slower))
-    checkpoint, widths = padded(base, wanted, listener)
-    decoder = BlockwiseDecoder(checkpoint, place, dtype)
+    decoder = BlockwiseDecoder(base, place, dtype)
     if decoder.fallback_notice:
         listener(Notice(decoder.fallback_notice))
     bits = module_bits(decoder, wanted.module_bits, wanted.bits)
     settings = Settings.from_recipe(wanted, module_bits=bits)
     check_packable(decoder, settings)
-    widths = widths or input_widths(every_linear(decoder, settings))
+    widths = {name: linear.in_features for name, linear in every_linear(decoder, settings).items()}
     group_size, why = choose_group_size(wanted.group_size, widths)
     listener(Notice(why))
     settings = replace(settings, group_size=group_size)
     if kept := summary(kept_parameters(decoder, settings)):
         listener(Notice(kept))
-    quant = _quant_config(checkpoint, decoder, settings)
+    quant = _quant_config(base, decoder, settings)
     if not wanted.any_engine:
         _refuse_without_server(decoder, settings, quant)
     listener(Notice(describe(settings)))
-    return Job(recipe, base, checkpoint, target, place, decoder, settings, quant, listener, team)
+    return Job(recipe, base, target, place, decoder, settings, quant, listener, team)
 
 
 def _refuse_budget(base: Checkpoint, bits: int) -> None:
@@ -320,7 +331,7 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     name = model_name(recipe.model) if recipe.model or checkpoint.on_disk else checkpoint.folder.name
     target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
     clean_up_after_kill(target, recipe.to_json(), checkpoint.fingerprint)
-    require_free(target)
+    require_free(target, "--out")
     return target
 
 
@@ -335,7 +346,7 @@ def _fitting(job: Job) -> tuple[int, int] | None:
         shape,
         None if wanted.samples == "auto" else wanted.samples,
         None if wanted.seq_len == "auto" else wanted.seq_len,
-        longest=longest_plain(job.checkpoint.config),
+        longest=longest_plain(job.base.config),
         dtype=str(job.decoder.dtype).removeprefix("torch."),
         on_gpu=on_gpu,
         limit=device_memory(job.device) // (1 if on_gpu else job.team.world),
@@ -348,7 +359,7 @@ def _fitting(job: Job) -> tuple[int, int] | None:
 def _shape(job: Job) -> ModelShape | None:
     """Return the sizes of the model; None where they are not known, as of models by inspection."""
     try:
-        return ModelShape.from_config(job.checkpoint.config)
+        return ModelShape.from_config(job.base.config)
     except UnsupportedError:
         return None
 
@@ -373,19 +384,18 @@ def _choose_bits(
 ) -> None:
     """Choose 4 or 8 bits by module for the size that the recipe asks for, by what each costs in 4 bits."""
     tokens = sample_of(calibration.tokens, job.device)
-    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
+    facts = run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
     with (
-        work_folder(job.out.with_name(job.out.name + PARTIAL)) as folder,
+        locked(job.work, LOCK),
         finishing("this layer is measured"),
     ):
+        kept = job.work / SENSITIVITY
         if not resume:
-            (folder / SENSITIVITY).unlink(missing_ok=True)
-        divergences = measure(
-            job.decoder, tokens, job.settings, groups, folder / SENSITIVITY, facts, job.listener
-        )
+            kept.unlink(missing_ok=True)
+        divergences = measure(job.decoder, tokens, job.settings, groups, kept, facts, job.listener)
     job.mixed = choose_bits(groups, divergences, allowed, sizes.fixed, tokens.numel())
     job.settings = replace(job.settings, block_bits=job.mixed.block_bits)
-    job.quant = _quant_config(job.checkpoint, job.decoder, job.settings)
+    job.quant = _quant_config(job.base, job.decoder, job.settings)
     job.listener(Notice(job.mixed.sentence))
 
 
@@ -408,14 +418,24 @@ def _sizes(job: Job, groups: list[Group]) -> Sizes:
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
-    folder = job.out.with_name(job.out.name + PARTIAL)
-    facts = run_facts(job.checkpoint, calibration.fingerprint, job.settings, job.decoder, job.team)
-    store = LayerStore(folder, facts, resume=resume)
+    facts = run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
+    store = LayerStore(job.work, facts, resume=resume)
     job.resumed = store.finished()
     if job.resumed:
-        found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {folder}"
+        found = f"{job.resumed} of {len(job.decoder.names)} layers are already in {job.work}"
         job.listener(Notice(f"resuming: {found}"))
     return store
+
+
+def product_rate(dtype: torch.dtype, side: int = 1024, seconds: float = 0.1) -> float:
+    """Return the operations a second of a large matrix product on the CPU, timed for a tenth of a second."""
+    a, b = (torch.ones(side, side, dtype=dtype) for _ in range(2))
+    a @ b  # the first one sets up what computes it
+    count, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < seconds:
+        a @ b
+        count += 1
+    return 2 * side**3 * count / passed
 
 
 def _announce_duration(job: Job, tokens: int) -> None:
@@ -423,8 +443,10 @@ def _announce_duration(job: Job, tokens: int) -> None:
     shape, left = _shape(job), len(job.decoder.names) - job.resumed
     if shape is None or not left or job.device.type != "cpu" or job.team.launched:
         return
-    rates = product_rate(job.device, job.decoder.dtype), product_rate(job.device, torch.float32)
-    seconds = seconds_of_layers(shape, tokens, job.settings, rates, job.resumed)
+    rates = product_rate(job.decoder.dtype), product_rate(torch.float32)
+    asymmetric = job.settings.asymmetric_calibration > 0
+    whole = quantisation_seconds(shape, tokens, rates=rates, asymmetric=asymmetric) or 0.0
+    seconds = whole * left / len(job.decoder.names)
     if seconds < SHORT:
         return
     timed = f"a matrix product that was timed here ({rates[0] / 1e9:.0f} GFLOP/s)"
@@ -446,15 +468,10 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
         quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
 
 
-def _stage(job: Job, store: LayerStore) -> tuple[Path, list[str]]:
-    return stage(job.checkpoint, store, len(job.decoder.names), job.quant)
-
-
-def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult | None:
+def _check(job: Job, written: Checkpoint, calibration: CalibrationSet) -> CheckResult | None:
     """Compare the written folder with the base; refuse a broken one."""
-    written = open_checkpoint(staged, unfinished=True)
     validate_quantised(written.source, job.quant)
-    if is_random(job.checkpoint.config):
+    if is_random(job.base.config):
         job.listener(Notice("random weights: the files are complete; their accuracy is not measured"))
         return None
 
@@ -474,15 +491,16 @@ def _check(job: Job, staged: Path, calibration: CalibrationSet) -> CheckResult |
     if result.broken:
         raise VerificationError(
             f"the quantised model is broken: {result.verdict.sentence}",
-            where=staged,
+            where=written.folder,
             hint="nothing was published; try --bits 8, more calibration text, or --dtype float32",
         )
     return result
 
 
 def _publish(
-    job: Job, store: LayerStore, staged: Path, calibration: CalibrationSet, result: CheckResult | None
+    job: Job, store: LayerStore, written: Checkpoint, calibration: CalibrationSet, result: CheckResult | None
 ) -> Quantised:
+    staged = written.folder
     blocks = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
     kept = {f"{prefix}.{name}": reason for prefix, block in blocks for name, reason in block.items()}
     manifest = {
@@ -504,29 +522,20 @@ def _publish(
     }
     weight_bytes = sum(file.stat().st_size for file in staged.glob("*.safetensors"))
     files = {file.name: {"bytes": file.stat().st_size} for file in staged.iterdir() if file.is_file()}
-    written = open_checkpoint(staged, unfinished=True)
     card = model_card(job.out.name, manifest | {"files": files}, written, job.base.companions)
     (staged / CARD).write_text(card, encoding="utf-8")
+    where_it_loads = _where_it_loads(written)
     publish(staged, job.out, manifest)
     store.discard()
-    job.listener(Notice(_where_it_loads(job.out)))
+    job.listener(Notice(where_it_loads))
     return Quantised(job.out, weight_bytes, job.base_bytes, result, job.seconds, job.resumed)
 
 
-def _where_it_loads(folder: Path) -> str:
+def _where_it_loads(written: Checkpoint) -> str:
     """Return a line on which engines load the folder, and the first reason where one does not."""
-    written = open_checkpoint(folder)
     verdicts = engine_verdicts(read_gptq_folder(written))
     able = ", ".join(verdict.engine for verdict in verdicts if verdict.loads) or "no engine"
     other = [f"{v.engine} ({v.problems[0].reason})" for v in verdicts if not v.loads]
     said = f"loads in {able}" + (f"; not in {'; '.join(other)}" if other else "")
     untested = " (by its layout: no test here runs this model type in them)"
     return said + untested if by_inspection(written.config) else said
-
-
-def _timed(job: Job, phase: str, step: Callable[[], T]) -> T:
-    started = time.perf_counter()
-    try:
-        return step()
-    finally:
-        job.seconds[phase] = time.perf_counter() - started

@@ -19,7 +19,7 @@ import dataclasses
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -65,6 +65,8 @@ NotNegative = Annotated[int, Bounds(ge=0, strict=True)]
 Precision = Literal["fp32", "bf16", "fp16", "int8", "int4"]
 Thinking = Literal["auto", "on", "off"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+AttentionName = Literal["auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best"]
+EngineName = Literal["fast", "transformers"]
 ON_CPU, ON_GPU = (48, 256), (128, 2048)
 """Calibration sequences, and tokens of each, that auto stands for where memory suffices."""
 FAIL_ON = "accuracy:significant, kl:>0.05, speed:<0.95, memory:>1.05, size:>1.0"
@@ -134,11 +136,6 @@ class QuantizeRecipe:
         "Input columns that share a scale; -1: the whole row; auto: the largest of 128, 64, 32 that divides "
         "every width.",
     )
-    pad_ffn: Literal["none", "auto"] | Count = setting(
-        "none",
-        "Width that the MLP is padded to with zero channels, so that more GPUs can share its groups; auto: "
-        "as `qwenq plan` advises for 1, 2, 4 and 8 GPUs. The outputs stay the same.",
-    )
     module_bits: dict[str, Literal[4, 8, 16]] | Literal["auto"] = setting(
         "auto",
         "Bits of linear layers whose names match a pattern: 4, 8, or 16 to leave them as they are; the first "
@@ -177,8 +174,8 @@ class QuantizeRecipe:
     )
     asymmetric_calibration: Annotated[float, Bounds(ge=0, le=1)] = setting(
         0.5,
-        "Share of the error inherited from earlier layers that a layer corrects (GPTAQ's alpha); 0: plain "
-        "GPTQ.",
+        "Share of the error inherited from earlier layers that a layer corrects (GPTAQ's alpha, LoaQ); 0: "
+        "plain GPTQ.",
     )
     coordinate_descent: bool = setting(
         True,
@@ -201,8 +198,8 @@ class EvalRecipe:
     tasks: tuple[str, ...] = setting(
         ("mmlu", "ceval", "gsm8k", "humaneval"),
         "Benchmarks, comma-separated: mmlu, ceval, gsm8k, humaneval, cmmlu, mbpp, math, bbh, "
-        "mmlu-pro, gpqa-diamond, ifeval, math-500, ceval-test.",
-        "math and bbh have the base protocol only; ceval-test writes the file for C-Eval's leaderboard.",
+        "mmlu-pro, gpqa-diamond, ifeval, math-500.",
+        "math and bbh have the base protocol only.",
     )
     protocol: Literal["auto", "card", "base", "lm-eval"] = setting(
         "auto",
@@ -258,11 +255,11 @@ class ProfileRecipe:
         "Lengths of prompts whose prefill is measured, comma-separated; 0: no prefill.",
         "In a recipe `[]` for no prefill.",
     )
-    attention: tuple[str, ...] = setting(
+    attention: tuple[AttentionName, ...] = setting(
         ("auto",),
         "Attention backends that `qwenq doctor` lists, comma-separated; auto: grouped on a CPU, else sdpa.",
     )
-    engine: tuple[str, ...] = setting(("fast",), "Engines, comma-separated: fast, transformers.")
+    engine: tuple[EngineName, ...] = setting(("fast",), "Engines, comma-separated: fast, transformers.")
     budget: Annotated[str, Bounds(pattern=r"^(\d+(\.\d+)?[smh])+$")] | None = setting(
         None, "Time limit of the whole sweep: 90s, 10m, 1h30m.", shown="unlimited"
     )
@@ -465,6 +462,50 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+HUB_ID = re.compile(rf"{_PART}/{_PART}")
+"""owner/name on the hub."""
+
+
+def options_of(section: str, values: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the words of a command for settings of a section that are not the defaults."""
+    for name, each in settings(section).items():
+        option, value = f"--{name.replace('_', '-')}", values.get(name)
+        if value is None or _typed(value) == _typed(each.default):
+            continue
+        if isinstance(value, bool):
+            yield each.flags.split("/")[0 if value else -1]
+        elif name == "module_bits" and isinstance(value, dict):  # the option that is repeated
+            for pattern, bits in value.items():
+                yield from (option, f"{pattern}={bits}")
+        else:
+            yield from (option, _typed(value))
+
+
+def _typed(value: Any) -> str:
+    """Return a value as it is typed on the command line: ``20``, ``mmlu=20,gsm8k=150``, ``2048,8192``."""
+    if isinstance(value, dict):
+        value = [f"{key}={number}" for key, number in value.items()]
+    return ",".join(map(str, value)) or "0" if isinstance(value, list | tuple) else str(value)
+
+
+def quantize_command(recipe: Mapping[str, Any], out: str) -> str:
+    """Return the command that quantises by a recipe (``Recipe.to_json``): options that are not the defaults.
+
+    Of folders and files the names are shown, without where they lie.
+    """
+    words = ["qwenq", "quantize"]
+    if recipe.get("model"):
+        given = str(recipe["model"])
+        words.append(given if HUB_ID.fullmatch(given) else Path(given).name)
+    calibration = recipe.get("calibration", {})
+    if (source := str(calibration.get("source", "self"))) != "self":
+        words += ["--calibration", Path(source).name]
+    sizes = {key: calibration.get(key) for key in ("samples", "seq_len")}
+    options = (*options_of("calibration", sizes), *options_of("quantize", recipe.get("quantize", {})))
+    return " ".join([*words, *options, "--out", out])
+
+
 LARGEST = 1_000_000
 """Limit of a recipe file, in bytes."""
 
@@ -492,66 +533,17 @@ def read_recipe(path: Path) -> Recipe:
             f"the recipe cannot be read: {error}", where=path, hint="a recipe is a TOML file in UTF-8"
         ) from error
     except (ValueError, RecursionError) as error:  # TOML's own error; endless digits; endless nesting
-        _refuse_other_language(text.decode("utf-8-sig"), path)
         raise UsageError(
-            f"the recipe is not TOML: {error}", where=path, hint="repair that line; strings need quotes"
+            f"the recipe is not TOML: {error}",
+            where=path,
+            hint="repair that line; docs/recipes.md and recipes/ have examples",
         ) from error
     return _validate(content, str(path))
-
-
-_TOOLS = {
-    "quant_stage": "llm-compressor",
-    "quant_modifiers": "llm-compressor",
-    "GPTQModifier": "llm-compressor",
-    "quant_method": "a quantised model's quantize_config.json",
-    "desc_act": "a quantised model's quantize_config.json",
-}
-"""Words of other tools' settings, and the tool they belong to."""
-
-
-def _refuse_other_language(text: str, path: Path) -> None:
-    """Raise UsageError for a file that is JSON, or looks like YAML."""
-    language = "JSON" if _is_json(text) else "YAML" if _is_like_yaml(text) else None
-    if language is None:
-        return
-    owner = next((tool for word, tool in _TOOLS.items() if re.search(rf"\b{word}\b", text)), None)
-    raise UsageError(
-        f"this looks like {language}{f', as of {owner}' if owner else ''}; a recipe of qwenq is a TOML file",
-        where=path,
-        hint="write the settings as in docs/recipes.md, such as [quantize] and bits = 4; see recipes/",
-    )
-
-
-def _is_json(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict | list)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _is_like_yaml(text: str) -> bool:
-    """Return whether the first line with content is ``key:``, ``key: value``, ``- item`` or ``---``."""
-    lines = (line.strip() for line in text.splitlines())
-    first = next((line for line in lines if line and not line.startswith("#")), "")
-    return re.match(r"(---|- |[\w.\"'-]+\s*:(\s|$))", first) is not None
-
-
-RENAMED = {
-    ("quantize", "drift"): "asymmetric_calibration",
-    ("quantize", "refine"): "coordinate_descent",
-}
-"""Keys of older recipes, by section, and what they are called now."""
 
 
 def _validate(content: dict[str, Any], where: str) -> Recipe:
     from pydantic import ValidationError
 
-    for (section, old), new in RENAMED.items():
-        table = content.get(section)
-        if isinstance(table, dict) and old in table:
-            raise UsageError(
-                f"{section}.{old} is called {section}.{new} now", where=where, hint=f"write {new} for {old}"
-            )
     try:
         recipe: Recipe = _adapter().validate_python(content)
     except ValidationError as error:

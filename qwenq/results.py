@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -28,36 +27,30 @@ from pathlib import Path
 from typing import IO, Any, Literal, get_args
 
 from qwenq.errors import StorageError, UsageError
-from qwenq.storage import atomic_write_json, guard_storage, open_file
+from qwenq.storage import (
+    LONGEST_LINE,
+    append_line,
+    atomic_write_json,
+    is_whole_line,
+    open_file,
+    too_long_line,
+)
 
 RESULTS_FILE = "results.jsonl"
 REPORT_FILE = "results.json"
 """Written by ``qwenq report``: the rows of all its runs, from which the report can be made anew."""
 ENVIRONMENT_FILE = "environment.json"
 FORMAT = 1
-LONGEST_ROW = 64_000_000
-"""Bytes; a row of 14,000 items has a million. A line without an end would take all memory."""
-_TOO_LONG = f"a line of more than {LONGEST_ROW // 1_000_000} MB is not a row of results"
 Status = Literal["ok", "unavailable", "failed"]
 Value = str | int | float | bool | None
 
 HERE = "this machine"
 """Place of a server whose address is that of the machine itself."""
 
-_CACHED = re.compile(r"(SmolLM2-135M-Instruct)-\d+(-GPTQ-Int[48])?")
-"""The bundled model's folder in the cache, whose name has a layout number (``models.bundled``), and folders
-that `qwenq quantize` names after it."""
-
-
-def plain_name(name: str) -> str:
-    """Return a model's name from that of its folder; the bundled model has one name by any path."""
-    found = _CACHED.fullmatch(name)
-    return found[1] + (found[2] or "") if found else name
-
 
 @dataclass(frozen=True)
 class Model:
-    """The weights that a row is about; names pass through `plain_name`.
+    """The weights that a row is about.
 
     Attributes:
         name: for people: the folder's or the hub's name.
@@ -76,12 +69,6 @@ class Model:
     family: str
     nbytes: int | None = None
     group_size: int | None = None
-
-    def __post_init__(self) -> None:
-        for key in ("name", "family"):
-            value = getattr(self, key)
-            if isinstance(value, str):  # a foreign row is refused where it is read, by its types
-                object.__setattr__(self, key, plain_name(value))
 
     @property
     def label(self) -> str:
@@ -178,15 +165,7 @@ def intervals_overlap(one: Row, other: Row) -> bool | None:
 
 def append_row(run: Path, row: Row) -> None:
     """Add a row to a run folder and flush it to the disk; the folder is made where it is missing."""
-    path = run / RESULTS_FILE
-    line = json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False) + "\n"
-    with guard_storage(path, len(line)):
-        run.mkdir(parents=True, exist_ok=True)
-        _end_last_line(path)
-        with path.open("a", encoding="utf-8", errors="replace") as file:  # a command may name any bytes
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+    append_line(run / RESULTS_FILE, json.dumps(row.to_json(), ensure_ascii=False, allow_nan=False))
 
 
 def require_readable(row: Row) -> None:
@@ -221,19 +200,11 @@ def read_rows(run: Path) -> list[Row]:
 
 def _whole_lines(file: IO[bytes], path: Path) -> Iterator[tuple[int, str]]:
     """Yield numbered lines that are not blank; a kill may have cut the last one, even within a character."""
-    for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), b""), 1):
-        if len(line) > LONGEST_ROW:
-            raise UsageError(_TOO_LONG, where=f"{path}, line {number}", hint="delete that line")
-        if line.strip() and (line.endswith(b"\n") or _is_whole(line)):
+    for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE + 1), b""), 1):
+        if len(line) > LONGEST_LINE:
+            raise too_long_line(f"{path}, line {number}")
+        if line.strip() and (line.endswith(b"\n") or is_whole_line(line)):
             yield number, line.decode("utf-8").removeprefix("\ufeff")  # editors of Windows begin with that
-
-
-def _is_whole(line: bytes) -> bool:
-    """Return whether a line without a line end is a complete object: an editor may have left the end out."""
-    try:
-        return isinstance(json.loads(line.removeprefix(b"\xef\xbb\xbf")), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def write_environment(run: Path, environment: dict[str, Any]) -> None:
@@ -248,7 +219,7 @@ def read_environment(run: Path) -> dict[str, Any]:
         return {}
     try:
         with open_file(path) as file:
-            found = json.loads(file.read(LONGEST_ROW).decode())
+            found = json.loads(file.read(LONGEST_LINE).decode())
         json.dumps(found, ensure_ascii=False, allow_nan=False).encode()  # as for rows: it is written again
     except (ValueError, OSError, RecursionError) as error:
         raise UsageError(f"it cannot be read: {error}", where=path) from error
@@ -322,25 +293,6 @@ _KINDS: dict[str, tuple[type, ...]] = {
 assert _KINDS.keys() <= {f.name for f in (*fields(Row), *fields(Model))}  # noqa: S101 - misspelt ones check nothing
 
 
-def _end_last_line(path: Path) -> None:
-    """End the last line, or remove it where a kill cut it off: the next row would be appended to it."""
-    if not path.exists():
-        return
-    with path.open("rb+") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        if file.read(1) in (b"", b"\n"):
-            return
-        file.seek(start := max(0, size - LONGEST_ROW))
-        before, end, last = file.read().rpartition(b"\n")
-        if start and not end:
-            raise UsageError(_TOO_LONG, where=f"{path}, its last line", hint="delete that line")
-        if _is_whole(last):
-            file.write(b"\n")
-        else:
-            file.truncate(start + len(before) + len(end))
-
-
 def each_run(folders: list[Path]) -> Iterator[tuple[Path, list[Row], dict[str, Any]]]:
     """Yield (folder, rows, environment) of each run folder; for a report's folder, of each of its runs."""
     for folder in folders:
@@ -355,7 +307,7 @@ def _runs_of_report(folder: Path) -> Iterator[tuple[Path, list[Row], dict[str, A
     path, hint = folder / REPORT_FILE, "name the run folders that the report was made of"
     try:
         with open_file(path) as file:
-            content = json.loads(file.read(LONGEST_ROW).decode())
+            content = json.loads(file.read(LONGEST_LINE).decode())
         runs = {str(run["name"]): run["environment"] for run in content["runs"]}
         rows: dict[str, list[Row]] = {name: [] for name in runs}
         for number, row in enumerate(content["rows"], 1):

@@ -349,7 +349,7 @@ def p_phrase(p: float) -> str:
 
 MARGIN = 0.02
 """Drop of accuracy, as a share of all items, from which a loss matters here."""
-_STEPS = 60  # bisection: far below any digit that is shown
+_STEPS = 50  # bisection: far below any digit that is shown
 
 
 def statistic(lost: int, won: int, n: int, change: float) -> float:
@@ -393,7 +393,7 @@ def _crossing(holds: Callable[[float], bool], low: float, high: float) -> float:
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
-    return (low + high) / 2
+    return high
 
 
 # Compute the power of McNemar's test, and the smallest drop that a sample can show.
@@ -401,7 +401,6 @@ def _crossing(holds: Callable[[float], bool], low: float, high: float) -> float:
 
 POWER = 0.8
 _TAIL = 8.0  # standard deviations of the number of disagreements that are summed over
-_POWER_STEPS = 40  # bisection: far below any digit that is shown
 
 
 def detectable_drop(n: int, discordant: float) -> float | None:
@@ -412,11 +411,7 @@ def detectable_drop(n: int, discordant: float) -> float | None:
     """
     if power(n, discordant, 1.0) < POWER:
         return None
-    low, high = 0.0, 1.0
-    for _ in range(_POWER_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if power(n, discordant, middle) < POWER else (low, middle)
-    return high
+    return _crossing(lambda drop: power(n, discordant, drop) < POWER, 0.0, 1.0)
 
 
 def power(n: int, discordant: float, drop: float) -> float:

@@ -135,19 +135,15 @@ def with_parent(variables: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**(os.environ if variables is None else variables), PARENT: str(os.getpid())}
 
 
-def die_with_parent(parent: int | None = None) -> None:
-    """Let this process be killed when its parent ends, be it by kill -9.
+def die_with_parent() -> None:
+    """Let this process be killed when the parent that started it ``with_parent`` ends, be it by kill -9.
 
     Linux sends the signal; elsewhere a thread looks for the parent.
-
-    Args:
-        parent: its process; None: that of ``with_parent``, and without one nothing is done.
     """
     named = os.environ.pop(PARENT, None)  # not for the children of this one
-    if parent is None:
-        if named is None:
-            return
-        parent = int(named)
+    if named is None:
+        return
+    parent = int(named)
     _state.child = True
     if sys.platform == "linux":
         import ctypes

@@ -223,6 +223,49 @@ def atomic_write_json(path: Path, value: Any, *, indent: int | None = 2) -> None
     atomic_write_bytes(path, text.encode() + b"\n")
 
 
+LONGEST_LINE = 64_000_000
+"""Bytes; a row of results with 14,000 items has a million. A line without an end would take all memory."""
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line of JSON to a file, made where it is missing, and flush it to the disk.
+
+    A last line that a kill cut off is removed first: the new one would become a part of it.
+    """
+    data = line.encode(errors="replace") + b"\n"  # a command may name any bytes
+    with guard_storage(path, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            size = file.tell()
+            file.seek(max(0, size - 1))
+            if size and file.read(1) != b"\n":
+                file.seek(start := max(0, size - LONGEST_LINE))
+                before, end, last = file.read().rpartition(b"\n")
+                if start and not end:
+                    raise too_long_line(f"{path}, its last line")
+                if is_whole_line(last):
+                    data = b"\n" + data
+                else:
+                    file.truncate(start + len(before) + len(end))
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def is_whole_line(line: bytes) -> bool:
+    """Return whether a line without a line end is a complete object: an editor may have left the end out."""
+    try:
+        return isinstance(json.loads(line.removeprefix(b"\xef\xbb\xbf")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def too_long_line(where: str) -> UsageError:
+    """Build the error of a line without an end."""
+    what = f"a line of more than {LONGEST_LINE // 1_000_000} MB is not a row of results"
+    return UsageError(what, where=where, hint="delete that line")
+
+
 def open_file(path: Path) -> IO[bytes]:
     """Open a file to read; refuse what is not one, such as a pipe, which might never end."""
     if path.exists() and not path.is_file() and not path.is_dir():

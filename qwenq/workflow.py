@@ -9,17 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from importlib.resources import files
-from multiprocessing import get_context
 from pathlib import Path
 from types import FrameType
 
@@ -29,18 +26,12 @@ from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
-from qwenq.recipe import Recipe
-from qwenq.results import RESULTS_FILE, plain_name
-from qwenq.stopping import die_with_parent, with_parent
-from qwenq.storage import guard_storage, locked
+from qwenq.recipe import Recipe, options_of
+from qwenq.results import RESULTS_FILE
+from qwenq.stopping import with_parent
+from qwenq.storage import append_line, guard_storage, locked
 
 # Refuse at once what a later step of a recipe would refuse after hours.
-
-
-ATTENTIONS = ("auto", "v2", "v1", "off", "sdpa", "split", "grouped", "best")
-ENGINES = ("fast", "transformers")
-"""Names that `qwenq profile` knows. Where they are defined torch is loaded, and the steps of a run would
-inherit its memory as a peak of their own."""
 
 
 def _require_sound(recipe: Recipe, file: Path) -> None:
@@ -101,12 +92,6 @@ def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "profile.tokens = 1: a generation has 2 new tokens or more", "use encode for prompts alone"
     if not wanted.tokens and not wanted.encode:
         yield "profile.tokens and profile.encode are empty", "name a length, or leave [profile] out"
-    for key, names, known in (
-        ("attention", wanted.attention, ATTENTIONS),
-        ("engine", wanted.engine, ENGINES),
-    ):
-        if wrong := [name for name in names if name not in known]:
-            yield f"profile.{key}: there is no {wrong[0]!r}", f"use {', '.join(known)}"
     if wanted.budget is not None:
         try:
             parse_budget(wanted.budget)
@@ -123,11 +108,11 @@ BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class Step:
-    """One command, or the rows of a check.
+    """One command.
 
     Attributes:
         name: for people and the journal.
-        arguments: of ``python -m module``; with ``records`` the arguments of ``execute.append_check``.
+        arguments: of ``python -m module``.
         makes: the file or folder that exists when it is done.
         reads: files and folders whose change makes it necessary again.
         always: run it every time: it is a verdict.
@@ -135,7 +120,6 @@ class Step:
             journal is not needed.
         alias: a link to ``makes`` under a name without that hash.
         module: ``qwenq``; another one in tests.
-        records: append the check that `qwenq quantize` made to the run's rows, without a command.
     """
 
     name: str
@@ -146,7 +130,6 @@ class Step:
     whole: bool = False
     alias: Path | None = None
     module: str = "qwenq"
-    records: bool = False
 
     def fingerprint(self) -> str:
         """Return a hash of the command, of qwenq's version, and of sizes and times of the files it reads."""
@@ -201,8 +184,6 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     rounded = recipe.weights == "random" and recipe.profile is not None  # on the fly, by `qwenq profile`
     made = {} if rounded else {p: _quantise(recipe, file, p, out) for p, out in quantised.items()}
     steps = list(made.values())
-    if (recipe.eval or recipe.profile) and recipe.weights == "stored":
-        steps += [_record(precision, step, folder) for precision, step in made.items()]
     _require_sound(recipe, file)
     if recipe.eval is not None:
         steps += [*_evaluate(recipe, folder, plain, quantised)]
@@ -239,58 +220,22 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
     parts["quantize"]["bits"] = BITS[precision]
     states = [state(path) for path in _local(recipe.model, recipe.calibration.source)]
     facts = json.dumps([__version__, parts, states], sort_keys=True)
-    name = plain_name(Path(recipe.model).name) if recipe.model else BUNDLED
+    name = Path(recipe.model).name if recipe.model else BUNDLED
     return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
-
-
-def _record(precision: str, quantise: Step, folder: Path) -> Step:
-    arguments = (str(quantise.makes), str(folder), shlex.join(["qwenq", *quantise.arguments]))
-    name, rows = f"record the check of {precision}", folder / RESULTS_FILE
-    return Step(name, arguments, rows, (quantise.makes,), records=True)
 
 
 def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
     """Yield the evaluations, the unquantised model first: the others are paired with its answers."""
-    options = [*_eval_options(recipe), "--out", str(folder)]
-    base = recipe.model or "bundled"
-    rows = folder / RESULTS_FILE
-    data = recipe.eval.data if recipe.eval else None
-    asked = recipe.eval.dtype if recipe.eval else "auto"
-    dtype = () if asked == "auto" else ("--dtype", asked)
-    for precision in plain:
-        arguments = ("eval", base, "--dtype", DTYPES[precision], *options)
-        yield Step(f"evaluate {precision}", arguments, rows, _local(recipe.model, data))
-    for precision, model in quantised.items():
-        arguments = ("eval", str(model), *dtype, *options)
-        yield Step(f"evaluate {precision}", arguments, rows, (model, *_local(data)))
-
-
-def _eval_options(recipe: Recipe) -> Iterator[str]:
-    wanted = recipe.eval
-    if wanted is None:
-        return
-    yield from ("--tasks", ",".join(wanted.tasks), "--protocol", wanted.protocol)
-    if wanted.subjects:
-        yield from ("--subjects", ",".join(wanted.subjects))
+    wanted, base, rows = recipe.eval, recipe.model or "bundled", folder / RESULTS_FILE
+    assert wanted is not None  # noqa: S101 - the caller has looked
     data = None if wanted.data is None else Path(wanted.data).expanduser()  # no shell does it for a step
-    for option, value in (
-        ("--limit", _by_task(wanted.limit)),
-        ("--shots", wanted.shots),
-        ("--thinking", None if wanted.thinking == "auto" else wanted.thinking),
-        ("--max-new-tokens", _by_task(wanted.max_new_tokens)),
-        ("--data", data),
-    ):
-        if value is not None:
-            yield from (option, str(value))
-    if wanted.sample:
-        yield "--sample"
-
-
-def _by_task(number: int | dict[str, int] | None) -> str | None:
-    """Return a number of all tasks, or of each, as the command line takes it."""
-    if not isinstance(number, dict):
-        return None if number is None else str(number)
-    return ",".join(f"{task}={count}" for task, count in number.items())
+    for precision in (*plain, *quantised):
+        made = quantised.get(precision)
+        own = {"data": data, "dtype": DTYPES.get(precision, wanted.dtype)}
+        options = options_of("eval", {**vars(wanted), **own})
+        reads = (made, *_local(wanted.data)) if made else _local(recipe.model, wanted.data)
+        arguments = ("eval", str(made or base), *options, "--out", str(folder))
+        yield Step(f"evaluate {precision}", arguments, rows, reads)
 
 
 def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Step:
@@ -303,19 +248,11 @@ def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str
         shown = [*plain, *quantised]
     else:
         names, shown = [*(names if plain else []), *map(str, quantised.values())], plain
-    options = {
-        "--precision": ",".join(shown),
-        "--tokens": ",".join(map(str, wanted.tokens)) or "0",
-        "--encode": ",".join(map(str, wanted.encode)) or "0",
-        "--attention": ",".join(wanted.attention),
-        "--engine": ",".join(wanted.engine),
-        "--weights": "random" if random else "",
-        "--budget": wanted.budget or "",
-        "--out": str(folder),
-    }
-    arguments = [text for option, value in options.items() if value for text in (option, value)]
+    options = ("--precision", ",".join(shown)) if shown else ()
+    drawn = ("--weights", "random") if random else ()
+    arguments = (*names, *options, *options_of("profile", vars(wanted)), *drawn, "--out", str(folder))
     reads = (*_local(recipe.model), *(() if random else quantised.values()))
-    return Step("profile", ("profile", *names, *arguments), folder / RESULTS_FILE, reads)
+    return Step("profile", ("profile", *arguments), folder / RESULTS_FILE, reads)
 
 
 def _report(recipe: Recipe, folder: Path, page: Path) -> Step:
@@ -411,14 +348,7 @@ def _run_steps(chain: Chain, listener: Listener) -> int:
             listener(Notice("it judges earlier results; after a change of the code, use an empty folder"))
         fresh = True
         started = time.monotonic()
-        if step.records:
-            model, run, command = step.arguments
-            with ProcessPoolExecutor(1, get_context("spawn"), die_with_parent, (os.getpid(),)) as child:
-                # it loads torch, whose memory the steps that follow must not inherit
-                child.submit(append_check, Path(model), Path(run), command).result()
-            code, stopped = 0, False
-        else:
-            code, stopped = _execute(step)
+        code, stopped = _execute(step)
         if code != 0:
             listener(Notice(f"{step.name} ended with exit code {code}; the same command continues here"))
             return code
@@ -427,26 +357,6 @@ def _run_steps(chain: Chain, listener: Listener) -> int:
         if stopped:  # it came when the step had done its work, and still applies
             signal.raise_signal(signal.SIGTERM)
     return 0
-
-
-def append_check(model: Path, run: Path, command: str) -> None:
-    """Append the check that `qwenq quantize` made of a model to the rows of a run, unless they are there.
-
-    Args:
-        model: the quantised folder.
-        run: the run folder.
-        command: that quantised it, for the rows.
-
-    Raises:
-        CorruptFileError: the folder has no manifest with a check, or its bytes are others.
-    """
-    import torch
-
-    from qwenq.evals.rows import append_check_rows
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.identity import result_model
-
-    append_check_rows(model, result_model(open_checkpoint(model), torch.float32, str(model)), run, command)
 
 
 def _link(step: Step) -> None:
@@ -545,13 +455,4 @@ def _append_to_journal(work: Path, step: Step, seconds: float) -> None:
         "seconds": round(seconds, 1),
         "date": date.today().isoformat(),
     }
-    path = work / JOURNAL
-    line = json.dumps(entry, ensure_ascii=False) + "\n"
-    with guard_storage(path, len(line)):
-        work.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            file.seek(max(0, file.tell() - 1))
-            torn = file.read(1) not in {b"", b"\n"}  # a kill left a line without its end
-            file.write((b"\n" if torn else b"") + line.encode(errors="replace"))  # a folder may be any bytes
-            file.flush()
-            os.fsync(file.fileno())
+    append_line(work / JOURNAL, json.dumps(entry, ensure_ascii=False))

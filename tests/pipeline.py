@@ -6,10 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from tiny_families import write_calibration
 
+from qwenq.evals.rows import append_check_rows
 from qwenq.events import Advance, Event, Notice, Start
 from qwenq.gptq.pipeline import LayerDone
+from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.identity import result_model
 from qwenq.quantization import LAYERS, Quantised, quantize
 from qwenq.recipe import Recipe
 
@@ -46,3 +50,9 @@ def run(model: Path, out: Path, ear: Recorder | None = None, **changes: Any) -> 
 def manifest_of(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((folder / "qwenq.json").read_text())
     return content
+
+
+def append_check(folder: Path, run_folder: Path) -> None:
+    """Append the check in a folder's manifest to a run, as `qwenq eval` does."""
+    model = result_model(open_checkpoint(folder), torch.float32, str(folder))
+    append_check_rows(folder, model, run_folder)

@@ -116,7 +116,7 @@ def test_a_function_has_the_errors_of_its_command(tmp_path: Path) -> None:
         api.compare(tmp_path, tmp_path)
     with pytest.raises(UsageError, match="there is nothing to measure"):
         api.profile(tmp_path, tokens=(), encode=())
-    with pytest.raises(UsageError, match="there is no 'v3'"):
+    with pytest.raises(UsageError, match=r"profile\.attention = 'v3'"):
         api.profile(tmp_path, attention=("v3",))
 
 

@@ -73,7 +73,7 @@ def test_evaluation_and_reports_choose_the_same_base(
         append_row(tmp_path, row(precision, PLAIN[precision]))
     quantised = row("int4", dtype)
     contender: Any = SimpleNamespace(
-        quantised=True, model=quantised.model, how=SimpleNamespace(dtype=dtype), base="sha256:plain"
+        quantised=True, model=quantised.model, settings={"dtype": dtype}, base="sha256:plain"
     )
     append_row(tmp_path, quantised)
     evaluated = base_row(tmp_path, contender, plan_of("mmlu"))

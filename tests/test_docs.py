@@ -205,7 +205,6 @@ def test_released_recipes_are_qwens_settings(name: str) -> None:
     } == {
         "bits": 4,
         "group_size": 128,
-        "pad_ffn": "none",
         "module_bits": "auto",  # a dense model has no module that this means
         "budget": None,
         "sym": True,

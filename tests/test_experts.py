@@ -33,12 +33,19 @@ def hashes(folder: Path) -> dict[str, str]:
     return found | {"modules": json.dumps(manifest_of(folder)["modules"])}
 
 
-@pytest.mark.parametrize("transposed", [False, True])
-def test_fused_experts_give_the_same_integers_as_experts_apart(tmp_path: Path, transposed: bool) -> None:
-    apart = write_published(tmp_path / "apart", "qwen3_moe")
-    together = rewrite(
-        write_published(tmp_path / "fused", "qwen3_moe"), partial(fused, transposed=transposed)
-    )
+@pytest.mark.parametrize(
+    ("family", "transposed"),
+    [
+        ("qwen3_moe", False),
+        ("qwen3_moe", True),
+        *((family, False) for family in ("olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3")),  # by inspection
+    ],
+)
+def test_fused_experts_give_the_same_integers_as_experts_apart(
+    tmp_path: Path, family: str, transposed: bool
+) -> None:
+    apart = write_published(tmp_path / "apart", family)
+    together = rewrite(write_published(tmp_path / "fused", family), partial(fused, transposed=transposed))
     calibration = write_calibration(apart, tmp_path / "tokens.safetensors", samples=8)
     for model in (apart, together):
         run(model, tmp_path / f"{model.name}-out", calibration=calibration)
@@ -48,9 +55,15 @@ def test_fused_experts_give_the_same_integers_as_experts_apart(tmp_path: Path, t
     assert "model.layers.1.mlp.experts.3.down_proj.qweight" in first
 
 
-def test_experts_that_saw_no_token_are_quantised_for_those_of_the_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "count"),
+    [("qwen3_moe", "num_experts"), ("mixtral", "num_local_experts"), ("deepseek_v3", "n_routed_experts")],
+)
+def test_experts_that_saw_no_token_are_quantised_for_those_of_the_block(
+    tmp_path: Path, family: str, count: str
+) -> None:
     """Eight tokens, sixteen experts, one a token: at least eight see nothing."""
-    model = write_published(tmp_path / "m", "qwen3_moe", num_experts=16, num_experts_per_tok=1)
+    model = write_published(tmp_path / "m", family, **{count: 16, "num_experts_per_tok": 1})
     calibration = write_calibration(model, tmp_path / "tokens.safetensors", samples=1, seq_len=8, held_out=4)
     result = run(model, tmp_path / "out", calibration=calibration)
     manifest = manifest_of(tmp_path / "out")
@@ -77,8 +90,9 @@ def test_coverage_and_what_is_left_alone_are_in_the_manifest(tmp_path: Path) -> 
     assert said == "not quantised: mlp.gate in 2 layers (the router: a few rows that choose the experts)"
 
 
-def test_a_run_that_resumes_ends_as_a_whole_one(tmp_path: Path) -> None:
-    model = write_published(tmp_path / "m", "qwen3_moe")
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_a_run_that_resumes_ends_as_a_whole_one(tmp_path: Path, family: str) -> None:
+    model = write_published(tmp_path / "m", family)
     recipe = recipe_for(model)
     quantize(recipe, tmp_path / "whole", Recorder(), device="cpu")
 

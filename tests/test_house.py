@@ -53,7 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "calibration": LEAVES | {"models"},
     "gptq": LEAVES | {"models", "calibration", "compute"},
     "runtime": LEAVES | {"models", "compute"},
-    "evals": LEAVES | {"models", "runtime"},
+    "evals": LEAVES | {"models", "runtime", "compute"},
     "profiling": LEAVES | {"models", "runtime"},
     "reporting": LEAVES,
     "planner": LEAVES | {"models"},

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from brief_profiles import profile_briefly
+from pipeline import append_check
 from safetensors.torch import load_file, save_file
 
 from qwenq.errors import CorruptFileError
@@ -27,7 +28,6 @@ from qwenq.results import append_row, read_rows, write_environment
 from qwenq.runtime.block import CompiledStep
 from qwenq.runtime.quantised_linear import CpuNative
 from qwenq.storage import sha256_file
-from qwenq.workflow import append_check
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("planted")]  # one process: quantised once
 
@@ -70,7 +70,7 @@ def evaluate(model: Path, run: Path) -> Path:
 
 
 def record(model: Path, run: Path) -> Path:
-    append_check(model, run, "qwenq quantize")
+    append_check(model, run)
     return run
 
 
@@ -133,7 +133,7 @@ def test_a_damaged_tensor_is_named_before_anything_is_compared(model: Path, tmp_
     """The check in the manifest is not that of these bytes."""
     folder = damaged(model, tmp_path / "m", told=False)
     with pytest.raises(CorruptFileError, match="the bytes are not those that were written") as refused:
-        append_check(folder, tmp_path / "r", "qwenq quantize")
+        append_check(folder, tmp_path / "r")
     assert "model.safetensors" in str(refused.value)
     assert not (tmp_path / "r").exists()
 

@@ -265,8 +265,7 @@ def test_a_name_is_made_from_the_model(tmp_path: Path, monkeypatch: pytest.Monke
 def test_without_a_model_the_name_is_the_bundled_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not that of its folder in the cache, which counts layouts."""
-    model = write_family(tmp_path / "SmolLM2-135M-Instruct-1")
+    model = write_family(tmp_path / "cached")
     monkeypatch.setattr("qwenq.models.bundled.bundled_model", lambda: model)
     monkeypatch.chdir(tmp_path)
     recipe = replace(recipe_for(model), model=None)

@@ -62,14 +62,6 @@ def test_an_unknown_key_suggests_the_nearest(tmp_path: Path, text: str, key: str
     assert error.hint == f"did you mean {nearest!r}?"
 
 
-@pytest.mark.parametrize(
-    ("old", "new"), [("drift = 0.25", "asymmetric_calibration"), ("refine = false", "coordinate_descent")]
-)
-def test_the_older_name_of_a_key_is_refused_with_the_new_one(tmp_path: Path, old: str, new: str) -> None:
-    error = refused(tmp_path, f"[quantize]\n{old}\n")
-    assert error.what.endswith(f" is called quantize.{new} now")
-
-
 def test_a_key_that_is_near_nothing_lists_those_there_are(tmp_path: Path) -> None:
     error = refused(tmp_path, "[quantize]\nqqqq = 1")
     assert error.hint is not None
@@ -142,26 +134,3 @@ def test_a_bad_option_names_the_command_line() -> None:
     with pytest.raises(UsageError, match=r"quantize\.bits = 3") as caught:
         Recipe().override(quantize={"bits": 3})
     assert caught.value.where == "the command line"
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        (
-            "quant_stage:\n  quant_modifiers:\n    GPTQModifier:\n      scheme: W4A16\n",
-            "YAML, as of llm-compressor",
-        ),
-        ("# theirs\n---\nbits: 4\n", "looks like YAML;"),
-        (
-            '{"bits": 4, "group_size": 128, "desc_act": false}',
-            "JSON, as of a quantised model's quantize_config",
-        ),
-        ("- GPTQModifier:\n    targets: Linear\n", "YAML, as of llm-compressor"),
-    ],
-)
-def test_a_recipe_of_another_tool_is_called_what_it_is(tmp_path: Path, text: str, says: str) -> None:
-    path = tmp_path / "recipe"
-    path.write_text(text)
-    with pytest.raises(UsageError, match="a recipe of qwenq is a TOML file") as caught:
-        read_recipe(path)
-    assert says in caught.value.what

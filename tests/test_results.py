@@ -13,8 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.errors import StorageError, UsageError
-from qwenq.models import bundled
-from qwenq.models.bundled import NAME
 from qwenq.results import (
     ENVIRONMENT_FILE,
     RESULTS_FILE,
@@ -22,7 +20,6 @@ from qwenq.results import (
     Row,
     append_row,
     each_run,
-    plain_name,
     read_environment,
     read_rows,
     write_environment,
@@ -260,27 +257,6 @@ def test_identity_is_precision_metric_and_point_whatever_the_weights() -> None:
     assert ROW.identity == replace(ROW, point=dict(reversed(ROW.point.items()))).identity
     assert ROW.identity != replace(ROW, model=replace(MODEL, precision="int4")).identity
     assert ROW.identity != replace(ROW, point={"tokens": 8192, "attention": "off"}).identity
-
-
-def test_the_cached_folder_of_the_bundled_model_has_the_models_name(tmp_path: Path) -> None:
-    """Its folder counts layouts; rows of older runs are read by the same rule."""
-    folder = bundled_folder_name()
-    assert folder != NAME
-    model = Model(folder, "f", "bf16", folder)
-    assert (model.name, model.family) == (NAME, NAME)
-    assert model == Model(NAME, "f", "bf16", NAME)
-    append_row(tmp_path, replace(ROW, model=model))
-    file = tmp_path / RESULTS_FILE
-    file.write_text(file.read_text().replace(NAME, folder))
-    assert read_rows(tmp_path)[0].model == model
-    assert plain_name(f"{folder}-GPTQ-Int4") == f"{NAME}-GPTQ-Int4"
-    for other in (f"{NAME}-GPTQ-Int4", f"my-{NAME}-1", f"{NAME}-1-tuned", "Qwen2.5-0.5B-1"):
-        assert plain_name(other) == other
-
-
-def bundled_folder_name() -> str:
-    """Of the cache, without making it."""
-    return f"{NAME}-{bundled._LAYOUT}"
 
 
 def test_environment_comes_back_and_may_be_missing(tmp_path: Path) -> None:

@@ -60,16 +60,6 @@ def test_any_number_of_processes_writes_the_same_bits(
     assert ended.shown[1:] == [""] * (world - 1), "only the leader talks"
 
 
-def test_a_padded_model_is_the_same_one_on_every_rank(launch: Launcher, tmp_path: Path) -> None:
-    """Only the leader chooses the width; the others are told."""
-    for world in (1, 2):
-        ended = quantize(launch, world, tmp_path / f"out{world}", "--pad-ffn", "auto", "--group-size", "32")
-        assert ended.statuses == [0] * world, ended.shown
-    assert "FFN 96 → 128" in ended.shown[0]
-    assert json.loads((tmp_path / "out2" / "config.json").read_text())["intermediate_size"] == 128
-    assert hashes(tmp_path / "out2") == hashes(tmp_path / "out1")
-
-
 def test_bits_chosen_for_a_size_are_the_same_on_every_rank(launch: Launcher, tmp_path: Path) -> None:
     """Only the leader measures and chooses."""
     for world in (1, 2):

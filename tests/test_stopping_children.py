@@ -54,17 +54,6 @@ def test_a_child_dies_with_its_parent(system: str, tmp_path: Path) -> None:
     assert left_by(script, lambda _: (tmp_path / "begun").exists()) == []
 
 
-def test_the_process_that_records_a_check_dies_with_the_run(tmp_path: Path) -> None:
-    script = (
-        "from pathlib import Path; from qwenq.recipe import Recipe\n"
-        "from qwenq.workflow import Chain, Step, run_steps\n"
-        f"folder = Path({str(tmp_path)!r})\n"
-        "step = Step('record', (str(folder / 'm'), str(folder), ''), folder / 'rows', records=True)\n"
-        "run_steps(Chain(Recipe(), (step,), folder / 'work', None))\n"
-    )
-    assert left_by(script, lambda below: any("spawn_main" in command for command in below)) == []
-
-
 @pytest.mark.parametrize("way", ["_bubblewrap", "_namespaces"])
 def test_programs_die_with_the_evaluation(way: str) -> None:
     try:

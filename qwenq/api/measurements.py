@@ -78,12 +78,10 @@ class Results:
     Attributes:
         rows: one for each figure, see ``qwenq.results.Row``.
         folder: the run folder; ``qwenq.report`` and ``qwenq.compare`` read it.
-        kept: points of a sweep that had been measured before.
     """
 
     rows: list[Row] = field(default_factory=list)
     folder: Path = field(default_factory=Path)
-    kept: int = 0
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -222,7 +220,7 @@ def profile(
     """
     from qwenq.evals.rows import record_checks
     from qwenq.profiling.planning import parse_budget
-    from qwenq.profiling.spec import lengths_of, require_known, subjects_of
+    from qwenq.profiling.spec import lengths_of, require_kernel, subjects_of
     from qwenq.profiling.sweep import sweep_models
     from qwenq.storage import locked
 
@@ -236,15 +234,15 @@ def profile(
             named = "served" if tuple(precision) == PRECISIONS else ",".join(precision)
             load = tuple(concurrency), input, output
             return _profile_served(endpoint, model, named, load, seconds, out, listener, command)
-        require_known(chosen.attention, chosen.engine, kernel)
+        require_kernel(kernel)
         how: dict[str, Any] = {"attentions": chosen.attention, "engines": chosen.engine, "kernel": kernel}
         how |= {"tp": tp, "lengths": lengths_of(context, chosen.tokens, chosen.encode)}
         found = subjects_of(each_once(models), precision, weights, seed)
         folder = Path("runs") / f"profile-{'-'.join(found.shapes)}" if out is None else Path(out)
-        rows, kept = sweep_models(found, how, device, seconds, folder, listener, command)
+        rows = sweep_models(found, how, device, seconds, folder, listener, command)
         with locked(folder):
             record_checks([(each.given, each.model) for each in found.subjects], folder, listener)
-    return Results(rows, folder, kept)
+    return Results(rows, folder)
 
 
 def _profile_served(
@@ -444,16 +442,15 @@ def compare(
     from qwenq.reporting.gate import asked_by, judge
 
     conditions = asked_by(fail_on)
-    chosen = choose_baseline(Path(baseline), Path(new))
-    sides = [[Path(run) for run in side] for side in ([chosen.folder, *more_baseline], [new, *more_new])]
+    chosen, why = choose_baseline(Path(baseline), Path(new))
+    sides = [[Path(run) for run in side] for side in ([chosen, *more_baseline], [new, *more_new])]
     places = [run.resolve() for side in sides for run in side]
     if twice := [run for run in (*sides[0], *sides[1]) if places.count(run.resolve()) > 1]:
         raise UsageError("this run is named twice", where=twice[-1], hint="name each run folder once")
     read = []
     with shown(progress) as listener:
-        if chosen.folder != Path(baseline):
-            why = "of the same machine" if chosen.same_machine else "no baseline is of this machine"
-            listener(Notice(f"compared with {chosen.folder}: {why}"))
+        if why:
+            listener(Notice(f"compared with {chosen}: {why}"))
         for number, (first, *more) in enumerate(sides):
             run, turns = collect([first]), collect(more) if more else None
             for name in idle_repeats(run, turns):

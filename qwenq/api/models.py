@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from qwenq.api.progress import Progress, shown
-from qwenq.events import Listener, counted, notify
+from qwenq.events import counted, notify
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -237,13 +237,12 @@ def convert(
     *,
     zeros: Literal["v1", "v2"] | None = None,
     to: Literal["compressed-tensors"] | None = None,
-    store_head: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = True,
 ) -> Converted:
     """Rewrite a model in another layout: Qwen v1 as Qwen2, GPTQ zero points v1 ↔ v2, other shards.
 
-    ``to`` and ``store_head`` are the options of `qwenq convert`.
+    ``to`` is that option of `qwenq convert`.
 
     Raises:
         QwenqError: the source is damaged, or the target holds something.
@@ -259,7 +258,6 @@ def convert(
             Path(target),
             zeros=zeros,
             to=to,
-            store_head=store_head,
             max_shard_bytes=max_shard_bytes,
             listener=listener,
         )
@@ -333,7 +331,9 @@ def calibrate(
         QwenqError: no such text, or too little of it; ``out`` holds something else.
     """
     from qwenq.calibration.calibration_set import require_writable, save_or_keep
-    from qwenq.calibration.load import random_set
+    from qwenq.calibration.load import calibration_tokenizer, load_calibration
+    from qwenq.models.machine import resolve_device
+    from qwenq.models.opening import open_model
     from qwenq.recipe import Recipe
 
     if out is not None:
@@ -345,31 +345,21 @@ def calibrate(
     )  # in range
     given = {key: None if value == "auto" else value for key, value in sizes.items()}
     options: dict[str, Any] = {"seed": seed, "split": split, "column": column, **given}
+    options["device"] = str(resolve_device(device))
     with shown(progress) as listener:
         name = None if model is None else str(model)
-        if weights == "random":
-            made = random_set(name, str(source), listener, **options)
-        else:
-            made = _text_tokens(name, str(source), thinking, device, listener, **options)
+        checkpoint = open_model(name, weights, seed)
+        tokenizer = None if weights == "random" else calibration_tokenizer(checkpoint.folder, thinking)
+        notify(listener, checkpoint.notices)
+        with counted(listener, "writing text" if source == "self" else "reading text", "tokens") as update:
+            made = load_calibration(
+                str(source),
+                checkpoint=checkpoint,
+                tokenizer=tokenizer,
+                progress=update,
+                **options,
+            )
         if out is not None:
             made = save_or_keep(made, Path(out), force=force)
         notify(listener, made.manifest.notices)
     return made
-
-
-def _text_tokens(
-    model: str | None, source: str, thinking: str, device: str, listener: Listener, **options: Any
-) -> CalibrationSet:
-    from qwenq.calibration import load_calibration
-    from qwenq.calibration.load import calibration_tokenizer
-    from qwenq.models.machine import resolve_device
-    from qwenq.models.opening import open_model
-
-    device = str(resolve_device(device))
-    checkpoint = open_model(model)
-    tokenizer = calibration_tokenizer(checkpoint.folder, thinking)
-    notify(listener, checkpoint.notices)
-    with counted(listener, "writing text" if source == "self" else "reading text", "tokens") as update:
-        return load_calibration(
-            source, checkpoint=checkpoint, tokenizer=tokenizer, device=device, progress=update, **options
-        )

@@ -186,7 +186,6 @@ def load_saved(
     """Return the set in a file, whose sizes are fixed.
 
     Args:
-        path: the .safetensors file.
         vocabulary: ids have to be below it.
         asked: samples, tokens of each, and held-out sequences that the user named; None: not named.
     """

@@ -28,8 +28,6 @@ from qwenq.errors import CalibrationError, UsageError
 LONGEST_LINE = 100_000_000
 """Bytes of a line, which is held in memory: a sparse file or a device could have one without end."""
 COMPRESSED = {".gz", ".bz2", ".xz", ".zst", ".zstd"}
-_ZSTD = b"\x28\xb5\x2f\xfd"
-_OPENERS: dict[bytes, Any] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
 _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
     (b"PK\x03\x04", "a zip archive", "unpack it: `unzip {name}`"),
     (b"Rar!", "a RAR archive", "unpack it"),
@@ -43,13 +41,33 @@ _FOREIGN: tuple[tuple[bytes, str, str], ...] = (
 )
 _IMAGES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff")
 _BOMS = ((b"\xff\xfe\x00\x00", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
-_DAMAGED = (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError)
 
 
-def is_parquet(path: Path) -> bool:
-    """Return whether a file begins as parquet does."""
+def _zstandard(path: Path, _: str) -> IO[bytes]:
+    """Open a .zst file through Arrow, which reads .parquet files too."""
+    import pyarrow
+
+    stream: Any = pyarrow.input_stream(str(path), compression="zstd")
+    return io.BufferedReader(stream)
+
+
+_OPENERS: dict[bytes, Callable[..., Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ\x00": lzma.open,
+    b"\x28\xb5\x2f\xfd": _zstandard,
+}
+
+
+def _start(path: Path) -> bytes:
     with path.open("rb") as file:
-        return file.read(4) == b"PAR1"
+        return file.read(16)
+
+
+def _opener(path: Path) -> Callable[..., Any] | None:
+    """Return what decompresses a file, by its first bytes; None: it is not compressed."""
+    start = _start(path)
+    return next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), None)
 
 
 def bare_suffix(path: Path) -> str:
@@ -60,45 +78,22 @@ def bare_suffix(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def is_compressed(path: Path) -> bool:
-    """Return whether a file begins as gzip, bzip2, xz or zstandard does."""
-    with path.open("rb") as file:
-        start = file.read(6)
-    return start.startswith(_ZSTD) or any(start.startswith(magic) for magic in _OPENERS)
-
-
 @contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading, decompressed if it is compressed."""
-    with path.open("rb") as stored:
-        start = stored.read(16)
+    start, opener = _start(path), _opener(path)
     for magic, what, hint in _FOREIGN:
         if start.startswith(magic):
             raise CalibrationError(f"it is {what}, not a text", where=path, hint=hint.format(name=path.name))
-    opener = next((opener for magic, opener in _OPENERS.items() if start.startswith(magic)), open)
     try:
-        with _zstandard(path) if start.startswith(_ZSTD) else opener(path, "rb") as file:
+        with (opener or open)(path, "rb") as file:
             yield file
-    except _DAMAGED as error:
-        raise _damaged(path, error) from error
-    except OSError as error:
-        if is_compressed(path):  # bz2 and zstandard have no class of their own
-            raise _damaged(path, error) from error
-        raise
-
-
-def _damaged(path: Path, error: Exception) -> CalibrationError:
-    return CalibrationError(
-        f"not a whole compressed file: {error}", where=path, hint="copy or download it again"
-    )
-
-
-def _zstandard(path: Path) -> IO[bytes]:
-    """Open a .zst file through Arrow, which reads .parquet files too."""
-    import pyarrow
-
-    stream: Any = pyarrow.input_stream(str(path), compression="zstd")
-    return io.BufferedReader(stream)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        if opener is None:
+            raise
+        raise CalibrationError(
+            f"not a whole compressed file: {error}", where=path, hint="copy or download it again"
+        ) from error
 
 
 def lines_of(path: Path) -> Iterator[tuple[int, str]]:
@@ -186,13 +181,13 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
 
 def _reader_of(path: Path, column: str | None) -> Reader:
     suffix = bare_suffix(path)
-    if suffix == ".parquet" or is_parquet(path):
+    if suffix == ".parquet" or _start(path).startswith(b"PAR1"):
         return read_parquet
     if suffix in TABLES:
         return read_table
     if suffix in JSONS:
         return read_json_lines if _holds_lines(path, suffix, column) else read_json
-    if suffix in TEXTS or (is_compressed(path) and suffix not in JSONS):
+    if suffix in TEXTS or (_opener(path) and suffix not in JSONS):
         first = _first_values(path, 1)
         holds_records = first and isinstance(first[0], dict) and _is_record(first[0], column)
         return read_json_lines if holds_records else read_text

@@ -23,7 +23,6 @@ from qwenq.calibration.datasets import is_hub_id, read_folder, read_hub
 from qwenq.calibration.documents import Document
 from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, bare_suffix, read_file
 from qwenq.calibration.sequences import (
-    Progress,
     Sizes,
     check_vocabulary,
     ids_of,
@@ -33,11 +32,10 @@ from qwenq.calibration.sequences import (
     shuffled,
 )
 from qwenq.errors import CalibrationError, CorruptFileError, StorageError, UsageError
-from qwenq.events import Listener, Notice, counted
+from qwenq.events import Listener, Notice, Update, counted
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.folders import local_path
 from qwenq.models.machine import free_memory
-from qwenq.models.opening import open_model
 from qwenq.models.qwen_v1 import longest_plain, require_plain
 from qwenq.models.random_weights import is_random
 from qwenq.models.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
@@ -58,7 +56,6 @@ def calibration_for(
     """Load the set or make it.
 
     Args:
-        recipe: says which, and how large.
         checkpoint: whose tokenizer it is for, and who writes it where the source is "self".
         device: where the model writes; a GPU is given more text.
         listener: receives what was chosen, and the progress in tokens.
@@ -110,22 +107,20 @@ def _loaded_or_made(
 ) -> CalibrationSet:
     wanted = recipe.calibration
     saved = Path(wanted.source).suffix == ".safetensors"  # has its own sizes
-    usual, length = fitting or (ON_GPU if device.type == "cuda" else ON_CPU)
-    samples = usual if wanted.samples == "auto" else wanted.samples
-    longest = longest_plain(checkpoint.config) or length
-    seq_len = min(length, longest) if wanted.seq_len == "auto" else wanted.seq_len
-    asked = (
-        None if saved and wanted.samples == "auto" else samples,
-        None if saved and wanted.seq_len == "auto" else seq_len,
-        None if saved else wanted.held_out,
-    )
+    samples = None if wanted.samples == "auto" else wanted.samples
+    seq_len = None if wanted.seq_len == "auto" else wanted.seq_len
+    if not saved:
+        usual, length = fitting or (ON_GPU if device.type == "cuda" else ON_CPU)
+        samples = usual if samples is None else samples
+        longest = longest_plain(checkpoint.config) or length
+        seq_len = min(length, longest) if seq_len is None else seq_len
     # Of random weights text means nothing; there may be a tokenizer in the folder that they were written to.
     folder = checkpoint.companions
     textless = is_random(checkpoint.config) and (
         saved or wanted.source == "self" or folder is None or not has_tokenizer(folder)
     )
     label = f"{'writing' if wanted.source == 'self' else 'reading'} text to calibrate and check"
-    shown: AbstractContextManager[Progress | None] = (
+    shown: AbstractContextManager[Update | None] = (
         nullcontext() if textless else counted(listener, label, "tokens")
     )
     with shown as progress:
@@ -133,9 +128,9 @@ def _loaded_or_made(
             wanted.source,
             checkpoint=checkpoint,
             tokenizer=None if textless else calibration_tokenizer(checkpoint.folder, wanted.thinking),
-            samples=asked[0],
-            seq_len=asked[1],
-            held_out=asked[2],
+            samples=samples,
+            seq_len=seq_len,
+            held_out=None if saved else wanted.held_out,
             seed=recipe.quantize.seed,
             split=wanted.split,
             column=wanted.column,
@@ -176,7 +171,7 @@ def load_calibration(
     split: str | None = None,
     column: str | None = None,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Update | None = None,
 ) -> CalibrationSet:
     """Make or load the calibration set that ``spec`` names.
 
@@ -206,18 +201,19 @@ def load_calibration(
             )
         return _load_saved_for(Path(spec), checkpoint, tokenizer, (samples, seq_len, held_out))
     wanted = wanted_sizes(checkpoint, samples, seq_len, held_out)
+    if tokenizer is None:
+        if spec != "self" or split is not None or column is not None:
+            raise UsageError(
+                "a model with random weights has no tokenizer to read a text",
+                where=spec,
+                hint="leave --calibration out (`qwenq calibrate`: --source, --split, --column): tokens are "
+                "random, too",
+            )
+        return random_tokens(int(checkpoint.config["vocab_size"]), wanted, seed)
     if spec == "self":
         if split is not None or column is not None:
             raise UsageError("the model's own text has no split or column", hint="leave both out")
-        if tokenizer is None:
-            return random_tokens(int(checkpoint.config["vocab_size"]), wanted, seed)
         return _self_written(checkpoint, tokenizer, wanted, seed, device, progress)
-    if tokenizer is None:
-        raise UsageError(
-            "a model with random weights has no tokenizer to read a text",
-            where=spec,
-            hint="leave --calibration out: the tokens are random, too",
-        )
     documents = _open(spec, split, column)
     return _from_documents(spec, documents, checkpoint, tokenizer, wanted, seed, progress)
 
@@ -261,7 +257,7 @@ def _from_documents(
     tokenizer: Tokenizer,
     wanted: Sizes,
     seed: int,
-    progress: Progress | None,
+    progress: Update | None,
 ) -> CalibrationSet:
     # imported here: it loads transformers, which reading files does not need
     from qwenq.calibration.self_text import separator_of
@@ -301,7 +297,7 @@ def _self_written(
     wanted: Sizes,
     seed: int,
     device: str,
-    progress: Progress | None,
+    progress: Update | None,
 ) -> CalibrationSet:
     from qwenq.calibration.self_text import HELD_OUT_ROWS, require_base_model, write_self_text
 
@@ -401,37 +397,3 @@ def require_sizes(wanted: Sizes, checkpoint: Checkpoint) -> None:
             f"{readable_bytes(needed)} of memory, {readable_bytes(free)} are free",
             hint="lower --samples or --seq-len",
         )
-
-
-def random_set(
-    model: str | None,
-    source: str,
-    listener: Listener,
-    *,
-    seed: int,
-    split: str | None,
-    column: str | None,
-    samples: int | None,
-    seq_len: int | None,
-    held_out: int | None,
-) -> CalibrationSet:
-    """Draw tokens for a model with random weights, which has no tokenizer to read or write text."""
-    for option, given in (("--source", source != "self"), ("--split", split), ("--column", column)):
-        if given:
-            raise UsageError(
-                "a model with random weights has no tokenizer to read a text",
-                where=option,
-                hint=f"leave {option} out: the tokens are random too",
-            )
-    checkpoint = open_model(model, "random", seed)
-    for notice in checkpoint.notices:
-        listener(Notice(notice))
-    return load_calibration(
-        "self",
-        checkpoint=checkpoint,
-        tokenizer=None,
-        samples=samples,
-        seq_len=seq_len,
-        held_out=held_out,
-        seed=seed,
-    )

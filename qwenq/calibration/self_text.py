@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
-from qwenq.calibration.sequences import Progress
 from qwenq.errors import CalibrationError, UsageError
+from qwenq.events import Update
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.config import by_inspection
 from qwenq.models.integrity import check_finite
@@ -138,7 +138,7 @@ def write_self_text(
     *,
     seed: int,
     device: str = "cpu",
-    progress: Progress | None = None,
+    progress: Update | None = None,
 ) -> torch.Tensor:
     """Return text that the model writes, int64 [len(rows), seq_len] on the CPU: a sequence for each row.
 
@@ -177,9 +177,6 @@ def sample_rows(
     """Sample rows by inverse transform: draw u takes the first id whose cumulative probability exceeds u.
 
     Args:
-        model: a causal language model of transformers.
-        checkpoint: for messages.
-        vocabulary: where texts begin and end.
         uniforms: float64 [rows, seq_len] in [0, 1).
         report: called with the number of tokens that each row has so far.
     """

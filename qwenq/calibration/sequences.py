@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,9 +13,8 @@ import torch
 
 from qwenq.calibration.documents import Document
 from qwenq.errors import CalibrationError, UsageError
+from qwenq.events import Update
 from qwenq.models.tokenizer import Tokenizer
-
-Progress = Callable[[int, int], None]  # called with (tokens done, tokens in all)
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def pack(
     separator: list[int],
     *,
     where: str,
-    progress: Progress | None = None,
+    progress: Update | None = None,
 ) -> Packed:
     """Join tokenised documents, ``separator`` after each, and cut full sequences.
 
@@ -112,9 +111,18 @@ def pack(
     are cut from one stream: see ``held_out_from``. What is left over is dropped.
     """
     stream = iter(documents)
-    meter = _Meter(wanted.tokens, progress)
-    checked, used_for_check = _take(stream, wanted.held_out * wanted.seq_len, separator, meter)
-    main, used = _take(stream, wanted.samples * wanted.seq_len, separator, meter)
+    parts: list[list[int]] = []
+    used = done = 0
+    for rows in (wanted.held_out, wanted.samples):
+        taken, count = list[int](), rows * wanted.seq_len
+        while len(taken) < count and (document := next(stream, None)) is not None:
+            taken += [*document, *separator]
+            used += 1
+            if progress:
+                progress(done + min(len(taken), count), wanted.tokens)
+        parts.append(taken)
+        done += min(len(taken), count)
+    checked, main = parts
     origin: Literal["other documents", "the same documents", "none"] = "other documents"
     if len(main) < wanted.samples * wanted.seq_len:
         joined = checked + main
@@ -125,37 +133,8 @@ def pack(
         tokens=_cut(main, wanted.samples, wanted.seq_len),
         held_out=_cut(checked, wanted.held_out, wanted.seq_len),
         held_out_from=origin if wanted.held_out else "none",
-        documents=used_for_check + used,
+        documents=used,
     )
-
-
-@dataclass
-class _Meter:
-    total: int
-    progress: Progress | None
-    done: int = 0
-
-    def add(self, count: int) -> None:
-        self.done = min(self.total, self.done + count)
-        if self.progress:
-            self.progress(self.done, self.total)
-
-
-def _take(
-    stream: Iterator[list[int]], count: int, separator: list[int], meter: _Meter
-) -> tuple[list[int], int]:
-    """Take whole documents until there are ``count`` tokens; return them and the number of documents."""
-    taken: list[int] = []
-    used = 0
-    while len(taken) < count:
-        document = next(stream, None)
-        if document is None:
-            break
-        taken += document
-        taken += separator
-        used += 1
-        meter.add(len(document) + len(separator) - max(0, len(taken) - count))
-    return taken, used
 
 
 def _cut(tokens: list[int], rows: int, seq_len: int) -> torch.Tensor:
@@ -191,9 +170,6 @@ def check_vocabulary(tokens: torch.Tensor, vocab_size: int, where: str) -> None:
     )
 
 
-_PLAIN = {"role", "content"}
-
-
 def notices_of(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[str, ...]:
     """Return a sentence for each thing that the tokens do not hold, or hold in another form than the text."""
     return tuple(
@@ -209,19 +185,15 @@ def _unread(documents: Iterable[Document], tokenizer: Tokenizer) -> str | None:
     counts: Counter[str] = Counter()
     for document in documents:
         if isinstance(document.content, list):
-            keys = [key for message in document.content for key, value in message.items() if _texts(value)]
-            counts.update(key for key in keys if key not in _PLAIN)
+            for message in document.content:  # numbers and flags beside a message never hold text
+                texts = {key for key, value in message.items() if isinstance(value, str | list | dict)}
+                counts.update(texts - {"role", "content"})
             counts.update(["tools"] if document.tools else [])
     names = [key for key in counts if not re.search(rf"\b{re.escape(key)}\b", template)]
     if not names:
         return None
     listed = ", ".join(f"{key} ({counts[key]:,} times)" for key in sorted(names))
     return f"the model's chat template does not read {listed}: left out of the calibration tokens"
-
-
-def _texts(value: object) -> bool:
-    """Return whether a value can hold text; numbers and flags beside a message never do."""
-    return isinstance(value, str | list | dict)
 
 
 def _specials(documents: Iterable[Document], tokenizer: Tokenizer) -> str | None:

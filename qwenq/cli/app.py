@@ -204,9 +204,6 @@ def register() -> None:
     for module in COMMANDS.values():
         import_module(module)
     order = list(COMMANDS)
-    names = {
-        id(one): order.index(one.name or one.callback.__name__)
-        for one in app.registered_commands
-        if one.callback is not None
-    }
-    app.registered_commands.sort(key=lambda one: names[id(one)])
+    app.registered_commands.sort(
+        key=lambda one: order.index(one.name or str(getattr(one.callback, "__name__", "")))
+    )

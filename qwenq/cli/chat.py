@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq import stopping
-from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.options import (
     AttentionName,
@@ -20,6 +19,7 @@ from qwenq.cli.options import (
     DtypeName,
     EngineName,
     KernelName,
+    ModelArgument,
     RealWeights,
     ThinkingChoice,
 )
@@ -35,12 +35,7 @@ if TYPE_CHECKING:
 
 @app.command()
 def chat(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Model folder or hub id. [default: the bundled model]", autocompletion=completion.models
-        ),
-    ] = None,
+    model: ModelArgument = None,
     weights: RealWeights = "stored",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     thinking: ThinkingChoice = "auto",
@@ -86,12 +81,6 @@ def chat(
     from qwenq.models.qwen_tokenizer import without_surrogates
     from qwenq.runtime.sampling import Sampling
 
-    if weights == "random":
-        raise UsageError(
-            "a model with random weights has no tokenizer and writes no text",
-            where="--weights",
-            hint="qwenq profile measures its speed and memory",
-        )
     temperature = 0.0 if greedy else temperature
     Sampling(temperature=temperature or 0.0, top_p=1.0 if top_p is None else top_p)  # before a download
     loaded = api.load(

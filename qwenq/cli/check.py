@@ -12,7 +12,7 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose, listed_names, listed_numbers
-from qwenq.cli.printing import note, print_json, table_console, wrapped
+from qwenq.cli.printing import columns, print_json, table_console, wrapped
 from qwenq.errors import UsageError, VerificationError
 
 if TYPE_CHECKING:
@@ -87,14 +87,12 @@ def check(
     none       too few tokens to judge by
     """
     from qwenq.checking import check_folders
-    from qwenq.cli.progress import show_events, with_details
-    from qwenq.models.opening import refuse_random_weights
+    from qwenq.cli.progress import StepListener, with_details
 
-    refuse_random_weights(weights)
     if engines is not None:
         _check_engines(quantised, engines, tp, as_json=as_json)
         return
-    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+    with StepListener(quiet=quiet) as plain, with_details(plain, verbose) as listener:
         found = check_folders(
             quantised,
             against,
@@ -134,18 +132,17 @@ def _print_json(found: Checked, text: str, seed: int) -> None:
 
 
 def _print_text(found: Checked, text: str, count: int) -> None:
-    from rich.table import Table
     from rich.text import Text
 
     result = found.result
     console = table_console(200)
-    lines = {
+    facts = {
         "quantised": f"{found.quantised} ({found.format})",
         "base": str(found.base),
         "text": f"{text}, {result.sequences} × {result.seq_len} tokens; {result.dtype} on {result.device}",
     }
     verdict_styles = {"excellent": "bold green", "good": "bold green", "fair": "bold yellow", "none": "bold"}
-    for name, value in (lines | result.summary()).items():
+    for name, value in (facts | result.summary()).items():
         style = verdict_styles.get(result.verdict.word, "bold red") if name == "verdict" else ""
         console.print(Text(wrapped(f"{name:<12}{value}", " " * 12), style=style), soft_wrap=True)
     if not (worst := result.worst_modules(count)):
@@ -153,13 +150,11 @@ def _print_text(found: Checked, text: str, count: int) -> None:
     console.print(
         f"\nworst {len(worst)} of {len(result.modules)} modules, error as a share of the output's energy"
     )
-    table = Table("module", box=None, pad_edge=False)
-    for title in ("error", "round-to-nearest", "ratio"):
-        table.add_column(title, justify="right")
+    lines = []
     for module in worst:
         ratio = f"{module.error / module.rtn_error:.2f}" if module.rtn_error else "-"
-        table.add_row(module.name, f"{module.error:.3%}", f"{module.rtn_error:.3%}", ratio)
-    console.print(table)
+        lines.append((module.name, f"{module.error:.3%}", f"{module.rtn_error:.3%}", ratio))
+    console.print(columns(("module", "error", "round-to-nearest", "ratio"), lines))
 
 
 def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:

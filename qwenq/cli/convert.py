@@ -13,8 +13,8 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed, Verbose
-from qwenq.cli.printing import note, print_json, table_console
-from qwenq.cli.progress import show_events, with_details
+from qwenq.cli.printing import columns, note, print_json, table_console
+from qwenq.cli.progress import StepListener, with_details
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
 
@@ -44,14 +44,6 @@ def convert(
             "symmetric GPTQ models."
         ),
     ] = None,
-    store_head: Annotated[
-        bool,
-        typer.Option(
-            "--store-head",
-            help="Store the embedding also as lm_head.weight of a model whose head is tied: auto-gptq 0.7 "
-            "takes a head that is not stored for zeros.",
-        ),
-    ] = False,
     max_shard: Annotated[str, typer.Option(help="Largest size of a file: 5GB, 500MB, 2GiB.")] = "5GB",
     weights: Annotated[
         Literal["stored", "random"],
@@ -67,20 +59,19 @@ def convert(
     """
     shard_bytes = parse_size(max_shard)
     if weights == "random":
-        of_folders = {"--zeros": zeros, "--to": to, "--store-head": store_head}
+        of_folders = {"--zeros": zeros, "--to": to}
         _write_random(src, dst, seed, shard_bytes, of_folders)
         return
     from qwenq import api
     from qwenq.models.opening import resolve_model
     from qwenq.storage import readable_bytes
 
-    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+    with StepListener(quiet=quiet) as plain, with_details(plain, verbose) as listener:
         done = api.convert(
             src,
             dst,
             zeros=zeros,
             to=to,
-            store_head=store_head,
             max_shard_bytes=shard_bytes,
             progress=listener,
         )
@@ -154,7 +145,10 @@ def stats(
     texts = [(file, *read_text(file)) for file in files]
     reader, source = _open(tokenizer)
     rows = [_row(str(file), size, text, reader) for file, size, text in texts]
-    total = _total(rows)
+    counts = ("bytes", "characters", "tokens")
+    total: dict[str, Any] = {"file": "total", **{key: sum(row[key] for row in rows) for key in counts}}
+    for row in (*rows, total):
+        row["bytes_per_token"] = round(row["bytes"] / row["tokens"], 4)
     if as_json:
         about = {"source": source, "fingerprint": reader.fingerprint, "vocab_size": reader.vocab_size}
         print_json({"tokenizer": about, "files": rows, "total": total})
@@ -202,32 +196,12 @@ def _row(name: str, size: int, text: str, tokenizer: Tokenizer) -> dict[str, Any
     tokens = len(tokenizer.encode(text))
     if not tokens:
         raise UsageError("this tokenizer gives no tokens for the text", where=name, hint="give another text")
-    return _with_ratio(name, size, len(text), tokens)
-
-
-def _total(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    sums = [sum(row[key] for row in rows) for key in ("bytes", "characters", "tokens")]
-    return _with_ratio("total", *sums)
-
-
-def _with_ratio(name: str, size: int, characters: int, tokens: int) -> dict[str, Any]:
-    return {
-        "file": name,
-        "bytes": size,
-        "characters": characters,
-        "tokens": tokens,
-        "bytes_per_token": round(size / tokens, 4),
-    }
+    return {"file": name, "bytes": size, "characters": len(text), "tokens": tokens}
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    table.add_column("file", overflow="fold")
-    for title in ("bytes", "characters", "tokens", "bytes/token"):
-        table.add_column(title, justify="right", no_wrap=True)
-    for row in rows:
-        counts = [f"{row[key]:,}" for key in ("bytes", "characters", "tokens")]
-        table.add_row(row["file"], *counts, f"{row['bytes_per_token']:.2f}")
-    table_console(120).print(table)
+    counts = ("bytes", "characters", "tokens")
+    lines = [
+        (row["file"], *(f"{row[key]:,}" for key in counts), f"{row['bytes_per_token']:.2f}") for row in rows
+    ]
+    table_console(120).print(columns(("file", *counts, "bytes/token"), lines))

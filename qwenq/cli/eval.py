@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -29,13 +29,11 @@ from qwenq.cli.options import (
     server_decides,
     typed_options,
 )
-from qwenq.cli.printing import note, print_rows, stop_notice, table_console, typed_command, wrapped
+from qwenq.cli.printing import columns, note, print_rows, stop_notice, table_console, typed_command, wrapped
 from qwenq.errors import UsageError
 from qwenq.reporting.card import cut_of
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from qwenq.comparison import Paired
     from qwenq.results import Row
 
@@ -87,11 +85,9 @@ def evaluate(
     """
     from qwenq import api
     from qwenq.api.measurements import each_once
-    from qwenq.cli.progress import EvalProgress, with_details
+    from qwenq.cli.progress import StepListener, with_details
     from qwenq.distributed import process_group
-    from qwenq.models.opening import refuse_random_weights
 
-    refuse_random_weights(weights)
     chosen, prompts = given["eval"], _batch(batch)
     local = [name for name in typed_options(context) if name in _LOCAL]
     if endpoint is not None and local:
@@ -103,7 +99,7 @@ def evaluate(
         kept = stop_notice("answers are kept", team.world) if team.is_rank0 else nullcontext()
         with (
             kept,
-            EvalProgress(quiet=quiet or not team.is_rank0) as progress,
+            StepListener(quiet=quiet or not team.is_rank0) as progress,
             with_details(progress, verbose and team.is_rank0) as listener,
         ):
             found = api.evaluate(
@@ -158,7 +154,6 @@ def _with_bases(names: list[str | None], rows: Sequence[Row]) -> Iterator[Words]
     from qwenq.comparison import PLAIN
     from qwenq.models.identity import model_name
     from qwenq.models.opening import resolve_model
-    from qwenq.results import plain_name
 
     scores = [row for row in rows if "items" in row.details]
     here = {row.model.fingerprint for row in scores}
@@ -166,7 +161,7 @@ def _with_bases(names: list[str | None], rows: Sequence[Row]) -> Iterator[Words]
     apart = {row.model: row.details.get("base") for row in scores if row.model.precision not in PLAIN}
     for model in [one for one, base in apart.items() if one not in compared and base not in here]:
         note(f"{model.label} is not compared with its base, which was not evaluated")
-        name = next(name for name in names if plain_name(model_name(name)) == model.name)
+        name = next(name for name in names if model_name(name) == model.name)
         if (base := named_base(resolve_model(name).folder)) is not None:
             words = sys.argv[sys.argv.index("eval") + 1 :] if "eval" in sys.argv else []
             yield ("eval", base, *words)
@@ -176,8 +171,8 @@ def _with_bases(names: list[str | None], rows: Sequence[Row]) -> Iterator[Words]
 
 
 _TITLES = ("task", "protocol", "model", "score", "± SE", "95 % interval", "items", "scored by", "cut")
-_WIDE = 130
-"""Columns of a terminal that has room for a score and its comparison in one line."""
+_SHARED = ("protocol", "scored by", "cut")
+"""Columns that become a line below the table where all rows have the same there."""
 
 
 def print_table(run: Path, rows: Sequence[Row]) -> None:
@@ -187,15 +182,16 @@ def print_table(run: Path, rows: Sequence[Row]) -> None:
     rows = [row for row in rows if "task" in row.point]
     order = {name: place for place, name in enumerate(dict.fromkeys(row.point["task"] for row in rows))}
     rows = sorted(rows, key=lambda row: order[row.point["task"]])
-    compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
-    aside = bool(compared) and console.width < _WIDE
-    tests = _tests(compared)
     if rows:  # a split without answers has no score
-        shared = _shared(rows) if console.width < _WIDE else {}
-        console.print(_table(rows, tests, shared, beside=bool(compared) and not aside))
+        found = dict(zip(_TITLES, zip(*map(_cells, rows), strict=True), strict=True))
+        shared = {title: found.pop(title)[0] for title in _SHARED if len(set(found[title])) == 1}
+        labels = 2 if "protocol" in shared else 3
+        console.print(columns(list(found), zip(*found.values(), strict=True), labels))
         if said := "; ".join(f"{title}: {value}" for title, value in shared.items() if value != "-"):
             console.print(said)
-    lines = [_in_a_line(row, tests) for row in compared] if aside else []
+    compared = [row for row in rows if row.details.keys() & {"paired", "unpaired"}]
+    tests = _tests(compared)
+    lines = [_comparison(row, tests) for row in compared]
     for line in [*lines, *_check_lines(checks), *_remarks(rows), *_headlines(rows, tests)]:
         console.print(wrapped(line), soft_wrap=True)
     console.print(f"run folder: {run}", soft_wrap=True)
@@ -212,47 +208,6 @@ def _tests(compared: Sequence[Row]) -> dict[int, tuple[Paired, float]]:
     return {id(row): test for row, test in zip(tested, zip(found, p_values, strict=True), strict=True)}
 
 
-def _shared(rows: Sequence[Row]) -> dict[str, str]:
-    """Return the columns in which all rows have the same: a line below the table, which needs their width."""
-    columns = dict(zip(_TITLES, zip(*map(_cells, rows), strict=True), strict=True))
-    return {
-        title: columns[title][0]
-        for title in ("protocol", "scored by", "cut")
-        if len(set(columns[title])) == 1
-    }
-
-
-def _table(
-    rows: Sequence[Row], tests: dict[int, tuple[Paired, float]], shared: Container[str], *, beside: bool
-) -> Table:
-    """Return one line per score, without the shared columns; ``beside``: with the comparison in others."""
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    names = ("task", "protocol", "model")
-    kept = [title for title in _TITLES if title not in shared]
-    for title in kept:
-        name = title in names
-        justify: Literal["left", "right"] = "left" if name else "right"
-        table.add_column(title, justify=justify, overflow="fold", no_wrap=not name or title == "protocol")
-    if beside:
-        for title in ("change", "lost / won", "p"):
-            table.add_column(title, justify="right", no_wrap=True)
-        table.add_column("beside its base", overflow="fold")
-    for row in rows:
-        cells = dict(zip(_TITLES, _cells(row), strict=True))
-        table.add_row(*(cells[title] for title in kept), *(_comparison(row, tests) if beside else ()))
-    return table
-
-
-def _in_a_line(row: Row, tests: dict[int, tuple[Paired, float]]) -> str:
-    """Return as a line what the wide table has in its last columns."""
-    change, counts, p, beside = _comparison(row, tests)
-    figures = f"change {change} points, lost / won {counts}, p {p}; " if change else ""
-    task, _, model, *_ = _cells(row)
-    return f"{task}, {model}: {figures}{beside}"
-
-
 def _cells(row: Row) -> tuple[str, ...]:
     metric = row.metric.removeprefix("accuracy").lstrip(".")
     task = f"{row.point['task']}{f' ({metric})' if metric else ''}"
@@ -266,14 +221,19 @@ def _cells(row: Row) -> tuple[str, ...]:
     return task, str(row.point["protocol"]), model, value, error, interval, f"{row.n:,}", asked, cut
 
 
-def _comparison(row: Row, tests: dict[int, tuple[Paired, float]]) -> tuple[str, ...]:
+def _comparison(row: Row, tests: dict[int, tuple[Paired, float]]) -> str:
+    """Return what a score is beside the base's, as in ``mmlu, Tiny int8: change +0.3 points, …``."""
     from qwenq.statistics import format_p
 
+    task, _, model, *_ = _cells(row)
     if id(row) not in tests:
-        return "", "", "", row.details.get("unpaired", "")
+        return f"{task}, {model}: {row.details.get('unpaired', '')}"
     found, (pairing, p) = row.details["paired"], tests[id(row)]
-    beside = f"{found['base']}: {pairing.describe_change(found['change'], p, len(tests))}"
-    return f"{100 * found['change']:+.1f}", f"{pairing.lost} / {pairing.won}", format_p(pairing.p), beside
+    figures = f"lost / won {pairing.lost} / {pairing.won}, p {format_p(pairing.p)}"
+    beside = pairing.describe_change(found["change"], p, len(tests))
+    return (
+        f"{task}, {model}: change {100 * found['change']:+.1f} points, {figures}; {found['base']}: {beside}"
+    )
 
 
 _CHECKS: dict[str, tuple[str, str, str]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,21 +41,33 @@ def with_model(folder: str | Path, base: str | Path | None = None) -> Iterator[W
     """
     from qwenq.models.opening import open_model
     from qwenq.models.random_weights import is_random
+    from qwenq.models.shapes import ModelShape
+    from qwenq.models.tokenizer import load_tokenizer
+    from qwenq.runtime.chat import require_chat
+    from qwenq.runtime.spec import read_spec
 
     checkpoint = open_model(str(folder))
-    sized, fast = _runs(checkpoint)
-    engine = () if fast else ("--engine", "transformers")
-    of_its_own = checkpoint.foreign is None  # other formats have no speed here: they are dequantised at load
-    if is_random(checkpoint.config):
+    config = checkpoint.config
+    engine = () if _works(lambda: read_spec(config)) else ("--engine", "transformers")
+    if is_random(config):
         yield ("profile", folder, *engine)
         return
-    if _chats(checkpoint):
+    if _works(lambda: require_chat(load_tokenizer(checkpoint.folder))):
         yield ("chat", folder, *engine)
     yield ("eval", base, folder, *engine, *(("--sample",) if base == "bundled" else ()))
-    if sized and of_its_own:
+    # Other tools' formats have no speed here: they are dequantised at load.
+    if checkpoint.foreign is None and _works(lambda: ModelShape.from_config(config)):
         yield ("profile", None if base is not None and _is_foreign(base) else base, folder, *engine)
     if _loads_in_vllm(checkpoint):
         yield ("vllm", "serve", folder)
+
+
+def _works(check: Callable[[], object]) -> bool:
+    try:
+        check()
+    except QwenqError:
+        return False
+    return True
 
 
 def named_base(quantised: Path) -> str | Path | None:
@@ -69,35 +81,6 @@ def named_base(quantised: Path) -> str | Path | None:
     except QwenqError:  # a damaged manifest, or a base that has gone
         return None
     return (named["model"] or "bundled") if "model" in named else None
-
-
-def _runs(checkpoint: Checkpoint) -> tuple[bool, bool]:
-    """Return whether the sizes of the model are known, and whether the fast engine runs it."""
-    from qwenq.models.shapes import ModelShape
-    from qwenq.runtime.spec import read_spec
-
-    try:
-        ModelShape.from_config(checkpoint.config)
-    except QwenqError:
-        return False, False
-    try:
-        read_spec(checkpoint.config)
-    except QwenqError:
-        return True, False
-    return True, True
-
-
-def _chats(checkpoint: Checkpoint) -> bool:
-    from qwenq.models.qwen_tokenizer import QwenTokenizer
-    from qwenq.models.tokenizer import load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(checkpoint.folder)
-    except QwenqError:
-        return False
-    if isinstance(tokenizer, QwenTokenizer):
-        return tokenizer.im_end_id in tokenizer.eos_ids
-    return tokenizer.template is not None
 
 
 def _is_foreign(base: str | Path) -> bool:

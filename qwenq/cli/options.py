@@ -36,10 +36,27 @@ ThinkingChoice = Annotated[
     Literal["auto", "on", "off"],
     typer.Option(help="Let the model think before it answers (enable_thinking of its chat template)."),
 ]
+
+
+def _refuse_random(weights: str) -> str:
+    if weights == "random":
+        raise UsageError(
+            "random weights have no tokenizer and write no text, and accuracy would mean nothing",
+            where="--weights",
+            hint="name a model with real weights; `qwenq profile` and `qwenq plan` take random ones",
+        )
+    return weights
+
+
 RealWeights = Annotated[
     Literal["stored", "random"],
-    typer.Option("--weights", help="random is refused here: random weights have no accuracy."),
+    typer.Option(
+        "--weights",
+        callback=_refuse_random,
+        help="random is refused here: random weights have no accuracy.",
+    ),
 ]
+"""Of commands that need to know no more of it: it is there to be refused with a reason."""
 RandomSeed = Annotated[int, typer.Option(min=0, help="Seed of random weights.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Verbose = Annotated[
@@ -47,6 +64,13 @@ Verbose = Annotated[
     typer.Option("--verbose", "-v", help="Also show versions, the time of each step, each module's error."),
 ]
 
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]",
+        autocompletion=completion.models,
+    ),
+]
 ModelArguments = Annotated[
     list[str] | None,
     typer.Argument(

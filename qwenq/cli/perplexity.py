@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,11 +23,8 @@ from qwenq.cli.options import (
     Verbose,
     listed_numbers,
 )
-from qwenq.cli.printing import note, print_rows, stop_notice, table_console, typed_command
-from qwenq.cli.progress import show_events, with_details
-
-if TYPE_CHECKING:
-    from qwenq.results import Row
+from qwenq.cli.printing import print_rows, print_tables, stop_notice, typed_command
+from qwenq.cli.progress import StepListener, with_details
 
 
 @app.command()
@@ -67,12 +63,11 @@ def perplexity(
     Qwen v1 models are measured with dynamic NTK and logn attention on and off; other models have neither.
     """
     from qwenq import api
-    from qwenq.models.opening import refuse_random_weights
+    from qwenq.reporting.card import long_context_table
 
-    refuse_random_weights(weights)
     with (
         stop_notice("lengths that were measured are kept"),
-        show_events(note, quiet=quiet) as plain,
+        StepListener(quiet=quiet) as plain,
         with_details(plain, verbose) as listener,
     ):
         found = api.perplexity(
@@ -94,32 +89,9 @@ def perplexity(
     if as_json:
         print_rows(found.folder, found.rows)
     else:
-        _print_table(found.folder, found.rows)
+        print_tables(found.folder, found.rows, [long_context_table])
         next_commands(("report", found.folder))
 
 
 def _flag(word: str | None) -> bool | None:
     return None if word is None else word == "on"
-
-
-def _print_table(run: Path, rows: Sequence[Row]) -> None:
-    """Print perplexities of models and switches by length, in the form of Qwen's cards."""
-    from rich.table import Table
-
-    lengths = sorted({length for row in rows if isinstance(length := row.point["seq_len"], int)})
-    table = Table("model", "NTK", "logn", box=None, pad_edge=False)
-    for length in lengths:
-        table.add_column(f"{length:,}", justify="right", no_wrap=True)
-    lines: dict[tuple[str, str, str], dict[object, str]] = {}
-    for row in rows:
-        named = row.model.label
-        where = (named, str(row.point.get("ntk", "-")), str(row.point.get("logn", "-")))
-        shown = f"{row.value:.3f}" if row.value is not None else "n/a"
-        lines.setdefault(where, {})[row.point["seq_len"]] = shown
-    for where, cells in lines.items():
-        table.add_row(*where, *(cells.get(length, "") for length in lengths))
-    console = table_console(200)
-    console.print(table)
-    for reason in dict.fromkeys(f"n/a: {row.reason}" for row in rows if row.value is None):
-        console.print(reason, soft_wrap=True)
-    console.print(f"run folder: {run}", soft_wrap=True)

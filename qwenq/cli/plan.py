@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.options import DeviceName, DtypeName, listed_names, listed_numbers
-from qwenq.cli.printing import print_json
+from qwenq.cli.printing import print_json, table_console
 from qwenq.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from qwenq.runtime.doctor import Part
 
 
 @app.command()
@@ -56,7 +51,6 @@ def plan(
     seq_len: Annotated[
         int | None, typer.Option(help="Tokens of a calibration sequence. [default: 256; on a GPU 2048]")
     ] = None,
-    pad_ffn: Annotated[bool, typer.Option("--pad-ffn", help="Show the effect of padding the MLP.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON, in bytes.")] = False,
 ) -> None:
     """Show what a model needs, before anything is downloaded.
@@ -80,14 +74,10 @@ def plan(
     if as_json:
         print_json(result.as_dict())
         return
-    from rich.console import Console
-
     from qwenq.planner.tables import plan_tables
 
-    console = Console(highlight=False, emoji=False)  # tables of a plan have markup
-    if not console.is_terminal:  # a pipe has no width
-        console.width = 120
-    for part in plan_tables(result, show_padding=pad_ffn):
+    console = table_console(120, markup=True)
+    for part in plan_tables(result):
         console.print(part)
 
 
@@ -104,7 +94,7 @@ def _group_size(text: str) -> int:
 
 _OPTIONAL = (
     ("triton", "kernels for NVIDIA GPUs", "comes with torch's CUDA build on Linux"),
-    ("flash-attn", "attention v2, and v1 in its version 1", "pip install flash-attn --no-build-isolation"),
+    ("flash-attn", "another kernel for attention v2", "pip install flash-attn --no-build-isolation"),
     ("nvidia-ml-py", "GPU memory and energy of other processes too", "pip install nvidia-ml-py"),
     ("accelerate", "one model on several GPUs: profile --tp", "pip install accelerate"),
     ("langdetect", "IFEval", "pip install langdetect"),
@@ -141,7 +131,6 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
 
     where = resolve_device(device)
     chosen = find_dtype(dtype, where)
-    parts: list[Part] = examine(where, chosen)
     optional = []
     for name, purpose, how in _OPTIONAL:
         try:
@@ -152,19 +141,11 @@ def examination(device: str, dtype: str) -> dict[str, Any]:
         "environment": environment(),
         "device": str(where),
         "dtype": str(chosen).removeprefix("torch."),
-        "parts": [asdict(part) for part in [*parts, *_operations(where, chosen)]],
+        "parts": [asdict(part) for part in examine(where, chosen)],
         "sandbox": _sandbox(),
         "optional": optional,
         "summary": fastest(where, chosen),
     }
-
-
-def _operations(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """Return what runs each operation of ``qwenq.compute``."""
-    from qwenq.compute.ops import operations
-    from qwenq.runtime.doctor import Part
-
-    return [Part("operation", each.name, each.runs, each.reason) for each in operations(device, dtype)]
 
 
 def _sandbox() -> dict[str, str | None]:

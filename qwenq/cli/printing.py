@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from qwenq.errors import StorageError
+from qwenq.errors import StorageError, visible
 from qwenq.events import Event, Notice
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
+    from qwenq.reporting.collect import Collection
+    from qwenq.reporting.tables import Cell
+    from qwenq.reporting.tables import Table as ReportTable
     from qwenq.results import Row
 
 
@@ -42,10 +46,7 @@ def bar_on(console: Console) -> Iterator[None]:
 def wrapped(line: str, indent: str = "  ", *, err: bool = False) -> str:
     """Return a line broken between words, where it goes to a terminal that is narrower.
 
-    Args:
-        line: whatever its length.
-        indent: of the lines that continue it.
-        err: it goes to standard error, else to standard output.
+    ``indent`` is that of the lines that continue it; with ``err`` it goes to standard error.
     """
     stream = sys.stderr if err else sys.stdout
     if stream is None or not stream.isatty():
@@ -93,14 +94,72 @@ def print_rows(run: Path, rows: Sequence[Row]) -> None:
     print_json({"run": str(run), "rows": [row.to_json() for row in rows]})
 
 
-def table_console(width: int) -> Console:
+def table_console(width: int, *, markup: bool = False) -> Console:
     """Return a console for tables: as wide as the terminal, or ``width`` in a pipe; a name stays a name."""
     from rich.console import Console
 
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = Console(highlight=False, markup=markup, emoji=False)
     if not console.is_terminal:  # a pipe has no width
         console.width = width
     return console
+
+
+def columns(titles: Sequence[str], lines: Iterable[Sequence[str]], labels: int = 1) -> Table:
+    """Return a table without rules: so many labels on the left, which may break, and figures on the right."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for place, title in enumerate(titles):
+        label = place < labels
+        table.add_column(title, justify="left" if label else "right", overflow="fold", no_wrap=not label)
+    for line in lines:
+        table.add_row(*line)
+    return table
+
+
+def print_tables(
+    folder: Path,
+    rows: Sequence[Row],
+    makers: Sequence[Callable[[Collection, str], ReportTable | None]],
+) -> None:
+    """Print these tables of the report, of some rows of a run folder."""
+    from qwenq.reporting.collect import rows_of_run
+    from qwenq.reporting.text import clean
+
+    console, found = table_console(160), rows_of_run(folder, rows)
+    for family in found.families:
+        for table in filter(None, (make(found, family) for make in makers)):
+            console.print(f"{clean(family)}: {table.title}")
+            _print_table(console, table)
+            notes = (f"[{number}] {note}" for number, note in enumerate(table.notes, 1))
+            console.print("\n".join(filter(None, (table.sentence, *notes))), end="\n\n")
+    if any(row.low is not None for row in rows):
+        console.print("in brackets: 95 % intervals")
+    console.print(f"run folder: {visible(str(folder))}", soft_wrap=True)
+
+
+def _print_table(console: Console, table: ReportTable) -> None:
+    """Print the widest form that fits the terminal, so that no figure is cut off or broken."""
+    from rich.measure import Measurement
+
+    lines = [[_text(cell, table.number(cell)) for cell in line.cells] for line in table.lines]
+    folded = [[text.replace(" (", "\n(") for text in line] for line in lines]  # half as wide
+    titles = [title.replace(" ", "\n") for title in table.headers]
+    for headings, cells in ((table.headers, lines), (titles, folded)):
+        grid = columns(headings, cells, table.labels)
+        unbound = console.options.update(max_width=10_000)  # else the measure is at most the terminal's width
+        if Measurement.get(console, unbound, grid).maximum <= console.width:
+            console.print(grid)
+            return
+    for line in lines:
+        console.print(", ".join(filter(None, line[: table.labels])))
+        for heading, text in zip(table.headers[table.labels :], line[table.labels :], strict=True):
+            console.print(f"  {heading}: {text}")
+
+
+def _text(cell: Cell, number: int | None) -> str:
+    interval = f" ({cell.low}–{cell.high})" if cell.low is not None else ""
+    return f"{cell.text}{interval}{f' [{number}]' if number else ''}"
 
 
 def as_typed(words: Iterable[str]) -> str:
@@ -129,36 +188,13 @@ def _quoted(word: str) -> str:
 
 @contextmanager
 def stop_notice(kept: str, processes: int = 1) -> Iterator[None]:
-    """Print how to go on, where Ctrl-C or SIGTERM ends what is within.
-
-    Args:
-        kept: such as "answers are kept".
-        processes: number of them under torchrun.
-    """
+    """Print how to go on, where Ctrl-C or SIGTERM ends what is within; ``kept`` as in "answers are kept"."""
     try:
         yield
     except KeyboardInterrupt:
         command = typed_command(processes)
         typer.echo(f"\nstopped; {kept}: the same command goes on where it stopped: {command}", err=True)
         raise
-
-
-@contextmanager
-def to_standard_output() -> Iterator[None]:
-    """Flush standard output at the end of what is printed within.
-
-    Raises:
-        StorageError: it is a file, and the disk refused.
-        BrokenPipeError: its reader has closed the pipe.
-    """
-    try:
-        yield
-        sys.stdout.flush()
-    except BrokenPipeError:
-        _give_up()
-        raise
-    except OSError as error:
-        raise _refused(error) from error
 
 
 @contextmanager
@@ -186,21 +222,13 @@ def _explained(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments)
         except OSError as error:
-            if isinstance(error, BrokenPipeError) or arguments in (
-                ("",),
-                (b"",),
-            ):  # typer asks by writing nothing
+            if arguments in (("",), (b"",)):  # typer asks by writing nothing
                 raise
-            raise _refused(error) from error
+            # The rest goes nowhere: Python flushes once more at its end, and would complain then.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            if isinstance(error, BrokenPipeError):
+                raise
+            message = f"it cannot be written: {error.strerror}"
+            raise StorageError(message, where="standard output") from error
 
     return call
-
-
-def _refused(error: OSError) -> StorageError:
-    _give_up()
-    return StorageError(f"it cannot be written: {error.strerror}", where="standard output")
-
-
-def _give_up() -> None:
-    """Send the rest nowhere: Python flushes once more at its end, and would complain then."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

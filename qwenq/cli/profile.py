@@ -23,17 +23,12 @@ from qwenq.cli.options import (
     server_decides,
     typed_options,
 )
-from qwenq.cli.printing import stop_notice, table_console, typed_command
+from qwenq.cli.printing import print_tables, stop_notice, typed_command
 from qwenq.cli.progress import ProfileProgress, with_details
-from qwenq.errors import UsageError, visible
+from qwenq.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from rich.console import Console
-
-    from qwenq.profiling.table import PrintedTable
-    from qwenq.results import Row
 
 
 @app.command()
@@ -86,6 +81,8 @@ def profile(
     --endpoint: latency and throughput of a served model, at each concurrency.
     """
     from qwenq import api
+    from qwenq.reporting import card
+    from qwenq.reporting.served import served_table
 
     _refuse_stray(endpoint, typed_options(typed))
     progress = ProfileProgress(as_json=as_json, quiet=quiet)
@@ -110,8 +107,9 @@ def profile(
             command=typed_command(),
         )
     if not as_json:
-        earlier = f"{found.kept} of {progress.points} points were measured earlier" if found.kept else ""
-        _show_rows(found.folder, found.rows, earlier)
+        makers = (card.speed_table, card.memory_table, card.split_table, served_table)
+        print_tables(found.folder, found.rows, makers)
+        next_commands(("report", found.folder))
 
 
 _OF_ENDPOINT = {"endpoint", "model", "concurrency", "input", "output"}
@@ -130,38 +128,3 @@ def _refuse_stray(endpoint: str | None, typed: Sequence[str]) -> None:
             )
     elif stray := [name for name in typed if name not in _OF_ENDPOINT | _OF_BOTH]:
         raise server_decides(stray[0])
-
-
-def _show_rows(folder: Path, rows: Sequence[Row], remark: str = "") -> None:
-    """Print a table of rows, and the command that makes a report of their folder."""
-    from qwenq.profiling.table import table
-
-    printed = table(rows)
-    console = table_console(160)
-    console.print(", ".join(f"{name} {value}" for name, value in printed.constant))
-    _print_table(console, printed)
-    if any("–" in cell for line in printed.lines for cell in line):
-        console.print("in brackets: 95 % intervals of the median")
-    for text in (*printed.notes, *([remark] if remark else [])):
-        console.print(text)
-    console.print(f"run folder: {visible(str(folder))}", soft_wrap=True)
-    next_commands(("report", folder))
-
-
-def _print_table(console: Console, printed: PrintedTable) -> None:
-    """Print the widest form that fits the terminal, so that no figure is cut off or broken."""
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    for headings, lines in ((printed.headings, printed.lines), printed.folded):
-        grid = Table(box=None, pad_edge=False)
-        for heading in headings:
-            grid.add_column(heading, overflow="fold")
-        for line in lines:
-            grid.add_row(*line)
-        unbound = console.options.update(max_width=10_000)  # else the measure is at most the terminal's width
-        if Measurement.get(console, unbound, grid).maximum <= console.width:
-            console.print(grid)
-            return
-    for text in printed.paragraphs(console.width):
-        console.print(text)

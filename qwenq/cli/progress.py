@@ -6,17 +6,17 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import typer
 
-from qwenq.cli.printing import bar_on, note, percent, say, to_standard_output
+from qwenq.cli.printing import bar_on, note, percent, say
 from qwenq.errors import visible
-from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, Update, rich_bar, rough_time
+from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, rich_bar, rough_time
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
 
@@ -28,51 +28,116 @@ if TYPE_CHECKING:
     from qwenq.profiling.planning import PlannedSweep
     from qwenq.quantization import Quantised
 
-_PLAIN_STEPS = 10
-_PLAIN_SECONDS = 2.0  # quick steps are not worth a line
-_EVAL_SECONDS = 10.0  # between two plain lines of an evaluation
+_QUICK, _OFTEN = 2.0, 10.0
+"""Seconds: steps that end sooner are not worth a plain line; and between two plain lines of a step."""
 
 
-@contextmanager
-def show_progress(
-    label: str, unit: str = "tokens", *, quiet: bool = False
-) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function to call with (done, total); nothing is shown before its first call.
+@dataclass
+class _TimeLeft:
+    """Time left, formatted anew whenever a bar is drawn, so that it counts down between two items."""
 
-    Args:
-        label: the step, such as "writing text".
-        unit: what is counted; bytes are shown as MB and GB.
-        quiet: show nothing.
+    end: float | None = None  # estimated by the pace so far; None before the first item
+
+    def __str__(self) -> str:
+        if self.end is None:
+            return "-:--:--"
+        return str(timedelta(seconds=max(0, round(self.end - time.monotonic()))))
+
+
+class StepListener:
+    """A listener that shows the running step on standard error: a bar on a terminal, plain lines elsewhere.
+
+    Of items that are judged it shows the share of correct ones. It is a context manager that clears the bar.
     """
-    if quiet:
-        yield lambda done, total: None
-    elif sys.stderr.isatty():
-        with _live(label, unit) as update:
-            yield update
-    else:
-        yield _plain(label, unit)
+
+    def __init__(self, on_notice: Callable[[str], None] = note, *, quiet: bool = False) -> None:
+        self._on_notice, self._quiet = on_notice, quiet
+        self._stack = ExitStack()
+        self._bar: Bar | None = None
+        self._begin(Start(""))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def __call__(self, event: Event) -> None:
+        """Show an event: a step starts, goes on or ends; or a notice."""
+        match event:
+            case Notice(text):
+                self._on_notice(text)
+            case Start():
+                self._begin(event)
+            case Advance():
+                self._advance(event)
+            case Finish():
+                self._stack.close()
+
+    def _begin(self, start: Start) -> None:
+        self._stack.close()
+        self._step, self._total, self._bar, self._left = start, start.total or 0, None, _TimeLeft()
+        self._done = self._known = start.done  # units that are known from earlier took no time
+        self._correct = self._verdicts = 0
+        self._since = self._shown = time.monotonic()
+        if self._quiet or not start.step:
+            return
+        if sys.stderr.isatty():
+            self._bar = self._stack.enter_context(_bar(start.unit))
+            self._stack.enter_context(bar_on(self._bar.console))
+            self._task = self._bar.add_task(
+                start.step,
+                total=start.total,
+                completed=start.done,
+                visible=start.total is not None,
+                what=start.unit,
+                left=self._left,
+            )
+        elif start.unit == "items" and start.total is not None:
+            known = f", {start.done:,} answered earlier" if start.done else ""
+            items = "1 item" if start.total == 1 else f"{start.total:,} items"
+            typer.echo(f"{start.step}: {items}{known}", err=True)
+
+    def _advance(self, event: Advance) -> None:
+        self._done = self._done + 1 if event.done is None else event.done
+        self._total = event.total or self._total
+        if isinstance(event.result, bool):
+            self._verdicts += 1
+            self._correct += event.result
+        now, fresh = time.monotonic(), self._done - self._known
+        if fresh > 0:
+            self._left.end = now + (now - self._since) / fresh * (self._total - self._done)
+        if not self._quiet:
+            self._show(event, now)
+
+    def _show(self, event: Advance, now: float) -> None:
+        newly = " of the new answers" if self._known else ""
+        share = f"{self._correct / self._verdicts:.1%} correct{newly}" if self._verdicts else ""
+        if self._bar is not None:
+            what = share or self._step.unit
+            self._bar.update(self._task, completed=self._done, total=self._total, visible=True, what=what)
+            return
+        over, seconds = self._done == self._total, now - self._since
+        if now - self._shown >= _OFTEN or (over and (self._verdicts or seconds > _QUICK)):
+            self._shown = now
+            left = seconds if over or self._left.end is None else self._left.end - now
+            pace = f"{left:.0f} s{'' if over else ' left'}"
+            if self._step.unit == "bytes":
+                counts = f"{readable_bytes(self._done)} of {readable_bytes(self._total)}"
+            else:
+                counts = f"{self._done:,} of {self._total:,} {self._step.unit}"
+            typer.echo(f"{self._step.step}: {', '.join(filter(None, (counts, share, pace)))}", err=True)
 
 
-@contextmanager
-def show_events(on_notice: Callable[[str], None], *, quiet: bool = False) -> Iterator[Listener]:
-    """Yield a listener that shows each step as ``show_progress`` does; ``on_notice`` receives the notices."""
-    with ExitStack() as stack:
-        update: Update = lambda done, total: None  # noqa: E731
+def _bar(unit: str) -> Bar:
+    from rich.console import Console
+    from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn, TransferSpeedColumn
 
-        def listen(event: Event) -> None:
-            nonlocal update
-            match event:
-                case Notice(text):
-                    on_notice(text)
-                case Start(step, unit=unit):
-                    stack.close()
-                    update = stack.enter_context(show_progress(step, unit, quiet=quiet))
-                case Advance(done=int() as done, total=int() as total):
-                    update(done, total)
-                case Finish():
-                    stack.close()
-
-        yield listen
+    left = TextColumn("{task.fields[left]} left", style="progress.remaining")
+    columns: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
+    if unit == "bytes":
+        columns = (DownloadColumn(), TransferSpeedColumn())
+    return rich_bar(Console(stderr=True), *columns, left)
 
 
 @contextmanager
@@ -107,144 +172,11 @@ def with_details(listener: Listener, verbose: bool) -> Iterator[Listener]:
         end()
 
 
-@contextmanager
-def _live(label: str, unit: str) -> Iterator[Callable[[int, int], None]]:
-    from rich import progress as rich_progress
-
-    counts: tuple[rich_progress.ProgressColumn, ...]
-    if unit == "bytes":
-        counts = (rich_progress.DownloadColumn(), rich_progress.TransferSpeedColumn())
-    else:
-        counts = (rich_progress.MofNCompleteColumn(), rich_progress.TextColumn(unit))
-    with _bar(*counts, rich_progress.TimeRemainingColumn()) as bar, bar_on(bar.console):
-        task = bar.add_task(label, total=None, visible=False)
-        yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
-
-
-def _bar(*columns: ProgressColumn, stderr: bool = True) -> Bar:
-    from rich.console import Console
-
-    return rich_bar(Console(stderr=stderr), *columns)
-
-
-def _plain(label: str, unit: str) -> Callable[[int, int], None]:
-    started = time.monotonic()
-    shown = 0
-
-    def update(done: int, total: int) -> None:
-        nonlocal shown
-        step = _PLAIN_STEPS * done // max(total, 1)
-        seconds = time.monotonic() - started
-        if step > shown and seconds > _PLAIN_SECONDS:
-            shown = step
-            if unit == "bytes":
-                counts = f"{readable_bytes(done)} of {readable_bytes(total)}"
-            else:
-                counts = f"{done:,} of {total:,} {unit}"
-            typer.echo(f"{label}: {counts}, {seconds:.0f} s", err=True)
-
-    return update
-
-
-class EvalProgress:
-    """A listener that shows an evaluation on stderr: items, share of correct answers, time left."""
-
-    def __init__(self, *, quiet: bool = False) -> None:
-        self._quiet = quiet
-        self._stack = ExitStack()
-        self._bar: Bar | None = None
-        self._task: Any = None
-        self._left = _TimeLeft()
-        self._begin("", 0, 0)
-
-    def __enter__(self) -> EvalProgress:
-        if sys.stderr.isatty() and not self._quiet:
-            self._bar = self._stack.enter_context(_eval_bar())
-            self._stack.enter_context(bar_on(self._bar.console))
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-    def __call__(self, event: Event) -> None:
-        """Show an event: a task or its programs start, an item is judged, a notice."""
-        match event:
-            case Start(step, total, unit, done):
-                self._clear()
-                self._begin(step, total or 0, done)
-                if self._bar is None and unit == "items" and not self._quiet:
-                    known = f", {done:,} answered earlier" if done else ""
-                    items = "1 item" if total == 1 else f"{total:,} items"
-                    typer.echo(f"{step}: {items}{known}", err=True)
-            case Advance(result=None | bool() as correct):
-                self._step(correct)
-            case Notice(text):
-                note(text)
-            case Finish():
-                self._clear()
-
-    def _clear(self) -> None:
-        if self._bar is not None and self._task is not None:
-            self._bar.remove_task(self._task)
-            self._task = None
-
-    def _begin(self, label: str, total: int, done: int) -> None:
-        self._name, self._total, self._done, self._known = label, total, done, done
-        self._correct = self._verdicts = 0
-        self._since = self._shown = time.monotonic()
-        if self._bar is not None:
-            self._left = _TimeLeft()
-            self._task = self._bar.add_task(label, total=total, completed=done, accuracy="", left=self._left)
-
-    def _step(self, correct: bool | None) -> None:
-        self._done += 1
-        self._verdicts += correct is not None
-        self._correct += bool(correct)
-        newly = " of the new answers" if self._known else ""
-        share = f"{self._correct / self._verdicts:.1%} correct{newly}" if self._verdicts else ""
-        now = time.monotonic()
-        left = (now - self._since) / (self._done - self._known) * (self._total - self._done)
-        if self._bar is not None and self._task is not None:
-            self._left.end = now + left
-            self._bar.update(self._task, completed=self._done, accuracy=share)
-        elif not self._quiet and (now - self._shown >= _EVAL_SECONDS or self._done == self._total):
-            self._shown = now
-            pace = f"{left:.0f} s left" if self._done < self._total else f"{now - self._since:.0f} s"
-            parts = [f"{self._done:,} of {self._total:,}", share, pace]
-            typer.echo(f"{self._name}: {', '.join(part for part in parts if part)}", err=True)
-
-
-@dataclass
-class _TimeLeft:
-    """Time left, formatted anew whenever the bar is drawn, so that it counts down between two answers.
-
-    Attributes:
-        end: estimated end by the pace so far; None before the first answer.
-    """
-
-    end: float | None = None
-
-    def __str__(self) -> str:
-        if self.end is None:
-            return "-:--:--"
-        minutes, seconds = divmod(max(0, round(self.end - time.monotonic())), 60)
-        return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _eval_bar() -> Bar:
-    from rich.progress import MofNCompleteColumn, TextColumn
-
-    left = TextColumn("{task.fields[left]} left", style="progress.remaining")
-    return _bar(MofNCompleteColumn(), TextColumn("{task.fields[accuracy]}"), left)
-
-
 class ProfileProgress:
     """A listener that shows a sweep: a line for each point on stderr, or rows as JSON on stdout."""
 
     def __init__(self, *, as_json: bool, quiet: bool) -> None:
-        self.as_json, self.quiet, self.points = as_json, quiet or as_json, 0
+        self.as_json, self.quiet = as_json, quiet or as_json
 
     def __call__(self, event: Event) -> None:
         """Show an event: a point starts, a row is measured, a notice."""
@@ -254,13 +186,10 @@ class ProfileProgress:
                 about = f"about {rough_time(event.seconds or 0)}{share}"
                 say(f"{event.done + 1} of {event.total}: {step}, {about}")
             case Advance("plan", result=planned):
-                sweep = cast("PlannedSweep", planned)
-                self.points = len(sweep.points)
                 if not self.quiet:
-                    show_plan(sweep)
+                    show_plan(cast("PlannedSweep", planned))
             case Advance(result=Row() as row) if self.as_json:
-                with to_standard_output():
-                    typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
+                typer.echo(json.dumps(row.to_json(), ensure_ascii=False))
             case Notice(text):
                 note(text)
 
@@ -293,60 +222,40 @@ def show_plan(sweep: PlannedSweep) -> None:
         say(f"  {each.point.label}: {estimate}", err=False, indent="    ")
 
 
-# Show a quantisation: live on a terminal, plain lines in a log, JSON lines for machines.
+# Show a quantisation: lines of layers for people, JSON lines for machines.
 
 
-_UNKNOWN = "-:--"
 RESUME_HINT = "finished layers are kept: the same command goes on where it stopped"
 
 
-@contextmanager
-def quantize_listener(*, as_json: bool, quiet: bool = False) -> Iterator[TextListener | JsonListener]:
-    """Yield the listener for this output; what it shows live is cleared when it ends."""
-    with ExitStack() as stack:
-        yield JsonListener() if as_json else TextListener(stack, quiet=quiet)
+def quantize_listener(
+    *, as_json: bool, quiet: bool = False
+) -> AbstractContextManager[LayerListener | JsonListener]:
+    """Return the listener for this output, as a context manager."""
+    return nullcontext(JsonListener()) if as_json else LayerListener(quiet=quiet)
 
 
-class TextListener:
-    """A listener for people: a bar on a terminal, one line per layer elsewhere."""
+class LayerListener(StepListener):
+    """A listener for people: steps as ever, and a line for each layer on standard output."""
 
-    def __init__(self, stack: ExitStack, *, quiet: bool = False) -> None:
-        self._stack, self._quiet = stack, quiet
-        self._bar: Bar | None = None
-        self._task: Any = None
-        self._update: Update = lambda done, total: None
-        self._fresh: list[float] = []  # seconds of the layers that were not resumed
+    def __init__(self, *, quiet: bool = False) -> None:
+        super().__init__(lambda text: say(f"· {text}", err=False), quiet=quiet)
 
-    def __call__(self, event: Event) -> None:
-        """Show an event."""
-        match event:
-            case Notice(text):
-                say(f"· {text}", err=False)
-            case Start(step, total, "layers"):
-                self._stack.close()
-                if sys.stdout.isatty() and not self._quiet:
-                    self._bar = self._stack.enter_context(_layer_bar())
-                    self._stack.enter_context(bar_on(self._bar.console))
-                    self._task = self._bar.add_task(step, total=total, left=_UNKNOWN)
-            case Start(step, unit=unit):
-                self._stack.close()
-                self._bar = None
-                self._update = self._stack.enter_context(show_progress(step, unit, quiet=self._quiet))
-            case Advance(done=int() as done, total=int() as total, result=None):
-                self._update(done, total)
-            case Advance(result=layer) if layer is not None and not self._quiet:
-                self._layer(cast("LayerDone", layer))
+    def _advance(self, event: Advance) -> None:
+        if getattr(event.result, "resumed", False):  # a layer that took next to no time
+            self._known, self._since = event.done or 0, time.monotonic()
+        super()._advance(event)
 
-    def _layer(self, done: LayerDone) -> None:
-        if not done.resumed:
-            self._fresh.append(done.seconds)
-        error = f"error on calibration text {percent(done.error)}, round-to-nearest {percent(done.rtn_error)}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=done.index + 1, left=self._left(done))
-            self._bar.console.print(f"  layer {done.index + 1:>3} of {done.total}: {error}", highlight=False)
+    def _show(self, event: Advance, now: float) -> None:
+        if event.result is None or self._bar is not None:
+            super()._show(event, now)
+        if event.result is None:
             return
-        how = "resumed" if done.resumed else f"{done.seconds:.1f} s, {self._left(done)} left"
-        typer.echo(f"  layer {done.index + 1} of {done.total}: {error}; {how}")
+        done = cast("LayerDone", event.result)
+        error = f"error on calibration text {percent(done.error)}, round-to-nearest {percent(done.rtn_error)}"
+        how = "resumed" if done.resumed else f"{done.seconds:.1f} s, {self._left} left"
+        rest = "" if self._bar is not None else f"; {how}"  # the bar has it
+        say(f"  layer {done.index + 1} of {done.total}: {error}{rest}", err=False, indent="    ")
 
     def interrupted(self) -> None:
         """Show how to go on after Ctrl-C or SIGTERM."""
@@ -370,12 +279,6 @@ class TextListener:
         typer.echo()
         for name, value in lines.items():
             say(f"{name:<14}{value}", err=False, indent=" " * 14)
-
-    def _left(self, done: LayerDone) -> str:
-        if not self._fresh:
-            return _UNKNOWN
-        left = round(sum(self._fresh) / len(self._fresh) * (done.total - done.index - 1))
-        return f"{left // 60}:{left % 60:02d}"
 
 
 def _from_here(folder: Path) -> str:
@@ -419,11 +322,3 @@ class JsonListener:
 
 def _emit(event: str, **facts: Any) -> None:
     typer.echo(json.dumps({"event": event, **facts}, ensure_ascii=False))
-
-
-def _layer_bar() -> Bar:
-    from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
-    gone = (TextColumn("layers ·"), TimeElapsedColumn(), TextColumn("gone,"))
-    # Of layers that were resumed rich's own estimate would take the next ones to be as quick.
-    return _bar(MofNCompleteColumn(), *gone, TextColumn("{task.fields[left]} left"), stderr=False)

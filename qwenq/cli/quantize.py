@@ -11,9 +11,8 @@ import typer
 from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands, with_model
-from qwenq.cli.options import DeviceName, Given, Quiet, Verbose, recipe_options
-from qwenq.cli.printing import note
-from qwenq.cli.progress import show_events, with_details
+from qwenq.cli.options import DeviceName, Given, ModelArgument, Quiet, Verbose, recipe_options
+from qwenq.cli.progress import StepListener, with_details
 from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
@@ -31,13 +30,7 @@ if TYPE_CHECKING:
     "quantize.*",
 )
 def quantize(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Model folder or hub id, e.g. Qwen/Qwen2.5-0.5B-Instruct. [default: the bundled model]",
-            autocompletion=completion.models,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     recipe: Annotated[
         Path | None,
         typer.Option(
@@ -111,12 +104,7 @@ _TEMPLATES = {
 )
 def calibrate(
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")],
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            help="Model folder or hub id. [default: the bundled model]", autocompletion=completion.models
-        ),
-    ] = None,
+    model: ModelArgument = None,
     *,
     given: Given,
     device: DeviceName = "auto",
@@ -136,7 +124,7 @@ def calibrate(
 
     existed = local_path(out, "--out").exists() and not force
     wanted = {**given[""], **given["calibration"], **given["quantize"]}
-    with show_events(note, quiet=quiet) as plain, with_details(plain, verbose) as listener:
+    with StepListener(quiet=quiet) as plain, with_details(plain, verbose) as listener:
         made = api.calibrate(model, out, **wanted, device=device, force=force, progress=listener)
     if as_json:
         typer.echo(made.manifest.model_dump_json(indent=2))

@@ -11,7 +11,7 @@ import typer
 
 from qwenq.cli.app import app
 from qwenq.cli.options import Given, recipe_options
-from qwenq.cli.printing import note_events, to_standard_output
+from qwenq.cli.printing import note_events
 from qwenq.errors import UsageError, visible
 from qwenq.results import ENVIRONMENT_FILE, RESULTS_FILE
 from qwenq.stopping import is_child
@@ -131,6 +131,6 @@ def _print(lines: list[str]) -> None:
     Raises:
         StorageError: standard output is a file, and the disk refused.
     """
-    with suppress(BrokenPipeError), to_standard_output():
+    with suppress(BrokenPipeError):
         for line in lines:
-            typer.echo(line)
+            typer.echo(line)  # and flushed, so that a disk that refuses is known here

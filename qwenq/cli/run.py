@@ -79,9 +79,8 @@ def _show_event(event: Event) -> None:
 def _report_name(model: str) -> str:
     """Return the model's name; where a recipe cannot have it, its valid characters and a hash."""
     from qwenq.models.identity import folder_name
-    from qwenq.results import plain_name
 
-    name = plain_name(folder_name(Path(model)))
+    name = folder_name(Path(model))
     if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         return name
     kept = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("._-") or "model"
@@ -97,7 +96,7 @@ def _show(chain: Chain, *, commands: bool) -> None:
     for number, step in enumerate(chain.steps, 1):
         mark = "done" if is_done(chain, step) else ""
         typer.echo(f"{number:>3}  {mark:<5} {step.name}", err=True)
-        if commands and not step.records:
+        if commands:
             typer.echo(f"           qwenq {visible(shlex.join(step.arguments))}", err=True)
     baseline = chain.recipe.gate.baseline
     if baseline is not None and not Path(baseline).is_dir():

@@ -54,7 +54,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x: […, d].
         weight: [d], or [heads, d] for x of […, heads, d]; in the dtype of x, or in float32: then nothing but
             the result is rounded.
-        eps: is added to the mean.
     """
     _require_alike(wider="weight", x=x, weight=weight)
     d = x.shape[-1]

@@ -70,18 +70,30 @@ def fallback_reason(device: torch.device) -> str | None:
 def round_columns(block: Block) -> Tensor:
     """Fill integers and errors; return Σ error² over the columns, [rows]."""
     if triton_unsupported_reason(block.columns) is None:
-        return round_by_triton(block)
-    return round_by_c(block) if _suits_c(block) else round_by_torch(block)
+        return by_triton(block)
+    return by_c(block) if _suits_c(block) else round_by_torch(block)
 
 
-def round_by_c(block: Block) -> Tensor:
-    """Round as ``round_columns`` does; the columns stay as they were."""
-    return _run_c("round_columns", block, block.U.T.contiguous(), block.columns)
+def by_c(block: Block, values: Tensor | None = None) -> Tensor:
+    """Round as ``round_columns`` does, or with values move as ``move_columns``; the columns are kept."""
+    moved = block.columns if values is None else values
+    _check(block, moved)
+    kernel, factors = ("round_columns", block.U.T) if values is None else ("move_columns", block.U)
+    groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
+    cpu.call(
+        kernel, block.columns, moved, factors.contiguous(), block.scales, block.zeros, groups, block.integers,
+        block.errors, costs, _workspace(block), *block.columns.shape, float(block.levels),
+    )  # fmt: skip
+    return costs
 
 
-def round_by_triton(block: Block) -> Tensor:
-    """Round as ``round_columns`` does; the columns are changed."""
-    return _run_triton(block, block.columns, block.columns, moves=False)
+def by_triton(block: Block, values: Tensor | None = None) -> Tensor:
+    """Round as ``round_columns`` does, which changes the columns, or with values move as ``move_columns``."""
+    from qwenq.compute.triton.columns import run_columns
+
+    if values is None:
+        return run_columns(block.columns, block.columns, *block[1:], moves=False)
+    return run_columns(block.columns.clone(), values, *block[1:], moves=True)
 
 
 def round_by_torch(block: Block) -> Tensor:
@@ -111,18 +123,8 @@ def move_columns(block: Block, values: Tensor) -> Tensor:
         values: [block, rows] of the same dtype, contiguous: the columns of Q.
     """
     if triton_unsupported_reason(block.columns) is None:
-        return move_by_triton(block, values)
-    return move_by_c(block, values) if _suits_c(block) else move_by_torch(block, values)
-
-
-def move_by_c(block: Block, values: Tensor) -> Tensor:
-    """Move as ``move_columns`` does; the gradients stay as they were."""
-    return _run_c("move_columns", block, block.U.contiguous(), values)
-
-
-def move_by_triton(block: Block, values: Tensor) -> Tensor:
-    """Move as ``move_columns`` does; the gradients stay as they were."""
-    return _run_triton(block, block.columns.clone(), values, moves=True)
+        return by_triton(block, values)
+    return by_c(block, values) if _suits_c(block) else move_by_torch(block, values)
 
 
 def move_by_torch(block: Block, values: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ def fit_scale(block: Block, values: Tensor, group: int) -> Fitted:
 
 def fit_by_c(block: Block, values: Tensor, group: int) -> Fitted:
     """Fit as ``fit_scale`` does, groups of at most ``WIDEST_GROUP`` columns."""
-    _check(block, values=values)
+    _check(block, values)
     if len(block.columns) > WIDEST_GROUP:
         raise ValueError(f"a group of {len(block.columns)} columns, more than {WIDEST_GROUP}")
     old, zero = block.scales[group], block.zeros[group]
@@ -199,42 +201,20 @@ def storable(scales: Tensor) -> Tensor:
     return torch.where(tiny, torch.where(scales < 0, -SMALLEST, SMALLEST), half)
 
 
-def _run_triton(block: Block, columns: Tensor, values: Tensor, *, moves: bool) -> Tensor:
-    from qwenq.compute.triton.columns import run_columns
-
-    return run_columns(columns, values, *block[1:], moves=moves)
-
-
-def _run_c(kernel: str, block: Block, factors: Tensor, values: Tensor) -> Tensor:
-    """Run a kernel over the columns; return the costs, [rows]."""
-    _check(block, values=values)
-    groups, costs = torch.tensor(block.groups), torch.empty_like(block.columns[0])
-    cpu.call(
-        kernel, block.columns, values, factors, block.scales, block.zeros, groups, block.integers,
-        block.errors, costs, _workspace(block), *block.columns.shape, float(block.levels),
-    )  # fmt: skip
-    return costs
-
-
 def _workspace(block: Block) -> Tensor:
     """Return memory for a strip of all columns for each thread."""
     return torch.empty(torch.get_num_threads(), len(block.columns), STRIP)
 
 
-def _check(block: Block, **others: Tensor) -> None:
-    """Check shapes, dtypes and strides against what ``Block`` says: C reads memory by these numbers."""
+def _check(block: Block, values: Tensor) -> None:
+    """Check shapes, dtypes and strides against what ``Block`` says."""
     count, rows = block.columns.shape
-    dtypes = {"integers": torch.uint8}
-    shapes = {"U": (count, count), "scales": block.scales.shape, "zeros": block.scales.shape}
-    tensors = {name: x for name, x in block._asdict().items() if isinstance(x, Tensor)} | others
-    for name, x in tensors.items():
-        dtype, shape = dtypes.get(name, torch.float32), shapes.get(name, (count, rows))
-        if x.dtype != dtype or x.device.type != "cpu" or x.shape != shape:
-            raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, not {dtype} {list(shape)}")
-        if name != "U" and not x.is_contiguous():
-            raise ValueError(f"{name} are not contiguous")
-    if block.scales.shape[1] != rows:
-        raise ValueError(f"{rows} rows, and scales for {block.scales.shape[1]}")
+    cpu.require("U", block.U, torch.float32, (count, count), contiguous=False)
+    cpu.require("integers", block.integers, torch.uint8, (count, rows))
+    for name, x in (("columns", block.columns), ("errors", block.errors), ("values", values)):
+        cpu.require(name, x, torch.float32, (count, rows))
+    for name, x in (("scales", block.scales), ("zeros", block.zeros)):
+        cpu.require(name, x, torch.float32, (len(block.scales), rows))
     if rows < LEAST_ROWS:
         raise ValueError(f"{rows} rows, fewer than {LEAST_ROWS}")
     if len(block.groups) != count or min(block.groups) < 0 or max(block.groups) >= len(block.scales):

@@ -11,7 +11,7 @@ import ctypes
 import os
 import platform
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -127,6 +127,14 @@ def library() -> Library | str:
     return _library(os.environ.get(VARIABLE, ""), os.environ.get(FOLDER_VARIABLE, ""))
 
 
+def loaded(name: str) -> Library:
+    """Return the library that runs, for its function ``name``."""
+    found = library()
+    if isinstance(found, str):
+        raise RuntimeError(f"{name} of the C library cannot run because {found}")
+    return found
+
+
 @cache
 def _library(wanted: str, folder: str) -> Library | str:
     usable = variants_here()
@@ -195,22 +203,26 @@ def call(name: str, *arguments: Tensor | int | float) -> None:
     kernel(name)((ctypes.c_int64 * len(values))(*values))
 
 
+def require(
+    name: str, x: Tensor, dtype: torch.dtype, shape: Sequence[int], *, contiguous: bool = True
+) -> None:
+    """Refuse a tensor on the CPU that is not what a kernel relies on: C reads memory by these numbers."""
+    sound = x.dtype is dtype and x.shape == tuple(shape) and x.device.type == "cpu"
+    if not sound or (contiguous and not x.is_contiguous()):
+        wanted = f"{'contiguous ' if contiguous else ''}{dtype} {list(shape)} on a CPU"
+        raise ValueError(f"{name}: {x.dtype} {list(x.shape)} on {x.device}, not {wanted}")
+
+
 def library_constant(name: str, *arguments: int) -> int:
     """Return a constant of the library, such as the width of a panel."""
-    found = library()
-    if isinstance(found, str):
-        raise RuntimeError(f"{name} cannot be asked for because {found}")
-    function = getattr(found.handle, name)
+    function = getattr(loaded(name).handle, name)
     function.restype, function.argtypes = ctypes.c_long, [ctypes.c_long] * len(arguments)
     return int(function(*arguments))
 
 
 def kernel(name: str) -> Callable[[ctypes.Array[ctypes.c_int64]], None]:
     """Return a kernel as a function of its arguments' array."""
-    found = library()
-    if isinstance(found, str):
-        raise RuntimeError(f"the kernel {name} cannot run because {found}")
-    return _kernel(found, name)
+    return _kernel(loaded(name), name)
 
 
 @cache

@@ -78,11 +78,6 @@ def bound(blocks: int) -> Any:
     return tl.constexpr(blocks)
 
 
-def power_of_2(n: int) -> int:
-    """Return the smallest power of two that is at least ``n``: blocks have such sizes."""
-    return 1 << max(n - 1, 0).bit_length()
-
-
 def multiprocessors(device: torch.device) -> int:
     """Return how many a GPU has; an H100's for the interpreter, so that it takes the paths of a GPU."""
     if device.type != "cuda":

@@ -28,12 +28,7 @@ def products(
 
 def are_compiled(like: Tensor) -> bool:
     """Return whether ``products`` of such activations are computed in C, which adds tokens in one order."""
-    return unsupported_reason(like.dtype, like.device) is None
-
-
-def unsupported_reason(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return why products are not computed in C, in words that follow "because"; None: they are."""
-    return cpu.unsupported_input(device, dtype)
+    return cpu.unsupported_input(like.device, like.dtype) is None
 
 
 class CProducts:
@@ -51,7 +46,11 @@ class CProducts:
 
     def add(self, X: Tensor, Y: Tensor) -> None:
         """Add a batch: [..., rows] and [..., columns], as many tokens in both."""
-        tokens = self._count(X, Y)
+        for name, x, width in zip("XY", (X, Y), self._shape, strict=True):
+            cpu.require(name, x, self._dtype, (*x.shape[:-1], width), contiguous=False)
+        tokens, others = (x.shape[:-1].numel() for x in (X, Y))
+        if tokens != others:
+            raise ValueError(f"{tokens} and {others} tokens")
         total = self._tokens + tokens
         right = self._pack(1, Y)
         left = right if self._symmetric else self._pack(0, X)
@@ -65,19 +64,6 @@ class CProducts:
         """Return 2/n · Σ Xᵀ Y, [rows, columns] float32, which further batches change in place."""
         rows, columns = self._shape
         return self._mean[:rows, :columns]
-
-    def _count(self, X: Tensor, Y: Tensor) -> int:
-        """Return the number of tokens."""
-        for x, width in zip((X, Y), self._shape, strict=True):
-            if x.dtype != self._dtype or x.device.type != "cpu" or x.shape[-1] != width:
-                wanted = str(self._dtype).removeprefix("torch.")
-                raise ValueError(
-                    f"{x.dtype} {list(x.shape)} on {x.device}, not {wanted} [..., {width}] on a CPU"
-                )
-        tokens = [x.numel() // width for x, width in zip((X, Y), self._shape, strict=True)]
-        if tokens[0] != tokens[1]:
-            raise ValueError(f"{tokens[0]} and {tokens[1]} tokens")
-        return tokens[0]
 
     def _pack(self, side: int, X: Tensor) -> Tensor:
         """Arrange [..., columns] as int32 [panels, words, panel], by runs; valid until the next batch."""

@@ -57,10 +57,7 @@ def search_by_c(groups: Groups) -> None:
     count, size = weights.shape
     shapes = ((count, size), importance.shape[:1], (count,), (count,))
     for name, x, shape in zip(groups._fields, groups[:4], shapes, strict=False):
-        if x.dtype != torch.float32 or x.device.type != "cpu" or x.shape != shape or not x.is_contiguous():
-            raise ValueError(
-                f"{name}: {x.dtype} {list(x.shape)} on {x.device}, not contiguous float32 {list(shape)}"
-            )
+        cpu.require(name, x, torch.float32, shape)
     if size % LANES or importance.numel() % size or count % (importance.numel() // size):
         raise ValueError(f"{count} groups of {size} weights, and importance of {importance.numel()}")
     cpu.call(

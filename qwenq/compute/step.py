@@ -191,53 +191,31 @@ class DecodeStep:
     def _check(
         self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, lengths: Sequence[int]
     ) -> None:
-        shape, rows = self._shape, len(x)
-        slots, d = keys.shape[-1], shape.head_dim
-        head = (shape.layers - len(self._recurrent), rows, shape.kv_heads)
-        rotated = (shape.heads + shape.kv_heads, d)
-        fits = (
-            x.shape == (rows, shape.hidden)
-            and len(lengths) == rows
-            and all(t.shape[1:] == rotated and len(t) in (1, rows) and t.is_contiguous() for t in (cos, sin))
-            and len(cos) == len(sin)
-            and keys.shape == (*head, d, slots)
-            and values.shape == (*head, slots, d)
-            and keys.stride() == (keys.stride(0), shape.kv_heads * d * slots, d * slots, slots, 1)
-            and values.stride() == (keys.stride(0), shape.kv_heads * d * slots, d * slots, d, 1)
-            and all(t.dtype is torch.float32 and t.device.type == "cpu" for t in (cos, sin, keys, values))
-            and slots % 16 == 0
-            and max(lengths) + 16 <= slots
-        )
-        if not fits:
-            tensors = {"x": x, "cos": cos, "sin": sin, "keys": keys, "values": values}
-            found = ", ".join(f"{name} {t.dtype} {list(t.shape)}" for name, t in tensors.items())
-            raise ValueError(f"{found} and lengths {list(lengths)} do not fit {shape}")
+        shape, rows, slots, d = self._shape, len(x), keys.shape[-1], self._shape.head_dim
+        cpu.require("x", x, x.dtype, (rows, shape.hidden), contiguous=False)
+        for name, table in (("cos", cos), ("sin", sin)):
+            rotated = len(cos) if len(cos) == 1 else rows
+            cpu.require(name, table, torch.float32, (rotated, shape.heads + shape.kv_heads, d))
+        head = shape.layers - len(self._recurrent), rows, shape.kv_heads
+        for name, cached, sizes in (("keys", keys, (d, slots)), ("values", values, (slots, d))):
+            cpu.require(name, cached, torch.float32, (*head, *sizes), contiguous=False)
+        dense = keys[:1].is_contiguous() and values[:1].is_contiguous() and keys.stride(0) == values.stride(0)
+        if not dense or len(lengths) != rows or slots % 16 or max(lengths) + 16 > slots:
+            strides = f"strides {keys.stride()} and {values.stride()}"
+            raise ValueError(f"a cache with {strides} and lengths {list(lengths)} does not fit {shape}")
 
     def _check_states(self, rows: int, states: Sequence[tuple[Tensor, Tensor]]) -> None:
         shape = self._shape
-        sizes = (
-            ((rows, shape.channels, shape.kernel), self._dtype),
-            ((rows, shape.value_heads, shape.key_dim, shape.value_dim), torch.float32),
-        )
-        fits = len(states) == len(self._recurrent) and all(
-            state.shape == size
-            and state.dtype is dtype
-            and state.is_contiguous()
-            and state.device.type == "cpu"
-            for pair in states
-            for state, (size, dtype) in zip(pair, sizes, strict=True)
-        )
-        if not fits:
-            found = [[f"{state.dtype} {list(state.shape)}" for state in pair] for pair in states]
-            raise ValueError(f"states {found} do not fit {shape}")
+        recurrent = rows, shape.value_heads, shape.key_dim, shape.value_dim
+        for inputs, state in states:
+            cpu.require("states of a convolution", inputs, self._dtype, (rows, shape.channels, shape.kernel))
+            cpu.require("states of a delta rule", state, torch.float32, recurrent)
 
 
 class _Workspace:
     """What a step of so many rows writes to, and its arguments.
 
     Args:
-        shape: sizes.
-        rows: of the batch.
         slots: of each row of the cache, at most.
         linears, vectors: addresses of each block, int64 [layers, LINEARS] and [layers, VECTORS] of C.
         norm: float32 [hidden].
@@ -312,8 +290,6 @@ def _vectors(block: StepBlock) -> list[int]:
 @cache
 def _fields() -> tuple[str, ...]:
     """Return the names of the kernel's arguments behind the number of threads, as C declares them."""
-    library = cpu.library()
-    assert isinstance(library, cpu.Library)  # noqa: S101  # unsupported_reason has been asked
-    names = library.handle.qwenq_step_fields
+    names = cpu.loaded("qwenq_step_fields").handle.qwenq_step_fields
     names.restype = ctypes.c_char_p
     return tuple(names().decode().split())

@@ -6,8 +6,7 @@ import hashlib
 import json
 import os
 import re
-import unicodedata
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import IO, Any
 
 from pydantic import TypeAdapter
 
-from qwenq.errors import QwenqError, StorageError, UsageError
-from qwenq.evals.batching import limited, prompt_text, request_hash
-from qwenq.evals.task import Choose, DataSource, Request
+from qwenq.errors import QwenqError, StorageError, UsageError, visible
+from qwenq.evals.batching import prompt_text, request_hash
+from qwenq.evals.task import Choose, DataSource
 from qwenq.evals.tasks.registry import get_task
 from qwenq.results import read_rows
 from qwenq.storage import fsync_folder, guard_storage
@@ -56,8 +55,7 @@ class AnswerRecord:
     logprobs: tuple[float, ...] | None = None
     published: tuple[float, ...] | None = None
     extracted: str | None = None  # the answer that was read from it
-    # the verdict; None where a program has not run yet, or the right answer is not published
-    correct: bool | None = None
+    correct: bool | None = None  # the verdict; None where a program has not run yet
     also: Mapping[str, bool] = field(default_factory=dict)  # further verdicts
     note: str | None = None
     stopped: bool | None = None  # whether the text ended before its limit
@@ -203,37 +201,7 @@ def _plain(record: AnswerRecord) -> dict[str, Any]:
     return {name: value for name, value in values if name == "subject" or value not in (None, {})}
 
 
-# Share a task among ranks.
-
-
-CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact
-DECODE_COST = 8  # a new token, in tokens of a prompt: these go through the model together
-
-
-def cost(request: Request) -> int:
-    """Return the rough cost of a request, in tokens of a prompt."""
-    prompt = len(prompt_text(request.prompt)) // CHARACTERS_A_TOKEN
-    return prompt + (
-        len(request.choices) if isinstance(request, Choose) else DECODE_COST * request.max_new_tokens
-    )
-
-
-def split_by_cost(costs: Sequence[int], ranks: int) -> list[list[int]]:
-    """Return indexes for each rank: the costliest first, each to the rank with the least so far."""
-    shares: list[list[int]] = [[] for _ in range(ranks)]
-    loads = [0] * ranks
-    for index in sorted(range(len(costs)), key=lambda index: (-costs[index], index)):
-        rank = loads.index(min(loads))
-        shares[rank].append(index)
-        loads[rank] += costs[index]
-    return [sorted(share) for share in shares]
-
-
 # Show one item in full: prompt, answers and verdicts.
-
-
-_REORDERING = {chr(code) for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x200E, 0x200F)}
-"""Characters that make a terminal show text in another order than it is written in."""
 
 
 def show_item(run: Path, id_: str, source: DataSource) -> str:
@@ -273,16 +241,6 @@ def _is_sample(run: Path) -> bool:
     return bool(points) and all("data" in point for point in points)
 
 
-def visible(text: str) -> str:
-    """Escape control characters, and those that change the direction of text (``\\x1b``)."""
-    return "".join(
-        char
-        if char in "\n\t" or (unicodedata.category(char) not in {"Cc", "Cs"} and char not in _REORDERING)
-        else char.encode("unicode_escape", "surrogatepass").decode("ascii")
-        for char in text
-    )
-
-
 def _key(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8") as file:
@@ -302,7 +260,7 @@ def _question(key: dict[str, Any], record: AnswerRecord, source: DataSource) -> 
         why = error.what if isinstance(error, QwenqError) else "the item is not in this data"
         return f"{title}\n(prompt not shown: {why}; name the data of this run: --data DIR or --sample)"
     limit = key.get("max_new_tokens")
-    request = limited(task.request(item), limit if isinstance(limit, int) else None)
+    request = task.request(item, limit if isinstance(limit, int) else None)
     changed = request_hash(item, request) != record.asked
     note = "\n(the data or the task has changed since: the recorded question was another)" if changed else ""
     lines = [f"{title}{note}\n--- prompt\n{prompt_text(request.prompt)}"]
@@ -312,9 +270,7 @@ def _question(key: dict[str, Any], record: AnswerRecord, source: DataSource) -> 
 
 
 def _answer(path: Path, record: AnswerRecord) -> str:
-    verdict = {True: "correct", False: "wrong", None: "no verdict"}[record.correct]
-    if record.correct is None and (record.note or "").startswith("not run"):
-        verdict = "not run yet"
+    verdict = {True: "correct", False: "wrong", None: "not run yet"}[record.correct]
     lines = [f"=== {path.name.rsplit('.', 2)[0]}: {verdict}"]
     if record.output is not None:
         end = "" if record.stopped else ", cut at the limit"

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qwenq.errors import ModelError
 from qwenq.evals.batching import (
@@ -17,7 +18,6 @@ from qwenq.evals.batching import (
     PrefixGroup,
     WriteTokens,
     group_by_prefix,
-    is_out_of_memory,
     longest_first,
     new_decode_cache,
 )
@@ -25,8 +25,12 @@ from qwenq.evals.task import Chosen, Written
 from qwenq.models.tokenizer import TextStream, Tokenizer
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import Engine
+from qwenq.runtime.memory import explained
 from qwenq.runtime.sampling import GREEDY, Sampler, Sampling
 from qwenq.stopping import asked, stop_here
+
+BATCH = "a batch of prompts", "use a smaller model, dtype or prompt"
+"""What memory may not suffice for, and what to do then."""
 
 # Score continuations by their log-probabilities: letters of multiple-choice questions.
 #
@@ -73,7 +77,7 @@ def encode_prefix(engine: Engine, prefix: Sequence[int]) -> KVCache | None:
 
 def begin_rows(engine: Engine, prefix: KVCache | None, rows: int, capacity: int) -> KVCache:
     """Return a cache of ``rows`` rows that begin with the prefix."""
-    return engine.new_cache(rows, capacity) if prefix is None else prefix.fork(rows, capacity)
+    return engine.new_cache(rows, capacity) if prefix is None else prefix.take([0] * rows, capacity)
 
 
 def require_finite(values: Tensor, names: Sequence[str]) -> None:
@@ -101,19 +105,21 @@ def _score_group(
     while done < len(order):
         stop_here()  # every answer that was yielded is recorded
         longest = len(tails[order[done]])
-        rows = min(_rows(budget, longest, shared + longest, work), len(order) - done)
+        rows = budget.rows_that_fit(longest, shared + longest)
+        if work is not None and work.batch <= rows < 2 * work.batch:
+            rows = work.batch  # as many as before, to use its cache again
+        rows = min(rows, len(order) - done)
         batch = order[done : done + rows]
         try:
-            if work is not None and work.batch == rows and not work.states:
-                work.rewind(shared)  # what later batches add is shorter: it fits
-            else:
-                work = None  # before its successor is made
-                work = begin_rows(engine, prefix, rows, shared + longest)
-            logits = engine.prefill([tails[index] for index in batch], work)
-            found = _choose(engine, [requests[index] for index in batch], logits, work)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
+            with explained(engine.device, *BATCH):
+                if work is not None and work.batch == rows and not work.states:
+                    work.rewind(shared)  # what later batches add is shorter: it fits
+                else:
+                    work = None  # before its successor is made
+                    work = begin_rows(engine, prefix, rows, shared + longest)
+                logits = engine.prefill([tails[index] for index in batch], work)
+                found = _choose(engine, [requests[index] for index in batch], logits, work)
+        except MemoryError as error:
             work = None
             budget.halve(rows, error)
             continue
@@ -121,18 +127,11 @@ def _score_group(
         done += rows
 
 
-def _rows(budget: Budget, longest: int, capacity: int, work: KVCache | None) -> int:
-    """Return the rows that fit; as many as before if that is at least half, to reuse the cache."""
-    fit = budget.rows_that_fit(longest, capacity)
-    return work.batch if work is not None and work.batch <= fit < 2 * work.batch else fit
-
-
 def _choose(engine: Engine, requests: Sequence[ChoiceTokens], logits: Tensor, cache: KVCache) -> list[Chosen]:
     """Return answers from the float32 logits [rows, vocabulary] of prompts in ``cache``."""
     require_finite(logits, [request.name for request in requests])
-    first = torch.tensor(
-        _padded([[choice[0] for choice in r.choices] for r in requests]), device=engine.device
-    )
+    letters = [torch.tensor([choice[0] for choice in request.choices]) for request in requests]
+    first = pad_sequence(letters, batch_first=True).to(engine.device)  # the padding is never read
     logs = logits.log_softmax(-1).gather(1, first).tolist()  # [rows, choices]
     # The scripts of Qwen's base models: softmax in the model's own dtype, where near values become equal.
     shares = logits.to(engine.dtype).softmax(-1).gather(1, first)
@@ -167,12 +166,6 @@ def _rest(engine: Engine, requests: Sequence[ChoiceTokens], cache: KVCache) -> d
             following = torch.tensor(text[1:], device=engine.device).unsqueeze(1)
             found[where] = float(logits.log_softmax(-1).gather(1, following).sum())
     return found
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Pad rows to one length; the padding is never read."""
-    longest = max(map(len, rows))
-    return [[*row, *[0] * (longest - len(row))] for row in rows]
 
 
 # Generate answers to many prompts in one batch whose finished rows are replaced at once.
@@ -297,11 +290,10 @@ class _Generator:
             rows = min(self.budget.rows_to_decode(capacity), len(self._queue))
             batch: _Batch | None = None
             try:
-                batch = _Batch(new_decode_cache(self.engine, rows, capacity), [None] * rows, [0] * rows)
-                yield from self._run_batch(batch)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
+                with explained(self.engine.device, *BATCH):
+                    batch = _Batch(new_decode_cache(self.engine, rows, capacity), [None] * rows, [0] * rows)
+                    yield from self._run_batch(batch)
+            except MemoryError as error:
                 self._begin_again(batch)
                 self.budget.halve(rows, error)
                 self.prompts.rows = min(self.prompts.rows, self.budget.rows)
@@ -396,8 +388,6 @@ def generate_answers(
     """Yield (index, answer) for each request, in the order of finishing.
 
     Args:
-        engine, tokenizer: of one model.
-        requests: prompts and limits.
         stop_ids: each ends an answer and is not part of it.
         budget: for decode steps.
         prompts: for the passes over prompts.

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from qwenq.errors import DataError, QwenqError, UsageError
@@ -98,13 +97,6 @@ def require_context(requests: Sequence[RequestTokens], context: int | None) -> N
         hint="show fewer examples with --shots, allow fewer new tokens with --max-new-tokens, name the "
         "subjects that fit with --subjects, or leave the task out of --tasks",
     )
-
-
-def limited(request: Request, max_new_tokens: int | None) -> Request:
-    """Return the request with this limit of new tokens; None keeps the protocol's."""
-    if max_new_tokens is None or isinstance(request, Choose):
-        return request
-    return replace(request, max_new_tokens=max_new_tokens)
 
 
 def request_hash(item: Item, request: Request) -> str:
@@ -286,13 +278,6 @@ def new_decode_cache(engine: Engine, rows: int, capacity: int) -> KVCache:
 
 def _has_step_layout(engine: Engine) -> bool:
     return isinstance(engine, FastEngine) and engine.decoder.has_step_layout
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether the device or the process had no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def longest_first(lengths: Sequence[int]) -> list[int]:

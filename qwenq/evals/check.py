@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
 from qwenq.comparison import Verdict, judge_check
+from qwenq.compute.grid import round_to_nearest
 from qwenq.errors import ModelError, UsageError
 from qwenq.events import Listener, Notice, Update, counted, silent
 from qwenq.models.blocks import BlockwiseDecoder
@@ -22,8 +21,8 @@ from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.foreign_formats import ForeignFormat
 from qwenq.models.gptq_config import QuantConfig, is_quantised
 from qwenq.models.gptq_format import DequantisedSource, quantised_modules
-from qwenq.models.pad_ffn import widened
 from qwenq.models.random_weights import refuse_random
+from qwenq.models.transformers_model import Hook, hooked
 from qwenq.statistics import (
     Estimate,
     PositionMean,
@@ -67,22 +66,6 @@ def chosen_sequences(sequences: int, tokens: int) -> list[int]:
     return [index * sequences // count for index in range(count)]
 
 
-@contextmanager
-def captured_inputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Collect the inputs of a block's linears in a forward pass: name → [batch, tokens, in]."""
-    seen: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        return lambda _, args: seen.update({name: args[0]})
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(keep(name)) for name in names]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def module_error(name: str, weight: Tensor, quantised: Tensor, x: Tensor, quant: QuantConfig) -> ModuleError:
     """Compare a quantised weight and its rounded one, float32 [out, in], on the same inputs [tokens, in].
 
@@ -91,34 +74,12 @@ def module_error(name: str, weight: Tensor, quantised: Tensor, x: Tensor, quant:
     """
     x = x if x.dtype == torch.bfloat16 else x.float()
     energy = _energy(x, weight)
-    others = quantised, round_to_nearest(weight, quant)
+    others = quantised, round_to_nearest(weight, quant.bits, quant.group_size, sym=quant.sym)
     return ModuleError(name, *(_energy(x, weight - other) / energy if energy else 0.0 for other in others))
 
 
 def _energy(x: Tensor, weight: Tensor) -> float:
     return float((x @ weight.to(x.dtype).T).float().square_().sum(dtype=torch.float64))
-
-
-def round_to_nearest(weight: Tensor, quant: QuantConfig) -> Tensor:
-    """Round each weight of float32 [out, in] to the nearest point of the grid that its group's range gives.
-
-    Symmetric: the group's largest magnitude meets the grid's longer side (−2^(bits−1)), so the scale is
-    absmax / 2^(bits−1), negative where that weight is positive. Asymmetric: minimum to maximum, with zero.
-    Scales are rounded to float16 as a file holds them.
-    """
-    rows, width = weight.shape
-    size = width if quant.group_size == -1 else quant.group_size
-    padded = functional.pad(weight, (0, -width % size))  # a last group may be short
-    grouped = padded.reshape(rows, -1, size)  # [rows, groups, group_size]
-    high, low = grouped.amax(-1, keepdim=True).clamp(min=0), grouped.amin(-1, keepdim=True).clamp(max=0)
-    levels, half = 2**quant.bits - 1, 2 ** (quant.bits - 1)
-    scale = torch.where(high > -low, -high, -low) / half if quant.sym else (high - low) / levels
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero = torch.full_like(scale, half) if quant.sym else (-low / scale).round().clamp(1, levels)
-    smallest = torch.finfo(torch.float16).smallest_normal
-    stored = torch.where(scale.abs() < smallest, smallest * scale.sign(), scale).half().float()
-    integers = (grouped / stored + zero).round().clamp(0, levels)
-    return ((integers - zero) * stored).reshape(rows, -1)[:, :width]
 
 
 # Compare two models' predictions token by token.
@@ -155,10 +116,8 @@ def score_tokens(
     """Run both heads and compare, a slab of tokens at a time.
 
     Args:
-        base, quantised: whose heads to use.
         hidden: the last block's output of base and quantised, [batch, tokens, hidden] per batch.
         batches: int64 [batch, tokens], what the hidden states were made from.
-        step: called after each batch.
     """
     slab = max(1, min(SLAB_TOKENS, SLAB_ELEMENTS // base.vocabulary))
     rows = []
@@ -344,12 +303,17 @@ def check(
     """
     quant = require_comparable(quantised, base)
     require_tokens(held_out, base)
-    base = widened(base, quantised.config.get("intermediate_size"))  # Qwen's 72B is wider than its base
     if quantised.foreign is None:
         plain = replace(quantised, source=DequantisedSource(quantised.source, quant, torch.float32))
         measured = quantised_modules(quantised.source)
     else:
         plain, measured = quantised, _comparable_modules(quantised, quantised.foreign.format, base, listener)
+    widths = [one.config.get("intermediate_size") for one in (base, quantised)]
+    if widths[0] != widths[1]:
+        listener(
+            Notice(f"the MLP has {widths[1]} channels, the base's {widths[0]}: its modules are left out")
+        )
+        measured = [name for name in measured if ".mlp." not in name]
     with counted(listener, step) as progress:
         before, after = (BlockwiseDecoder(model, torch.device(device), dtype) for model in (base, plain))
         if before.fallback_notice:  # both have the same heads
@@ -385,7 +349,7 @@ def require_comparable(quantised: Checkpoint, base: Checkpoint) -> QuantConfig:
         if has != wants and None not in (has, wants):
             raise _another_model(key, has, wants, base)
     has, wants = (one.config.get("intermediate_size", 0) for one in (base, quantised))
-    if not has <= wants <= 2 * has:  # wider: zero channels were added before quantising (models/pad_ffn.py)
+    if not has <= wants <= 2 * has:  # wider: Qwen added channels of zeros to its 72B before it quantised it
         raise _another_model("intermediate_size", wants, has, base)
     if quantised.foreign is not None:
         found = quantised.foreign.format
@@ -481,15 +445,21 @@ def _advance_base(
     ``rows``: the sequences of each batch whose inputs are kept.
     """
     kept: dict[str, list[Tensor]] = {name: [] for name in names}
-    with base.block(index) as block:
+    batch: list[int] = []
+
+    def keep(name: str) -> Hook:
+        def hook(_: object, args: tuple[Any, ...]) -> None:
+            if args[0].ndim == 3:
+                kept[name].append(args[0][batch].flatten(0, 1)[:MODULE_TOKENS])  # [tokens, in]
+            else:  # an expert's, of all sequences: [rows, in]
+                kept[name].append(args[0][:EXPERT_TOKENS].clone())
+
+        return hook
+
+    with base.block(index) as block, hooked({name: block.get_submodule(name) for name in names}, keep):
         for at, states in enumerate(hidden):
-            with captured_inputs(block, names) as seen:
-                hidden[at] = base.forward(block, states)
-            for name, x in seen.items():
-                if x.ndim == 3:
-                    kept[name].append(x[rows[at]].flatten(0, 1)[:MODULE_TOKENS])  # [tokens, in]
-                else:  # an expert's, of all sequences: [rows, in]
-                    kept[name].append(x[:EXPERT_TOKENS].clone())
+            batch[:] = rows[at]
+            hidden[at] = base.forward(block, states)
     return {name: torch.cat(parts)[:MODULE_TOKENS] for name, parts in kept.items()}
 
 

@@ -7,12 +7,23 @@ import math
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.task import CLOSE, OPEN, Answer, Choose, Chosen, Request, Write, Written
-from qwenq.events import Listener, silent
+from qwenq.evals.task import (
+    CLOSE,
+    OPEN,
+    Answer,
+    Choose,
+    Chosen,
+    Item,
+    ProtocolName,
+    Request,
+    Write,
+    Written,
+)
+from qwenq.events import Listener, Notice, silent
 from qwenq.http import (
     RefusedError,
     Server,
@@ -22,6 +33,8 @@ from qwenq.http import (
     concerns_logprobs,
     served_model,
 )
+from qwenq.models.identity import served_identity
+from qwenq.results import Model
 from qwenq.stopping import asked
 
 # Chats go to ``/chat/completions``, plain text to ``/completions`` (vLLM, SGLang and llama.cpp serve both).
@@ -46,26 +59,80 @@ class Reply:
 
 
 @dataclass(frozen=True)
-class Endpoint:
-    """A server and a model's name there."""
+class RemoteModel:
+    """A model that a server runs; weights and settings are unknown, so it is compared with no base here."""
 
     server: Server
-    model: str
+    name: str  # there
     concurrency: int = CONCURRENCY  # requests under way at a time
     # sent as ``enable_thinking`` for the chat template; None: left to the server
     thinking: bool | None = None
+    quantised: ClassVar[bool] = False
+    base: ClassVar[str | None] = None
+    protocol: ClassVar[ProtocolName] = "card"
+    settings: ClassVar[dict[str, str]] = {
+        "dtype": "unknown",
+        "device": "served",
+        "engine": "served",
+        "attention": "unknown",
+        "kernel": "unknown",
+    }
 
     @property
     def url(self) -> str:
         """Return the server's address, up to and with ``/v1``."""
         return self.server.url
 
+    @property
+    def model(self) -> Model:
+        """Return its identity in rows of results."""
+        return served_identity(self.url, self.name)
+
+    def generation(self, thinking: bool) -> str:
+        """Return a phrase on how answers are generated, as far as the server follows the request."""
+        if thinking:
+            return f"sampled by the server's own settings, seed {SEED} where it takes it"
+        return "greedy, repetition penalty 1 where the server takes it"
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """Return everything of it that an answer depends on, as far as it is known."""
+        key = {"endpoint": self.url, "model": self.name, PENALTY: 1}
+        return key if self.thinking is None else {**key, "enable_thinking": self.thinking}
+
+    def unload(self) -> None:
+        """Free nothing: no weights are loaded here."""
+
+    def respond(
+        self, items: Sequence[Item], requests: Sequence[Request], batch: int | None, thinking: bool
+    ) -> Iterator[list[tuple[int, Reply]]]:
+        """Yield answers as they arrive, each with its place among the items.
+
+        The server has its own batches, and was asked to think or not when it was opened.
+
+        Raises:
+            UsageError: a request to score continuations of a chat, before any request is sent; or the server
+                gives no log probabilities.
+            QwenqError: the server refused, or did not answer.
+        """
+        del batch, thinking
+        for item, request in zip(items, requests, strict=True):
+            if isinstance(request, Choose) and not isinstance(request.prompt, str):
+                raise UsageError(
+                    "this protocol scores continuations of a chat, which no server does",
+                    where=item.id,
+                    hint="use another protocol, or a task with generated answers: gsm8k, humaneval",
+                )
+        what = f"{self.name} served at {self.url}"
+        for index, reply in self.ask_all(requests):
+            yield [(index, replace(reply, how=f"{what}, {reply.how}" if reply.how else what))]
+
     def ask(self, request: Request) -> Reply:
         """Return one answer: a text decoded greedily, or scores of letters."""
         if isinstance(request, Choose):
             return score_letters(self, request)
         body: dict[str, Any] = {
-            "model": self.model,
+            "model": self.name,
             "max_tokens": request.max_new_tokens,
             "temperature": 0,
             "stream": False,
@@ -170,19 +237,27 @@ def _with_thoughts(message: dict[str, Any]) -> Any:
     return f"{OPEN}{thoughts}{CLOSE}\n{content}" if content else f"{OPEN}{thoughts}"
 
 
-def endpoint_at(
+def open_served(
     url: str,
-    model: str | None,
+    name: str | None,
     key: str | None,
-    concurrency: int = CONCURRENCY,
+    thinking: str = "off",
+    concurrency: int | None = None,
     listener: Listener = silent,
-) -> Endpoint:
-    """Return the endpoint at ``http://HOST/v1``, after one request for the models that it serves.
+) -> RemoteModel:
+    """Return the model at ``http://HOST/v1``, after one request for those that are served there.
 
-    Without a name the model is the only one there. A request that has failed and is retried is a notice.
+    Without a name it is the only one. A request that has failed and is retried is a notice. With ``thinking``
+    auto the server decides.
     """
     server = Server(checked_address(url), checked_key(key), state=ServerState(listener))
-    return Endpoint(server, served_model(server, model), concurrency)
+    name = served_model(server, name)
+    if thinking == "auto":
+        listener(
+            Notice("whether this model thinks, its server decides; --thinking on or off asks for one of them")
+        )
+    wanted = None if thinking == "auto" else thinking == "on"
+    return RemoteModel(server, name, concurrency or CONCURRENCY, wanted)
 
 
 # Score the continuations of a prompt by a server's log probabilities: letters of questions with options.
@@ -208,7 +283,7 @@ class _Absent(Exception):  # noqa: N818  no error yet
     """A way is not open: why."""
 
 
-def score_letters(endpoint: Endpoint, request: Choose) -> Reply:
+def score_letters(served: RemoteModel, request: Choose) -> Reply:
     """Return the log probability of each continuation of a plain prompt."""
     prompt = request.prompt
     if not isinstance(prompt, str):
@@ -217,24 +292,24 @@ def score_letters(endpoint: Endpoint, request: Choose) -> Reply:
     letters = all(len(choice.strip()) == 1 for choice in request.choices)
     for top in TOPS if letters else ():
         try:
-            return _from_top(endpoint, prompt, request.choices, top)
+            return _from_top(served, prompt, request.choices, top)
         except _Absent as absent:
             reasons.append(str(absent))
     try:
-        return _from_echo(endpoint, prompt, request.choices)
+        return _from_echo(served, prompt, request.choices)
     except _Absent as absent:
         reasons.append(str(absent))
     raise UsageError(
         f"this server does not score {', '.join(map(repr, request.choices))}: {'; '.join(reasons)}",
-        where=endpoint.url,
+        where=served.url,
         hint="a protocol of letters needs logprobs of /completions, as vLLM and llama.cpp's server give them "
         "(llama-cpp-python with --logits_all true); else use --protocol card, which reads generated answers",
     )
 
 
-def _from_top(endpoint: Endpoint, prompt: str, choices: Sequence[str], top: int) -> Reply:
+def _from_top(served: RemoteModel, prompt: str, choices: Sequence[str], top: int) -> Reply:
     """Return the log probabilities of continuations that are among the likeliest tokens."""
-    reply, choice = _complete(endpoint, prompt, {"logprobs": top}, f"logprobs={top}")
+    reply, choice = _complete(served, prompt, {"logprobs": top}, f"logprobs={top}")
     listed = _likeliest(choice.get("logprobs"))
     if not listed:
         raise _Absent("its replies hold no logprobs")
@@ -244,14 +319,14 @@ def _from_top(endpoint: Endpoint, prompt: str, choices: Sequence[str], top: int)
     return Reply(Chosen(tuple(listed[letter] for letter in choices), ()), _prompt_tokens(reply), TOP)
 
 
-def _from_echo(endpoint: Endpoint, prompt: str, choices: Sequence[str]) -> Reply:
+def _from_echo(served: RemoteModel, prompt: str, choices: Sequence[str]) -> Reply:
     """Return the log probabilities of continuations from those of all tokens of a text."""
     found: list[float] = []
     before: list[str] | None = None
     count = 0
     for continuation in choices:
         more = {"echo": True, "logprobs": 1}
-        reply, choice = _complete(endpoint, prompt + continuation, more, "echo with logprobs")
+        reply, choice = _complete(served, prompt + continuation, more, "echo with logprobs")
         tokens, scores = _echoed(choice.get("logprobs"))
         begins, ends = _span(tokens, continuation)
         if before is not None and tokens[:begins] != before:
@@ -266,23 +341,23 @@ def _from_echo(endpoint: Endpoint, prompt: str, choices: Sequence[str]) -> Reply
 
 
 def _complete(
-    endpoint: Endpoint, prompt: str, more: Mapping[str, Any], option: str
+    served: RemoteModel, prompt: str, more: Mapping[str, Any], option: str
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the reply to a request for one token, and its only choice; a refused option is sent once."""
-    if option in endpoint.server.state.unknown:
+    if option in served.server.state.unknown:
         raise _Absent(f"it refuses {option}")
-    body = {"model": endpoint.model, "prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": False}
+    body = {"model": served.name, "prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": False}
     try:
-        reply = endpoint.without_penalty("/completions", {**body, **more})
+        reply = served.without_penalty("/completions", {**body, **more})
     except RefusedError as error:
         if not concerns_logprobs(error.what):
             raise
-        endpoint.server.state.unknown |= {option}
+        served.server.state.unknown |= {option}
         raise _Absent(f"it refuses {option}") from error
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         raise QwenqError(
-            "a reply without an answer", where=endpoint.url, hint="is this an OpenAI-compatible server?"
+            "a reply without an answer", where=served.url, hint="is this an OpenAI-compatible server?"
         )
     return reply, choices[0]
 

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import CONCURRENCY, PENALTY, SEED, Endpoint, Reply, endpoint_at
-from qwenq.evals.task import Choose, Item, ProtocolName, Request
-from qwenq.events import Listener, Notice
+from qwenq.evals.answering import generate_answers, score_choices
+from qwenq.evals.batching import (
+    ChoiceTokens,
+    RequestTokens,
+    WriteTokens,
+    budget_for,
+    encode_requests,
+    require_context,
+)
+from qwenq.evals.endpoint import RemoteModel, Reply
+from qwenq.evals.task import Answer, Item, ProtocolName, Request
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.gptq_config import is_quantised
-from qwenq.models.identity import base_of, result_model, served_identity
+from qwenq.models.identity import base_of, result_model
 from qwenq.models.machine import resolve_device
 from qwenq.models.opening import resolve_model
 from qwenq.models.random_weights import refuse_random
 from qwenq.models.tokenizer import Tokenizer, load_tokenizer
 from qwenq.results import Model
 from qwenq.runtime.engine import Engine, find_attention, find_dtype, load
-from qwenq.runtime.sampling import Sampling, protocol_sampling
+from qwenq.runtime.sampling import GREEDY, Sampling, protocol_sampling
 
 # Choose whether a model thinks before it answers.
 
@@ -98,7 +105,7 @@ class LocalModel:
     notices: list[str] = field(default_factory=list)  # lines for the user
     # fingerprint of the model that it was quantised from, where known, see ``assign_bases``
     base: str | None = None
-    thinking: bool = False  # whether it thinks before it answers a chat
+    thinking: bool | None = None  # whether it thinks before it answers a chat; None: it never does
 
     @property
     def quantised(self) -> bool:
@@ -122,18 +129,17 @@ class LocalModel:
         """Return a phrase on how answers are generated."""
         return self.sampling[1] if thinking else "greedy, repetition penalty 1"
 
+    @property
+    def settings(self) -> dict[str, str]:
+        """Return what it runs with, by name."""
+        return {
+            name: getattr(self.how, name) for name in ("dtype", "device", "engine", "attention", "kernel")
+        }
+
     @cached_property
     def engine(self) -> Engine:
         """Load the model on first use; raises as `runtime.engine.load`."""
-        return load(
-            self.checkpoint,
-            device=self.how.device,
-            dtype=self.how.dtype,
-            engine=self.how.engine,
-            attention=self.how.attention,
-            kernel=self.how.kernel,
-            real_vocab=self.tokenizer.vocab_size,
-        )
+        return load(self.checkpoint, **self.settings, real_vocab=self.tokenizer.vocab_size)
 
     def unload(self) -> None:
         """Free the memory."""
@@ -147,12 +153,42 @@ class LocalModel:
             "model": self.model.fingerprint,
             "tokenizer": self.tokenizer.fingerprint,
             "stop_ids": list(self.tokenizer.eos_ids),
-            "dtype": self.how.dtype,
+            **self.settings,
             "device": self.how.device.split(":", 1)[0],
-            "engine": self.how.engine,
-            "attention": self.how.attention,
-            "kernel": self.how.kernel,
         }
+
+    def respond(
+        self, items: Sequence[Item], requests: Sequence[Request], batch: int | None, thinking: bool
+    ) -> Iterator[list[tuple[int, Reply]]]:
+        """Return an iterator of answers, in batches and with their places; the model is loaded before it.
+
+        Letters come first, a batch at a time, then texts, one by one; ``batch`` rows at once, else what fits.
+        """
+        encoded = encode_requests(self.tokenizer, items, requests)
+        require_context(encoded, self.engine.context)  # before the first is asked
+        return self._answers(encoded, batch, self.sampling[0] if thinking else GREEDY)
+
+    def _answers(
+        self, encoded: Sequence[RequestTokens], batch: int | None, sampling: Sampling
+    ) -> Iterator[list[tuple[int, Reply]]]:
+        engine = self.engine
+        letters = {i: one for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)}
+        texts = {i: one for i, one in enumerate(encoded) if isinstance(one, WriteTokens)}
+
+        def reply(index: int, answer: Answer) -> tuple[int, Reply]:
+            return index, Reply(answer, len(encoded[index].prompt), engine.implementation)
+
+        if letters:
+            places = list(letters)
+            for found in score_choices(engine, list(letters.values()), budget_for(engine, batch)):
+                yield [reply(places[place], chosen) for place, chosen in found]
+        if texts:
+            places = list(texts)
+            budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
+            for place, written in generate_answers(
+                engine, self.tokenizer, list(texts.values()), self.tokenizer.eos_ids, *budgets, sampling
+            ):
+                yield [reply(places[place], written)]
 
 
 def open_eval_model(given: str | None, how: LoadOptions) -> LocalModel:
@@ -175,7 +211,7 @@ def open_eval_model(given: str | None, how: LoadOptions) -> LocalModel:
         ),
         [*resolved.notices, *checkpoint.notices, *([thinking.notice] if thinking.notice else [])],
         base_of(checkpoint.folder).get("fingerprint"),
-        thinking.on,
+        None if thinking.tokenizer.thinking == "never" else thinking.on,
     )
 
 
@@ -254,79 +290,6 @@ def _base_of_source(eval_model: LocalModel, quantised: Sequence[LocalModel]) -> 
 def bases_first(eval_models: Sequence[EvalModel]) -> list[EvalModel]:
     """Return unquantised models first, else in the order given."""
     return sorted(eval_models, key=lambda eval_model: eval_model.quantised)
-
-
-# Evaluate a model that a server runs, with the same tasks, records and rows as a local one.
-
-
-@dataclass(frozen=True)
-class RemoteModel:
-    """A model behind an endpoint; weights and settings are unknown, so it is compared with no base here."""
-
-    endpoint: Endpoint
-    quantised: ClassVar[bool] = False
-    base: ClassVar[str | None] = None
-    protocol: ClassVar[ProtocolName] = "card"
-    how: ClassVar[LoadOptions] = LoadOptions("served", "unknown", "served", "unknown", "unknown")
-
-    @property
-    def model(self) -> Model:
-        """Return its identity in rows of results."""
-        return served_identity(self.endpoint.url, self.endpoint.model)
-
-    @property
-    def thinking(self) -> bool:
-        """Return whether it is asked to think; without a request its server decides."""
-        return self.endpoint.thinking is True
-
-    def generation(self, thinking: bool) -> str:
-        """Return a phrase on how answers are generated, as far as the server follows the request."""
-        if thinking:
-            return f"sampled by the server's own settings, seed {SEED} where it takes it"
-        return "greedy, repetition penalty 1 where the server takes it"
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """Return everything of it that an answer depends on, as far as it is known."""
-        key = {"endpoint": self.endpoint.url, "model": self.endpoint.model, PENALTY: 1}
-        asked = self.endpoint.thinking
-        return key if asked is None else {**key, "enable_thinking": asked}
-
-    def unload(self) -> None:
-        """Free nothing: no weights are loaded here."""
-
-    def respond(self, items: Sequence[Item], requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
-        """Yield answers as they arrive, each with its place among the items.
-
-        Raises:
-            UsageError: a request to score continuations of a chat, before any request is sent; or the server
-                gives no log probabilities.
-            QwenqError: the server refused, or did not answer.
-        """
-        for item, request in zip(items, requests, strict=True):
-            if isinstance(request, Choose) and not isinstance(request.prompt, str):
-                raise UsageError(
-                    "this protocol scores continuations of a chat, which no server does",
-                    where=item.id,
-                    hint="use another protocol, or a task with generated answers: gsm8k, humaneval",
-                )
-        what = f"{self.endpoint.model} served at {self.endpoint.url}"
-        for index, reply in self.endpoint.ask_all(requests):
-            yield index, replace(reply, how=f"{what}, {reply.how}" if reply.how else what)
-
-
-def open_served(
-    url: str, name: str | None, how: LoadOptions, concurrency: int | None, listener: Listener
-) -> RemoteModel:
-    """Open the model behind an endpoint; the key is that of OPENAI_API_KEY."""
-    key = os.environ.get("OPENAI_API_KEY")
-    found = endpoint_at(url, name, key, concurrency or CONCURRENCY, listener)
-    if how.thinking == "auto":
-        listener(
-            Notice("whether this model thinks, its server decides; --thinking on or off asks for one of them")
-        )
-        return RemoteModel(replace(found, thinking=None))
-    return RemoteModel(replace(found, thinking=how.thinking == "on"))
 
 
 EvalModel = LocalModel | RemoteModel

@@ -189,7 +189,7 @@ def _facts(
         "seq_len": length,
         "text": text.name,
         "text_fingerprint": text.fingerprint,
-        "dtype": eval_model.how.dtype,
+        "dtype": eval_model.settings["dtype"],
     }
     if switch is not None:
         point |= {name: "on" if on else "off" for name, on in asdict(switch).items()}
@@ -200,9 +200,7 @@ def _facts(
         "unit": "ratio",
         "implementation": engine.implementation,
         "settings": {
-            "device": eval_model.how.device,
-            "attention": eval_model.how.attention,
-            "kernel": eval_model.how.kernel,
+            **{name: eval_model.settings[name] for name in ("device", "attention", "kernel")},
             "interval": "Student's t over windows",
             "trained_length": context.seq_length if context is not None else engine.context,
         },

@@ -17,8 +17,10 @@ from qwenq.evals.task import MAIN, Judged, Score
 from qwenq.events import Listener, Notice
 from qwenq.models.folders import MANIFEST
 from qwenq.models.integrity import verify_files
+from qwenq.recipe import quantize_command
 from qwenq.results import RESULTS_FILE, Model, Row, Value, append_row, read_rows, require_readable
 from qwenq.statistics import RESAMPLES, SEED, Accuracy, macro_accuracy, micro_accuracy
+from qwenq.storage import read_json
 
 # Make rows of scores, each compared with the base's.
 
@@ -135,7 +137,7 @@ def base_row(run: Path, eval_model: EvalModel, plan: TaskPlan) -> Row | str | No
         for row in rows
         if (row.status, row.model.family, row.point) == wanted and isinstance(row.details.get("items"), dict)
     }
-    base = choose_base(found, eval_model.how.dtype)
+    base = choose_base(found, eval_model.settings["dtype"])
     if base is not None or not rows or point in [row.point for row in rows]:
         return base
     last = rows[-1].point
@@ -168,18 +170,17 @@ UNITS = {"kl": "nats/token", "same_top": "share", "perplexity.ratio": "ratio"}
 def has_check(folder: Path) -> bool:
     """Return whether the folder has a manifest with a check; one of random weights has none."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return isinstance(read_json(folder / MANIFEST).get("check"), dict)
+    except (CorruptFileError, OSError):
         return False
-    return isinstance(manifest, dict) and isinstance(manifest.get("check"), dict)
 
 
-def append_check_rows(folder: Path, model: Model, run: Path, command: str = "") -> list[Row]:
+def append_check_rows(folder: Path, model: Model, run: Path) -> list[Row]:
     """Return the rows of a quantised model's check, and append those that the run folder does not have.
 
-    The run folder has to be locked (``storage.locked``); ``command`` is what quantised the model, if known.
+    The run folder has to be locked (``storage.locked``).
     """
-    rows = _sound_rows(folder / MANIFEST, model, command)
+    rows = _sound_rows(folder / MANIFEST, model)
     known = read_rows(run) if (run / RESULTS_FILE).exists() else []
     missing = [row for row in rows if not any(_same_row(other, row) for other in known)]
     if missing:
@@ -205,7 +206,7 @@ def record_checks(named: Iterable[tuple[str | None, Model]], run: Path, listener
     return rows
 
 
-def _check_rows(manifest: dict[str, Any], model: Model, command: str) -> Iterator[Row]:
+def _check_rows(manifest: dict[str, Any], model: Model, folder: str) -> Iterator[Row]:
     """Yield KL with the errors of the modules, same top token, and perplexity as a ratio to the base's."""
     check, calibration = manifest["check"], manifest["calibration"]
     point: dict[str, Value] = {
@@ -227,7 +228,7 @@ def _check_rows(manifest: dict[str, Any], model: Model, command: str) -> Iterato
             reason = "not finite"
             yield Row(metric, model, point, None, unit, status="failed", reason=reason, **common)
             continue
-        details = {"command": command} if command else {}
+        details: dict[str, Any] = {"command": quantize_command(manifest["recipe"], folder)}
         details |= _details_of_kl(manifest) if metric == "kl" else {}
         bounds = (found["low"], found["high"])
         yield Row(metric, model, point, found["value"], unit, *bounds, details=details, **common)
@@ -236,10 +237,10 @@ def _check_rows(manifest: dict[str, Any], model: Model, command: str) -> Iterato
 _UNSOUND = ArithmeticError, AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError
 
 
-def _sound_rows(path: Path, model: Model, command: str) -> list[Row]:
+def _sound_rows(path: Path, model: Model) -> list[Row]:
     """Return the rows, once they are known to be readable: others would make the run folder unreadable."""
     try:
-        rows = list(_check_rows(json.loads(path.read_text(encoding="utf-8")), model, command))
+        rows = list(_check_rows(json.loads(path.read_text(encoding="utf-8")), model, path.parent.name))
         for row in rows:
             require_readable(row)
     except _UNSOUND as error:

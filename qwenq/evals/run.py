@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import DataError, StorageError
-from qwenq.evals.answer_log import AnswerLog, AnswerRecord, cost, name_of, split_by_cost
-from qwenq.evals.answering import generate_answers, score_choices
-from qwenq.evals.batching import (
-    ChoiceTokens,
-    RequestTokens,
-    WriteTokens,
-    budget_for,
-    encode_requests,
-    limited,
-    questions_hash,
-    request_hash,
-    require_context,
-)
+from qwenq.evals.answer_log import AnswerLog, AnswerRecord
+from qwenq.evals.batching import prompt_text, questions_hash, request_hash
 from qwenq.evals.endpoint import Reply
-from qwenq.evals.model import EvalModel, LocalModel, RemoteModel
+from qwenq.evals.model import EvalModel
 from qwenq.evals.sandbox.run import Outcome, Program, Sandbox, run_programs
-from qwenq.evals.task import Answer, Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
+from qwenq.evals.task import Choose, Chosen, DataSource, Item, Judgement, Request, Task, Written, final_answer
 from qwenq.events import Advance, Finish, Listener, Start, silent
-from qwenq.runtime.sampling import GREEDY
 from qwenq.stopping import finishing
 
 
@@ -48,7 +36,7 @@ class TaskPlan:
 
     def request(self, item: Item) -> Request:
         """Return the request for an item, with this plan's limit."""
-        return limited(self.task.request(item), self.max_new_tokens)
+        return self.task.request(item, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -104,7 +92,6 @@ def answer(
 
     Args:
         run: the run folder, which has to be locked (``storage.locked``).
-        listener: receives progress.
         batch: rows at once; None: what fits.
         sandbox: runs the programs of tasks that need it.
         team: further processes that ask a share, each in ``answer_share``; this one is rank 0.
@@ -156,12 +143,13 @@ def _ask(
     team: Team,
 ) -> None:
     """Ask this rank's share of these items, and record each answer."""
-    shares = split_by_cost([cost(plan.request(item)) for item in items], team.world)
-    mine = [items[index] for index in shares[team.rank]]
-    requests = [plan.request(item) for item in mine]
+    requests = [plan.request(item) for item in items]
+    costliest_first = sorted(range(len(items)), key=lambda index: -cost(requests[index]))
+    share = sorted(costliest_first[team.rank :: team.world])
+    mine, requests = [items[index] for index in share], [requests[index] for index in share]
     if not mine:
         return
-    replies = _replies(eval_model, plan, mine, requests, batch)
+    replies = eval_model.respond(mine, requests, batch, plan.thinking)
     with finishing("the items under way are recorded"):
         for together in replies:
             made = [_judged(plan, mine[index], requests[index], reply) for index, reply in together]
@@ -170,8 +158,20 @@ def _ask(
                 listener(Advance(step_name(eval_model, plan), result=record.correct))
 
 
+CHARACTERS_A_TOKEN = 4  # roughly: shares need not be exact
+DECODE_COST = 8  # a new token, in tokens of a prompt: these go through the model together
+
+
+def cost(request: Request) -> int:
+    """Return the rough cost of a request, in tokens of a prompt."""
+    prompt = len(prompt_text(request.prompt)) // CHARACTERS_A_TOKEN
+    return prompt + (
+        len(request.choices) if isinstance(request, Choose) else DECODE_COST * request.max_new_tokens
+    )
+
+
 def _judged(plan: TaskPlan, item: Item, request: Request, reply: Reply) -> AnswerRecord:
-    """Judge an answer; without a verdict where the sandbox gives it, or the right answer is not published.
+    """Judge an answer; without a verdict where the sandbox gives it.
 
     A chat model's thoughts are recorded, but not judged.
     """
@@ -186,7 +186,7 @@ def _judged(plan: TaskPlan, item: Item, request: Request, reply: Reply) -> Answe
         prompt_tokens=reply.prompt_tokens,
         implementation=reply.how,
         extracted=judgement.extracted,
-        correct=judgement.correct if judgement.known and not plan.task.needs_sandbox else None,
+        correct=None if plan.task.needs_sandbox else judgement.correct,
         also=dict(judgement.also),
         note=judgement.note,
     )
@@ -211,58 +211,10 @@ def answer_log_key(eval_model: EvalModel, plan: TaskPlan) -> dict[str, object]:
     }
 
 
-def answer_log_name(eval_model: EvalModel, plan: TaskPlan) -> str:
-    """Return the name of the records' file without its suffix."""
-    return name_of(_title(eval_model, plan), answer_log_key(eval_model, plan))
-
-
-def _title(eval_model: EvalModel, plan: TaskPlan) -> str:
-    model = eval_model.model
-    return f"{model.name}.{model.precision}.{plan.task.name}.{plan.task.protocol}"
-
-
 def _log(eval_model: EvalModel, plan: TaskPlan, run: Path, team: Team) -> AnswerLog:
-    return AnswerLog(run, _title(eval_model, plan), answer_log_key(eval_model, plan), team.rank)
-
-
-def _replies(
-    eval_model: EvalModel,
-    plan: TaskPlan,
-    items: Sequence[Item],
-    requests: Sequence[Request],
-    batch: int | None,
-) -> Iterator[list[tuple[int, Reply]]]:
-    """Return an iterator of answers in batches; the model is loaded when this returns."""
-    if isinstance(eval_model, RemoteModel):
-        return ([response] for response in eval_model.respond(items, requests))
-    encoded = encode_requests(eval_model.tokenizer, items, requests)
-    require_context(encoded, eval_model.engine.context)  # before the first is asked
-    return _generated(eval_model, encoded, batch, plan.thinking)
-
-
-def _generated(
-    eval_model: LocalModel, encoded: Sequence[RequestTokens], batch: int | None, thinking: bool
-) -> Iterator[list[tuple[int, Reply]]]:
-    """Yield answers and their places: letters first, a batch at a time, then texts, one by one."""
-    engine, tokenizer = eval_model.engine, eval_model.tokenizer
-    letters = {i: one for i, one in enumerate(encoded) if isinstance(one, ChoiceTokens)}
-    texts = {i: one for i, one in enumerate(encoded) if isinstance(one, WriteTokens)}
-
-    def reply(index: int, answer: Answer) -> tuple[int, Reply]:
-        return index, Reply(answer, len(encoded[index].prompt), engine.implementation)
-
-    if letters:
-        places = list(letters)
-        for found in score_choices(engine, list(letters.values()), budget_for(engine, batch)):
-            yield [reply(places[place], chosen) for place, chosen in found]
-    if texts:
-        places = list(texts)
-        budgets = budget_for(engine, batch, decode=True), budget_for(engine, batch)
-        sampling = eval_model.sampling[0] if thinking else GREEDY
-        for place, written in generate_answers(
-            engine, tokenizer, list(texts.values()), tokenizer.eos_ids, *budgets, sampling
-        ):
-            yield [reply(places[place], written)]
+    model, task = eval_model.model, plan.task
+    title = f"{model.name}.{model.precision}.{task.name}.{task.protocol}"
+    return AnswerLog(run, title, answer_log_key(eval_model, plan), team.rank)
 
 
 def _run_pending(

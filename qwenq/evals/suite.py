@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,22 +16,20 @@ from qwenq.distributed import ALONE, Team
 from qwenq.environment import MACHINE, environment, machine
 from qwenq.errors import DataError, UsageError
 from qwenq.evals.answer_log import FOLDER
+from qwenq.evals.endpoint import RemoteModel, open_served
 from qwenq.evals.model import (
     MAX_NEW_TOKENS,
     EvalModel,
     LoadOptions,
     LocalModel,
-    RemoteModel,
     assign_bases,
     bases_first,
     open_eval_model,
-    open_served,
 )
 from qwenq.evals.rows import base_row, cut_notice, record_checks, rows_of
-from qwenq.evals.run import Answers, TaskPlan, answer, answer_log_name, answer_share, make_plan
+from qwenq.evals.run import Answers, TaskPlan, answer, answer_share, make_plan
 from qwenq.evals.sandbox.run import Sandbox, find_sandbox, run_programs
 from qwenq.evals.task import MAIN, DataSource, ProtocolName
-from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
 from qwenq.events import Advance, Listener, Notice, Start
 from qwenq.models.folders import local_path
@@ -68,7 +67,7 @@ def plan_for(eval_model: EvalModel, plan: TaskPlan, chosen: EvalRecipe) -> TaskP
     """Return the plan for this model: whether it thinks, and the limit of answers."""
     wanted = chosen.max_new_tokens
     limit = wanted.get(plan.task.name) if isinstance(wanted, Mapping) else wanted
-    thinking = eval_model.thinking and plan.task.protocol == "card"
+    thinking = plan.task.protocol == "card" and bool(eval_model.thinking)
     limit = MAX_NEW_TOKENS if thinking and limit is None else limit
     return replace(plan, thinking=thinking, max_new_tokens=limit)
 
@@ -99,7 +98,8 @@ def open_and_evaluate(
     opened: list[EvalModel]
     if isinstance(models, tuple):
         url, name = models
-        opened = [open_served(url, name, how, batch, listener)]
+        key = os.environ.get("OPENAI_API_KEY")
+        opened = [open_served(url, name, key, how.thinking, batch, listener)]
     else:
         local = [open_eval_model(name, how) for name in models]
         for notice in dict.fromkeys(notice for one in local for notice in one.notices):
@@ -131,7 +131,6 @@ def evaluate(
         command: as the user typed it, for the rows.
         team: further processes that ask a share, each in ``_evaluate_share``; this one is rank 0.
         batch: rows at once; None: as many as fit.
-        unsafe_code: run programs without a sandbox.
     """
     order = bases_first(eval_models)
     plans = _plans(order, chosen)
@@ -165,8 +164,6 @@ def evaluate(
                 for line in cut_notice(plan, answers):
                     listener(Notice(f"{eval_model.model.label}: {line}"))
                 rows += _append_rows(eval_model, plan, answers, batch, run, sandbox, command)
-                if name == "ceval-test":
-                    listener(Notice(_write_submission(eval_model, plan, answers, run)))
             eval_model.unload()
     return rows
 
@@ -246,21 +243,16 @@ def _append_rows(
     sandbox: Sandbox | None,
     command: str,
 ) -> list[Row]:
-    how = eval_model.how
     settings: dict[str, Any] = {
-        "dtype": how.dtype,
-        "device": how.device,
-        "engine": how.engine,
-        "attention": how.attention,
-        "kernel": how.kernel,
+        **eval_model.settings,
         "generation": eval_model.generation(plan.thinking),
         "asked": "generation" if answers.written else "logits",
         MACHINE: machine(environment()),
     }
-    if (kind := _thinking(eval_model, plan)) is not None:
-        settings["thinking"] = kind
+    if plan.task.protocol == "card" and eval_model.thinking is not None:
+        settings["thinking"] = "on" if eval_model.thinking else "off"
     if not answers.recorded:  # records do not hold the batch size
-        served = eval_model.endpoint.concurrency if isinstance(eval_model, RemoteModel) else None
+        served = eval_model.concurrency if isinstance(eval_model, RemoteModel) else None
         settings["batch"] = served or batch or "auto"
     if plan.task.needs_sandbox and sandbox is not None:
         settings["sandbox"] = "; ".join(answers.sandboxes) or sandbox.implementation
@@ -268,30 +260,3 @@ def _append_rows(
     for row in rows:
         append_row(run, row)
     return rows
-
-
-def _thinking(eval_model: EvalModel, plan: TaskPlan) -> str | None:
-    """Return ``on`` or ``off`` where a chat model has that choice; None where a server decides."""
-    if plan.task.protocol != "card":
-        return None
-    if isinstance(eval_model, RemoteModel):
-        asked = eval_model.endpoint.thinking
-        return None if asked is None else "on" if asked else "off"
-    if eval_model.tokenizer.thinking == "never":
-        return None
-    return "on" if plan.thinking else "off"
-
-
-def _write_submission(eval_model: EvalModel, plan: TaskPlan, answers: Answers, run: Path) -> str:
-    """Write the file for C-Eval's leaderboard, as the test split has no published answers; return a notice.
-
-    It is named as its records are, so that no other answers overwrite it, nor a part of them the whole.
-    """
-    asked, all_ = len(answers.judged), ceval.TEST.total or 0
-    ending = "part.json" if asked < all_ else "json"
-    path = run / f"ceval-submission.{answer_log_name(eval_model, plan)}.{ending}"
-    atomic_write_json(path, ceval.submission(answers.judged))
-    if asked < all_:
-        part = f"answers to {asked:,} of the {all_:,} questions of C-Eval's test split"
-        return f"{part}; the leaderboard needs all of them: {path}"
-    return f"the answers to C-Eval's test split, for its leaderboard: {path}"

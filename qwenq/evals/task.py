@@ -105,7 +105,6 @@ class Judgement:
     # further verdicts by metric name, such as ``published`` or ``flexible``
     also: Mapping[str, bool] = field(default_factory=dict)
     note: str | None = None  # a reason, such as the sandbox's verdict on a program
-    known: bool = True  # whether the right answer is published; else ``correct`` means nothing
 
 
 @dataclass(frozen=True)
@@ -222,7 +221,6 @@ class Task:
     choices: str = ""
     average: Callable[[Judged], list[Score]] = score_all  # scores, the main one first
     subjects: Collection[str] = ()  # all of the benchmark's; empty: it has none
-    comment: Callable[[Sequence[Item]], list[str]] = lambda items: []  # further notices on a set of items
     # the sandbox's program for an item and the extracted code; None: nothing has to be run
     program: Callable[[Item, str], Program] | None = None
     # the benchmark's own solution of an item, where there are programs
@@ -249,8 +247,8 @@ class Task:
             )
         return self.load(source, tuple(subjects), wanted)
 
-    def request(self, item: Item) -> Request:
-        """Return the request for an item."""
+    def request(self, item: Item, max_new_tokens: int | None = None) -> Request:
+        """Return the request for an item; without a limit of new tokens the task's own."""
         question = self.question if item.shots or not self.alone else self.alone
         shown = "".join(self._filled(self.shot, row, item) for row in item.shots)
         text = self._filled(self.header, {}, item) + shown + self._filled(question, item.data, item)
@@ -261,7 +259,7 @@ class Task:
         if self.choices:
             letters = letters_of(item.data)
             return Choose(prompt, tuple(self.choices.format(letter=letter) for letter in letters))
-        return Write(prompt, self.max_new_tokens, self.until)
+        return Write(prompt, max_new_tokens or self.max_new_tokens, self.until)
 
     def _filled(self, template: str, row: Mapping[str, str], item: Item) -> str:
         found = self.fill(row) if row else row
@@ -274,12 +272,12 @@ class Task:
         return self.average(judged) if judged else []
 
     def notes(self, items: Sequence[Item]) -> list[str]:
-        """Return notices on these items: of a part of the subjects, and the task's own."""
+        """Return a notice where these items are of a part of the subjects."""
         covered = {item.subject for item in items} & set(self.subjects)
         if not covered or len(covered) == len(self.subjects):
-            return self.comment(items)
+            return []
         some = f"{len(covered)} of the {len(self.subjects)} subjects of {self.name}"
-        return [f"{some}: not comparable with a score over all of them", *self.comment(items)]
+        return [f"{some}: not comparable with a score over all of them"]
 
 
 def letters_of(row: Mapping[str, str]) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from qwenq.compute.columns import Block, fit_scale, move_columns
-from qwenq.gptq.grid import Grid, Rounded
+from qwenq.compute.grid import Grid, Rounded
 
 SWEEPS = 2  # each one gains less than the one before it
 MOVED = 128  # columns of a wider group that are moved before the rest of the group's gradients are updated

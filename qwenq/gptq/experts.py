@@ -13,7 +13,7 @@ worth on real activations: reports/benchmarks/quantize_moe.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,35 +29,35 @@ SAMPLE = (
 )
 
 
-@dataclass(frozen=True)
-class ExpertInput:
-    """The input of a group of an expert's linears."""
-
-    inputs: Sequence[Tensor]  # this rank's activations by batch, [rows, in] each; some may have no row
-    routed: Sequence[Routed]  # which tokens they are, by batch
-    references: Sequence[Tensor]  # the same of the original model; empty without asymmetric calibration
-    reference_routed: Sequence[Routed]  # likewise
-
-
 def measure_expert(
-    given: ExpertInput, weights: Sequence[Tensor], pooled: Callable[[int], Tensor], team: Team
+    inputs: Sequence[Tensor],
+    routed: Sequence[Routed],
+    references: Sequence[Tensor],
+    reference_routed: Sequence[Routed],
+    weights: Sequence[Tensor],
+    pooled: Callable[[int], Tensor],
+    team: Team,
 ) -> tuple[Tensor, Deviation | None, int]:
     """Return the Hessian, the deviation and the number of tokens of an expert; all ranks get the same.
 
     Args:
-        given: the input of the linears.
-        weights: float32 [rows, in] of each linear.
+        inputs: this rank's activations by batch, [rows, in] each; some may have no row.
+        routed: which tokens they are, by batch.
+        references, reference_routed: the same of the original model; empty without asymmetric calibration.
+        weights: float32 [rows, in] of each linear that reads them.
         pooled: called with a step in tokens: the Hessian over every such token of the block.
         team: the ranks that share the batches.
     """
     width = weights[0].shape[1]
-    shared = [_shared_rows(given, batch) for batch in range(len(given.references))]
-    pairs = [(given.inputs[at][mine], given.references[at][other]) for at, (mine, other) in enumerate(shared)]
+    pairs = []  # tokens that both streams route to the expert
+    for at, reference in enumerate(references):
+        mine, other = routed[at].rows, reference_routed[at].rows
+        pairs.append((inputs[at][torch.isin(mine, other)], reference[torch.isin(other, mine)]))
     counts = torch.tensor(
         [
-            sum(len(x) for x in given.inputs),
+            sum(len(x) for x in inputs),
             sum(len(x) for x, _ in pairs),
-            sum(len(routed.hidden) for routed in given.routed),
+            sum(len(each.hidden) for each in routed),
         ],
         device=weights[0].device,
     )
@@ -66,15 +66,9 @@ def measure_expert(
     pull = width * PULL
     H = pooled(max(1, all_tokens // (SAMPLE * width))) * (pull / (own + pull))
     if own:
-        H.add_(_hessian(given.inputs, team), alpha=own / (own + pull))
+        H.add_(_hessian(inputs, team), alpha=own / (own + pull))
     deviation = _deviation(pairs, weights, paired / (own + pull), team) if paired else None
     return H, deviation, own
-
-
-def _shared_rows(given: ExpertInput, batch: int) -> tuple[Tensor, Tensor]:
-    """Return masks of a batch's rows, in both streams, that are the same tokens."""
-    mine, other = given.routed[batch].rows, given.reference_routed[batch].rows
-    return torch.isin(mine, other), torch.isin(other, mine)
 
 
 def _deviation(

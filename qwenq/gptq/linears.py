@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwenq.compute.grid import Grid, round_to_nearest
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import QuantisationError
 from qwenq.gptq.asymmetric import Deviation, shift_targets
-from qwenq.gptq.grid import Grid, search_grid
 from qwenq.gptq.settings import Settings
 from qwenq.gptq.solver import DampedHessian, damp_hessian, order_by_diagonal, output_error, solve
 
@@ -60,7 +60,6 @@ def quantise_group(
         weights: name → [out, in] float32; all with the same ``in``.
         H: [in, in] float32, their common Hessian; changed in place (damping).
         deviation: of their inputs from the original model's; None: there is none.
-        settings: GPTQ's.
         team: its ranks solve a share of the rows each, and all get the result.
 
     Raises:
@@ -202,8 +201,7 @@ def _solve_tile(
     )  # fmt: skip
     figures = torch.zeros(W.shape[0], 4, device=W.device)
     figures[:, 0] = rounded.errors
-    plain = search_grid(W, H.diagonal(), bits, group_size, sym=sym, search="none")
-    figures[:, 1] = output_error(W, plain.values(plain.integers(W)), H)
+    figures[:, 1] = output_error(W, round_to_nearest(W, bits, group_size, sym=sym), H)
     some = W[measured]
     of_some = Grid(bits, group_size, grid.scales[measured], grid.zeros[measured])
     figures[measured, 2] = output_error(some, of_some.values(rounded.integers[measured]), H)

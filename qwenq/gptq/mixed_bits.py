@@ -25,12 +25,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from qwenq.compute.grid import round_to_nearest
 from qwenq.events import Listener, counted, silent
-from qwenq.gptq.grid import search_grid
-from qwenq.gptq.sequential import Hook, hooked
 from qwenq.gptq.settings import Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.gptq_config import engine_layer, packed_bytes
+from qwenq.models.transformers_model import Hook, hooked
 from qwenq.stopping import stop_here
 from qwenq.storage import atomic_write_json
 
@@ -200,12 +200,9 @@ def measure(
     that decide the result, is gone on with.
 
     Args:
-        decoder: of the base.
         tokens: int64 [sequences, tokens], from ``sample_of``.
         settings: group size, symmetry and scale search.
-        groups: from ``groups_of``.
         file, facts: what is kept, and of what.
-        listener: receives the progress.
     """
     known, layers = _read(file, facts), range(len(decoder.names))
     if not {_key(group) for group in groups} <= known.keys():
@@ -254,7 +251,7 @@ def _run_with_each_rounded(
     with decoder.block(index) as block:
         squares: dict[str, Tensor] = {}
         linears = {name: block.get_submodule(name) for group in groups for name in group.modules}
-        with hooked(block, lambda name: _squares(squares, name) if name in linears else None):
+        with hooked(linears, lambda name: _squares(squares, name)):
             output = decoder.forward(block, hidden)
         rounded = []
         for group in groups:
@@ -263,8 +260,11 @@ def _run_with_each_rounded(
                 full = decoder.checkpoint.read(f"{decoder.names[index]}.{name}.weight")
                 weight = full.to(decoder.device, torch.float32)
                 importance = squares.get(name, weight.new_ones(weight.shape[1]))
-                nearest = _nearest(weight, importance, settings).to(decoder.dtype)
-                linears[name].weight = nn.Parameter(nearest, requires_grad=False)
+                nearest = round_to_nearest(
+                    weight, FEW, settings.group_size, sym=settings.sym, search=settings.scale_search,
+                    importance=importance,
+                )  # fmt: skip
+                linears[name].weight = nn.Parameter(nearest.to(decoder.dtype), requires_grad=False)
             rounded.append(decoder.forward(block, hidden))
             for name, stored in plain.items():
                 linears[name].weight = stored
@@ -280,13 +280,6 @@ def _squares(found: dict[str, Tensor], name: str) -> Hook:
             found[name] = rows.float().square().mean(0)
 
     return hook
-
-
-def _nearest(weight: Tensor, importance: Tensor, settings: Settings) -> Tensor:
-    """Round a weight [out, in] to nearest in 4 bits, on the grid that GPTQ would take."""
-    size = weight.shape[1] if settings.group_size == -1 else settings.group_size
-    grid = search_grid(weight, importance, FEW, size, sym=settings.sym, search=settings.scale_search)
-    return grid.values(grid.integers(weight))
 
 
 def _divergences(decoder: BlockwiseDecoder, base: Tensor, streams: Sequence[Tensor]) -> list[float]:

@@ -13,22 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from qwenq.calibration.sequences import check_vocabulary
+from qwenq.compute import cpu
 from qwenq.compute.columns import fallback_reason
-from qwenq.compute.products import unsupported_reason
 from qwenq.distributed import ALONE, Team
 from qwenq.errors import ModelError, QuantisationError, UnsupportedError, UsageError
 from qwenq.gptq.asymmetric import measure_deviation
-from qwenq.gptq.experts import ExpertInput, measure_expert
+from qwenq.gptq.experts import measure_expert
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.linears import ModuleStats, QuantisedLinear, quantise_group
-from qwenq.gptq.sequential import Routing, run_sequential, shared_inputs
+from qwenq.gptq.sequential import Residuals, Routing, residual_sources, run_sequential, shared_inputs
 from qwenq.gptq.settings import UNQUANTISED, Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.gptq_format import PackedLinear, dequantise, pack
 from qwenq.models.machine import resolve_device
 from qwenq.models.opening import open_model
-from qwenq.models.pad_ffn import widened
 from qwenq.models.quantized_folder import LayerStore
 from qwenq.models.transformers_model import Expert, Routed
 from qwenq.stopping import Terminated, asked, finishing
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
     from qwenq.recipe import Recipe
 
-ALGORITHM = 12  # raise it when the same settings give other integers: unfinished runs are then not resumed
+ALGORITHM = 13  # raise it when the same settings give other integers: unfinished runs are then not resumed
 TOKENS_PER_BATCH = 2048  # enough for full GEMM speed; few enough that a batch's activations stay small
 LAYER_IS_STORED = "this layer is on the disk"
 
@@ -105,7 +104,7 @@ def how_summed(dtype: torch.dtype, device: torch.device, team: Team) -> str:
     """Return the way that Hessians are summed, as the last bits depend on it: exact, torch or compiled."""
     if team.launched:
         return "exact"
-    return "torch" if unsupported_reason(dtype, device) else "compiled"
+    return "torch" if cpu.unsupported_input(device, dtype) else "compiled"
 
 
 def how_solved(settings: Settings, device: torch.device) -> str:
@@ -132,9 +131,7 @@ def quantise_layers(
     """Quantise every block into ``store``, each with the inputs that the quantised blocks before it produce.
 
     Args:
-        decoder: the model, block by block.
         tokens: int64 [samples, seq_len], no padding.
-        settings: GPTQ's.
         store: of rank 0, None on others. Layers that it has are not solved again; their forward pass is run.
         on_layer: called after each layer, on rank 0.
         team: the ranks: each runs a share of the batches, and solves a share of the rows.
@@ -186,6 +183,8 @@ class _Streams:
     # linears of a block that read the same tensor, found on the first block of a kind: by the names of its
     # linears and their bits
     groups: dict[tuple[tuple[str, int], ...], list[list[str]]] = field(default_factory=dict)
+    # likewise, ``residual_sources``
+    residuals: dict[tuple[tuple[str, int], ...], dict[str, str]] = field(default_factory=dict)
 
 
 def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings, team: Team) -> _Streams:
@@ -224,9 +223,13 @@ class _Layer:
             groups = shared_inputs(self._block, self._forward, sample, bits_of)
             self._require_run(groups)
             streams.groups[kind] = [names for names in groups if bits_of(names[0]) < UNQUANTISED]
+            streams.residuals[kind] = (
+                residual_sources(self._block, self._forward, sample) if streams.original else {}
+            )
         streams.quantised, streams.original = run_sequential(
-            self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original
-        )
+            self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original,
+            streams.residuals[kind],
+        )  # fmt: skip
 
     def _require_run(self, groups: list[list[str]]) -> None:
         """Refuse a block that leaves one of its linears out: that would stay as it is, and nothing say so."""
@@ -255,7 +258,12 @@ class _Layer:
         return self._decoder.forward(self._block, hidden)
 
     def solve(
-        self, names: Sequence[str], inputs: list[Tensor], reference: list[Tensor], routing: Routing
+        self,
+        names: Sequence[str],
+        inputs: list[Tensor],
+        reference: list[Tensor],
+        routing: Routing,
+        residuals: Residuals,
     ) -> dict[str, Tensor]:
         """Quantise the linears ``names``, whose common input is ``inputs``; return their new weights."""
         weights = {name: self._stored(name) for name in names}
@@ -263,12 +271,14 @@ class _Layer:
         tokens = None
         if routed:
             count = len(inputs)
-            given = ExpertInput(inputs, routed[:count], reference, routed[count:])
-            pool = partial(self._pooled, names[0], given.routed)
-            H, deviation, tokens = measure_expert(given, list(weights.values()), pool, self._team)
+            mine, other = routed[:count], routed[count:]
+            pool = partial(self._pooled, names[0], mine)
+            H, deviation, tokens = measure_expert(
+                inputs, mine, reference, other, list(weights.values()), pool, self._team
+            )
         else:
             H = hessian(inputs, self._team)
-            deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team)
+            deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team, residuals)
         try:
             own = replace(self._settings, bits=self._settings.bits_of(names[0]))
             results = quantise_group(weights, H, deviation, own, self._team)
@@ -335,7 +345,6 @@ def send_job(team: Team, decoder: BlockwiseDecoder, tokens: Tensor, settings: Se
     team.broadcast_object(
         {
             "model": decoder.checkpoint.fingerprint,
-            "ffn": decoder.checkpoint.config.get("intermediate_size"),
             "settings": asdict(settings),
             "dtype": str(decoder.dtype).removeprefix("torch."),
             "attention": [decoder.attention, decoder.attention_reason],
@@ -355,8 +364,6 @@ def run_rank(recipe: Recipe, team: Team, device: str = "auto") -> None:
     """
     job = team.broadcast_object()
     checkpoint = open_model(recipe.model, recipe.weights, recipe.quantize.seed)
-    if recipe.quantize.pad_ffn != "none":
-        checkpoint = widened(checkpoint, job["ffn"])
     if checkpoint.fingerprint != job["model"]:
         raise ModelError(
             "the model here is not the one that rank 0 has",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from qwenq.compute.grid import ScaleSearch
 from qwenq.errors import UnsupportedError, UsageError
 from qwenq.gptq.coordinate_descent import SWEEPS
-from qwenq.gptq.grid import ScaleSearch
 from qwenq.models.block_shapes import AUTOMATIC_BITS
 from qwenq.models.gptq_config import CheckpointFormat
 from qwenq.models.shapes import GROUP_SIZES, fitting_group_sizes
@@ -42,13 +42,11 @@ class Settings:
     block_bits: tuple[tuple[str, int], ...] = ()
 
     @classmethod
-    def from_recipe(
-        cls, recipe: QuantizeRecipe, group_size: int = -1, module_bits: tuple[tuple[str, int], ...] = ()
-    ) -> Settings:
-        """Return the settings of a recipe, with what ``choose_group_size`` and ``module_bits`` chose."""
+    def from_recipe(cls, recipe: QuantizeRecipe, module_bits: tuple[tuple[str, int], ...] = ()) -> Settings:
+        """Return the settings of a recipe; the group size is chosen by the widths that these leave."""
         return cls(
             bits=recipe.bits,
-            group_size=group_size,
+            group_size=-1,
             sym=recipe.sym,
             act_order=recipe.act_order == "static",
             scale_search=recipe.scale_search,
@@ -91,7 +89,7 @@ def describe(settings: Settings) -> str:
             "symmetric" if settings.sym else "asymmetric (format gptq_v2, which some kernels do not load)",
             "act-order, static groups" if settings.act_order else "no act-order",
             searches[settings.scale_search],
-            f"asymmetric calibration {settings.asymmetric_calibration:g} (GPTAQ)"
+            f"asymmetric calibration {settings.asymmetric_calibration:g} (GPTAQ, LoaQ)"
             if settings.asymmetric_calibration
             else "no asymmetric calibration",
             f"coordinate descent, {SWEEPS} sweeps"
@@ -140,11 +138,6 @@ def every_linear(decoder: BlockwiseDecoder, settings: Settings) -> dict[str, nn.
     """Return the linears that are quantised in any block, by their names in it."""
     blocks = decoder.kinds.values()
     return {name: linear for block in blocks for name, linear in quantised_linears(block, settings).items()}
-
-
-def input_widths(linears: Mapping[str, nn.Linear]) -> dict[str, int]:
-    """Return the input width of every linear, by its name in a block."""
-    return {name: linear.in_features for name, linear in linears.items()}
 
 
 def kept_parameters(decoder: BlockwiseDecoder, settings: Settings) -> Iterator[dict[str, str]]:

@@ -19,6 +19,23 @@ AUTOMATIC_BITS = {r"^linear_attn\.": 8}
 ROW_PARALLEL = ("o_proj", "out_proj", "down_proj")
 """Modules that GPUs share along their inputs, each with whole groups; all others along their outputs."""
 
+
+def unshared_heads(gpus: int, heads: int, kv_heads: int, recurrent: Iterable[int]) -> list[str]:
+    """Return the kinds of heads that ``gpus`` GPUs cannot share; ``recurrent``: counts of linear attention.
+
+    Heads are split evenly; key/value heads, where there are fewer than GPUs, are replicated evenly.
+    """
+    found = [f"{heads} heads"] if heads % gpus else []
+    if kv_heads % gpus and gpus % kv_heads:
+        found.append(f"{kv_heads} key/value heads")
+    return found + [f"{count} heads of linear attention" for count in sorted(set(recurrent)) if count % gpus]
+
+
+def splits_groups(columns: int, group_size: int, gpus: int) -> bool:
+    """Return whether GPUs that share the inputs of a ``ROW_PARALLEL`` module would get parts of groups."""
+    return columns % gpus != 0 or (group_size != -1 and columns // gpus % group_size != 0)
+
+
 Tensors = tuple[tuple[str, tuple[int, ...]], ...]
 """Names, relative to the block, and shapes."""
 NOTHING: Tensors = ()

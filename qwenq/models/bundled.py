@@ -63,7 +63,7 @@ def bundled_model() -> Path:
     Safe for several processes at once: each converts into a folder of its own, and the first to finish
     gives it its name.
     """
-    folder = cache_folder() / "models" / f"{NAME}-{_LAYOUT}"
+    folder = _cached()
     if _is_whole(folder):
         return folder
     file = find_gguf()
@@ -76,9 +76,13 @@ def bundled_model() -> Path:
     return folder
 
 
+def _cached() -> Path:
+    return cache_folder() / "models" / f"layout-{_LAYOUT}" / NAME
+
+
 def require_bundled() -> None:
     """Require that ``bundled_model`` will find what it needs, without converting anything."""
-    if not (cache_folder() / "models" / f"{NAME}-{_LAYOUT}").is_dir():
+    if not _cached().is_dir():
         file = find_gguf()
         if importlib.util.find_spec("gguf") is None:
             raise UsageError("reading GGUF needs the package gguf", where=file, hint=INSTALL)

@@ -17,8 +17,6 @@ from qwenq.models.block_shapes import vision_parameters
 from qwenq.models.config import KNOWN_ARCHITECTURES
 from qwenq.models.qwen_v1 import qwen2_config
 from qwenq.models.shapes import ModelShape
-from qwenq.models.unsupported import refuse_by_name
-from qwenq.published import PublishedRow, published_rows
 
 BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
@@ -84,7 +82,6 @@ def entry(name: str) -> Entry:
     """Return the entry of a name or hub id; of another name, suggest the nearest ones."""
     found = find(name)
     if found is None:
-        refuse_by_name(name)
         raise UsageError(
             f"no model called {name!r} in the catalogue",
             where="MODEL",
@@ -112,12 +109,6 @@ def suggestions(name: str, count: int = 2, alike: float = 0.0) -> list[str]:
 def config_for(name: str) -> dict[str, Any]:
     """Return a config.json for a catalogue name (of Qwen v1 in the layout of Qwen2)."""
     return dict(entry(name).config)
-
-
-def published(name: str) -> list[PublishedRow]:
-    """Return the published figures of a model, one row a precision; empty where there are none."""
-    found = find(name)
-    return [row for row in published_rows() if found is not None and row.model in found.names]
 
 
 @cache

@@ -8,28 +8,26 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from qwenq.errors import UnsupportedError
-from qwenq.models.gptq_config import QuantConfig, patterns
+from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig, patterns
 from qwenq.models.gptq_format import check_symmetric_zeros, quantised_modules
-from qwenq.models.source import TensorInfo, TensorSource
+from qwenq.models.source import Part, PartsView, TensorInfo, TensorSource
 
 _NAMES = {"qweight": "weight_packed", "scales": "weight_scale", "g_idx": "weight_shape"}
 _BESIDE = re.compile(r"(^|\.)(visual|vision_tower|mtp)\.")
 _NOT_LINEAR = re.compile(r"(embed_tokens|norm\w*|conv1d)$")
 
 
-class CompressedTensorsView:
+class CompressedTensorsView(PartsView):
     """The tensors of a symmetric GPTQ checkpoint under the names of ``pack-quantized``."""
 
     def __init__(self, source: TensorSource, quant: QuantConfig) -> None:
-        self._source = source
-        self._modules = quantised_modules(source)
-        self._settings = {module: quant.of(module) for module in self._modules}
+        self._settings = {module: quant.of(module) for module in quantised_modules(source)}
         for module, own in self._settings.items():
             if not own.sym or own.desc_act:
                 raise UnsupportedError(
@@ -37,37 +35,28 @@ class CompressedTensorsView:
                     where=module,
                     hint="only symmetric weights in the order of the file have this form",
                 )
-        dropped = {f"{module}.qzeros" for module in self._modules}
-        renamed = {
-            f"{module}.{old}": f"{module}.{new}" for module in self._modules for old, new in _NAMES.items()
-        }
-        self._stored = {renamed.get(n, n): n for n in source.names() if n not in dropped}
-
-    def names(self) -> Iterable[str]:
-        """Return all names, in file order."""
-        return self._stored
+        parts = {}
+        for name in source.names():
+            module, _, part = name.rpartition(".")
+            if module not in self._settings or part not in LAYER_PARTS:
+                parts[name] = Part(name)
+            elif part != "qzeros":
+                parts[f"{module}.{_NAMES[part]}"] = Part(name, transposed=part != "g_idx")
+        super().__init__(source, parts)
 
     def info(self, name: str) -> TensorInfo:
         """Return shape and dtype from the headers."""
-        stored = self._source.info(self._stored[name])
-        if name.endswith(".weight_shape"):
-            return TensorInfo((2,), torch.int64)
-        if name.endswith((".weight_packed", ".weight_scale")):
-            return TensorInfo((stored.shape[1], stored.shape[0]), stored.dtype)
-        return stored
+        return TensorInfo((2,), torch.int64) if name.endswith(".weight_shape") else super().info(name)
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor in the form of ``pack-quantized``."""
         module, _, part = name.rpartition(".")
-        if module not in self._settings or part not in _NAMES.values():
-            return self._source.read(self._stored[name])
-        own = self._settings[module]
         if part == "weight_shape":
-            words, rows = self._source.info(f"{module}.qweight").shape
-            return torch.tensor([rows, words * 32 // own.bits])
+            words, rows = self.whole.info(f"{module}.qweight").shape
+            return torch.tensor([rows, words * 32 // self._settings[module].bits])
         if part == "weight_packed":
-            check_symmetric_zeros(self._source.read(f"{module}.qzeros"), module, own)
-        return self._source.read(self._stored[name]).t().contiguous()
+            check_symmetric_zeros(self.whole.read(f"{module}.qzeros"), module, self._settings[module])
+        return super().read(name)
 
     def settings(self) -> dict[str, Any]:
         """Return ``quantization_config``: a group of settings for each width and group size."""
@@ -101,8 +90,8 @@ class CompressedTensorsView:
         """Return patterns of linear layers that are not quantised."""
         plain = [
             name.removesuffix(".weight")
-            for name in self._source.names()
-            if name.endswith(".weight") and len(self._source.info(name).shape) == 2
+            for name in self.whole.names()
+            if name.endswith(".weight") and len(self.whole.info(name).shape) == 2
         ]
         beside = sorted({found[2] for name in plain if (found := _BESIDE.search(name))})
         inner = [
@@ -110,7 +99,7 @@ class CompressedTensorsView:
             for name in plain
             if not _BESIDE.search(name) and not _NOT_LINEAR.search(name) and name != "lm_head"
         ]
-        quantised = [_in_block(module) for module in self._modules]
+        quantised = [_in_block(module) for module in self._settings]
         rules = [f"re:{pattern}" for pattern in patterns(dict.fromkeys(inner), quantised)]
         return ["lm_head", *(f"re:.*{name}.*" for name in beside), *rules]
 

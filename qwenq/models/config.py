@@ -63,7 +63,11 @@ _COPY_AGAIN = "copy the model's config.json again"
 def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return how a Llama or Qwen model rotates its heads, in either spelling of config.json."""
     scaling, parameters = (config.get(key) or {} for key in ("rope_scaling", "rope_parameters"))
-    if scaling and parameters and _whole(scaling, config) != _whole(parameters, config):
+    left_out = {"rope_theta": config.get("rope_theta") or DEFAULT_THETA}
+    one, other = (
+        {**left_out, **rope, "rope_type": kind_of(rope), "type": None} for rope in (scaling, parameters)
+    )
+    if scaling and parameters and one != other:
         raise ModelError(
             "rope_scaling and rope_parameters of config.json say different things",
             hint="keep one of them, with rope_theta in it; transformers 5 writes rope_parameters",
@@ -76,8 +80,14 @@ def rope_parameters(config: Mapping[str, Any]) -> dict[str, Any]:
             hint=_COPY_AGAIN,
         )
     if kind_of(found) != "default":
-        whole = config.get("model_type") not in HYBRIDS
-        _check_scaling({"partial_rotary_factor": config.get("partial_rotary_factor"), **found}, whole=whole)
+        factor = found.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+        if config.get("model_type") not in HYBRIDS and factor not in (None, 1):
+            raise ModelError(
+                f"partial_rotary_factor {factor!r} of config.json: heads of a Llama or Qwen model are "
+                "rotated whole",
+                hint=_COPY_AGAIN,
+            )
+        _check_scaling(found)
     return found
 
 
@@ -86,19 +96,7 @@ def kind_of(rope: Mapping[str, Any]) -> Any:
     return rope.get("rope_type", rope.get("type", "default"))
 
 
-def _whole(rope: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """Add what the parameters leave out, and put their kind under one name."""
-    left_out = {"rope_theta": config.get("rope_theta") or DEFAULT_THETA}
-    return {**left_out, **rope, "rope_type": kind_of(rope), "type": None}
-
-
-def _check_scaling(rope: Mapping[str, Any], *, whole: bool) -> None:
-    if whole and rope["partial_rotary_factor"] not in (None, 1):
-        raise ModelError(
-            f"partial_rotary_factor {rope['partial_rotary_factor']!r} of config.json: heads of a Llama or "
-            "Qwen model are rotated whole",
-            hint=_COPY_AGAIN,
-        )
+def _check_scaling(rope: Mapping[str, Any]) -> None:
     for name in _POSITIVE & {name for name, value in rope.items() if value is not None}:
         value = rope[name]
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST:
@@ -136,10 +134,9 @@ def class_in_transformers(model_type: str) -> str | None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     found = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
-    return found if isinstance(found, str) and found.endswith(_CAUSAL) else None
+    return found if isinstance(found, str) and found.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
-_CAUSAL = ("ForCausalLM", "LMHeadModel")
 _HARMLESS_PRIVATE_KEYS = {"_name_or_path", "_model_name_or_path"}
 _HARMLESS_PRIVATE_VALUES: dict[type, set[str]] = {
     int: {"_sliding_window_pattern"},  # of Gemma 3
@@ -203,7 +200,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], list[str]]:
         try:
             rope_parameters(text)
         except ModelError as error:
-            raise ModelError(error.what, where=path, hint=error.hint) from None
+            error.where = str(path)
+            raise
     return config, notices
 
 
@@ -309,19 +307,20 @@ def check_architecture(config: dict[str, Any], path: Path) -> list[str]:
         return []
     supported = ", ".join(KNOWN_ARCHITECTURES)
     hint = f"supported model types: {supported}, and decoders that transformers has built in"
-    plain = model_type not in NOT_SUPPORTED_YET and missing_by_config(config, experts=False) is None
-    if plain and (built := class_in_transformers(model_type)):
+    missing = NOT_SUPPORTED_YET.get(model_type)
+    parts = missing_by_config(config)
+    if missing is None and parts is None and (built := class_in_transformers(model_type)):
         _refuse_other_use(config, path)
         return [
             f"{model_type} is none of the model types with a recipe here: its blocks are inspected as "
             f"transformers' {built} builds them, and --engine transformers runs it"
         ]
-    if model_type in NOT_SUPPORTED_YET:
-        what = f"{model_type} is not supported yet: {NOT_SUPPORTED_YET[model_type]} would have to be added"
+    if missing is not None:
+        what = f"{model_type} is not supported yet: {missing} would have to be added"
     elif "auto_map" in config:
         what = f"{model_type} can only be loaded by its own remote code, which is never run here"
-    elif missing := missing_by_config(config):
-        what = f"{model_type} is not supported yet: {missing}, at least, would have to be added"
+    elif parts is not None:
+        what = f"{model_type} is not supported yet: {parts}, at least, would have to be added"
     else:
         what = f"the model type {model_type!r} is unknown here"
     raise UnsupportedError(what, where=path, hint=hint)

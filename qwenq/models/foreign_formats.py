@@ -17,7 +17,7 @@ AutoRound writes AWQ's tensors or GPTQ's (``models.autoround``); the latter are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,10 @@ from torch import Tensor
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.autoround import METHODS, is_awq_packed, require_weights_only
 from qwenq.models.gptq_format import from_int32
-from qwenq.models.source import TensorInfo, TensorSource
+from qwenq.models.source import OTHER_MODEL, TensorInfo, TensorSource, WeightsView
 
 _AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 """Nibble of a word that holds column 0, 1, … of its eight."""
-_OTHER_MODEL = "config.json and the weights are not of one model: copy the folder again"
 _ONE_BYTE = {"int-quantized", "float-quantized", "naive-quantized"}
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -56,19 +55,12 @@ class ForeignFormat:
     activations: bool = False  # whether the engines that it was made for quantise activations, too
 
 
-class ForeignSource:
-    """A checkpoint of another tool that reads like a plain one: ``X.weight`` in place of what stands for it.
-
-    ``stored`` has the tensors as they lie in the files.
-    """
+class ForeignSource(WeightsView):
+    """A checkpoint of another tool that reads like a plain one; weights are rounded once, to ``dtype``."""
 
     def __init__(self, stored: TensorSource, found: ForeignFormat, dtype: torch.dtype) -> None:
-        self.stored, self.format, self._dtype = stored, found, dtype
-        first = f".{found.suffixes[0]}"
-        self.modules = [name.removesuffix(first) for name in stored.names() if name.endswith(first)]
-        self._module_of = {f"{module}.weight": module for module in self.modules}
-        parts = {f"{m}.{suffix}": f"{m}.weight" for m in self.modules for suffix in found.suffixes}
-        self._names = list(dict.fromkeys(parts.get(name, name) for name in stored.names()))
+        super().__init__(stored, found.suffixes)
+        self.format, self._dtype = found, dtype
 
     @property
     def notice(self) -> str:
@@ -79,21 +71,13 @@ class ForeignSource:
             f"{left_out if self.format.activations else ''}"
         )
 
-    def names(self) -> Iterable[str]:
-        """Return all names, in file order."""
-        return self._names
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype, without dequantising."""
-        if (module := self._module_of.get(name)) is None:
-            return self.stored.info(name)
+    def weight_info(self, module: str) -> TensorInfo:
+        """Return shape and dtype from the headers."""
         with _fitting(module):
             return TensorInfo(self.format.shape(self.stored, module), self._dtype)
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor; a quantised weight as [out, in], computed in float32 and rounded once."""
-        if (module := self._module_of.get(name)) is None:
-            return self.stored.read(name)
+    def weight(self, module: str) -> Tensor:
+        """Dequantise the weight of a module in float32."""
         with _fitting(module):
             return self.format.dequantise(self.stored, module).to(self._dtype)
 
@@ -107,7 +91,7 @@ def _fitting(module: str) -> Iterator[None]:
         raise ModelError(
             f"the tensors of this module do not fit each other: {error}",
             where=module,
-            hint=_OTHER_MODEL,
+            hint=OTHER_MODEL,
         ) from error
 
 
@@ -143,7 +127,7 @@ def open_foreign(config: Mapping[str, Any], source: TensorSource, where: Path) -
     opened = ForeignSource(source, found, torch.float32)
     if not opened.modules:
         raise ModelError(
-            f"config.json names {found.name}, and no tensor has that form", where=where, hint=_OTHER_MODEL
+            f"config.json names {found.name}, and no tensor has that form", where=where, hint=OTHER_MODEL
         )
     return opened
 
@@ -275,7 +259,7 @@ def _packed(schemes: list[dict[str, Any]], activations: bool) -> ForeignFormat:
             raise ModelError(
                 f"its weights have {bits} bits, and config.json has {', '.join(map(str, sorted(widths)))}",
                 where=module,
-                hint=_OTHER_MODEL,
+                hint=OTHER_MODEL,
             )
         values = unpack_int32(words, bits, columns).float()  # [out, in]
         scales = source.read(f"{module}.weight_scale").float()  # [out, groups]
@@ -316,7 +300,7 @@ def _eight_bits(scheme: Mapping[str, Any], activations: bool) -> ForeignFormat:
         values = source.read(f"{module}.weight")
         if values.dtype not in (*_FP8, torch.int8):
             raise ModelError(
-                f"{module}.weight is {values.dtype}, no weight of 8 bits", where=module, hint=_OTHER_MODEL
+                f"{module}.weight is {values.dtype}, no weight of 8 bits", where=module, hint=OTHER_MODEL
             )
         values, scales = values.float(), source.read(f"{module}.weight_scale").float()
         if f"{module}.weight_zero_point" in set(source.names()):

@@ -28,7 +28,7 @@ from qwenq.models.gptq_config import (
     CheckpointFormat,
     QuantConfig,
 )
-from qwenq.models.source import TensorInfo, TensorSource
+from qwenq.models.source import OTHER_MODEL, TensorInfo, TensorSource, WeightsView
 
 _OTHER: dict[CheckpointFormat, CheckpointFormat] = {"gptq": "gptq_v2", "gptq_v2": "gptq"}
 _ROWS_AT_ONCE = 256  # output rows dequantised in one go: bounds the float32 temporary
@@ -244,8 +244,8 @@ def read_packed(
     return PackedLinear(qweight, source.read(f"{module}.qzeros"), source.read(f"{module}.scales"), g_idx)
 
 
-class DequantisedSource:
-    """A GPTQ checkpoint that reads like a plain one: ``X.weight`` in place of ``X.qweight`` and its company.
+class DequantisedSource(WeightsView):
+    """A GPTQ checkpoint that reads like a plain one.
 
     Weights are dequantised when they are read, to ``dtype`` or else that of the scales. All-zero biases that
     AutoGPTQ wrote beside modules which have none (its releases up to 0.7.1) are hidden, but those that
@@ -259,39 +259,24 @@ class DequantisedSource:
         dtype: torch.dtype | None = None,
         config: Mapping[str, Any] | None = None,
     ) -> None:
-        self._source = source
-        self._quant = quant
-        self._config = config or {}
-        self._dtype = dtype
-        self._stored = frozenset(source.names())
-        self._modules = {f"{module}.weight": module for module in quantised_modules(source)}
-        self._names: list[str] | None = None
+        super().__init__(source, LAYER_PARTS)
+        self._quant, self._config, self._dtype = quant, config, dtype
+        self._all = frozenset(source.names())
 
-    def names(self) -> Iterable[str]:
-        """Return all names, in file order; a weight stands where the first of its packed tensors stood."""
-        if self._names is None:
-            packed = {f"{m}.{part}": f"{m}.weight" for m in self._modules.values() for part in LAYER_PARTS}
-            hidden = surplus_biases(self._source, self._modules.values(), self._config)
-            shown = (packed.get(name, name) for name in self._source.names() if name not in hidden)
-            self._names = list(dict.fromkeys(shown))
-        return self._names
+    def hidden(self) -> set[str]:
+        """Return the biases that are not shown."""
+        return surplus_biases(self.stored, self.modules, self._config)
 
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype, without dequantising."""
-        if name not in self._modules:
-            return self._source.info(name)
-        module = self._modules[name]
-        words, out_features = self._source.info(f"{module}.qweight").shape
-        dtype = self._dtype or self._source.info(f"{module}.scales").dtype
+    def weight_info(self, module: str) -> TensorInfo:
+        """Return shape and dtype from the headers."""
+        words, out_features = self.stored.info(f"{module}.qweight").shape
+        dtype = self._dtype or self.stored.info(f"{module}.scales").dtype
         return TensorInfo((out_features, words * 32 // self._quant.of(module).bits), dtype)
 
-    def read(self, name: str) -> torch.Tensor:
-        """Read a tensor; a quantised weight as ``[out, in]`` in the dtype that ``info`` names."""
-        if name not in self._modules:
-            return self._source.read(name)
-        packed = read_packed(self._source, self._modules[name], self._quant, self._stored)
-        quant = self._quant.of(self._modules[name])
-        return dequantise(packed, quant.bits, quant.checkpoint_format, self.info(name).dtype)
+    def weight(self, module: str) -> torch.Tensor:
+        """Dequantise the weight of a module."""
+        packed, own = read_packed(self.stored, module, self._quant, self._all), self._quant.of(module)
+        return dequantise(packed, own.bits, own.checkpoint_format, self.weight_info(module).dtype)
 
 
 def surplus_biases(
@@ -311,17 +296,28 @@ def surplus_biases(
     return {name for name in candidates if not bool(source.read(name).any())}
 
 
-def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
-    """Check the tensors of every quantised module against the config; return the modules' names."""
-    modules = quantised_modules(source)
+def packed_modules(source: TensorSource, quant: QuantConfig) -> list[str]:
+    """Return the names of the quantised modules, in file order, their headers checked against the config."""
+    modules, names = quantised_modules(source), set(source.names())
     if not modules:
         raise ModelError(
             "the config says GPTQ, but no tensor is named *.qweight",
             hint="the folder mixes the config and the weights of two models, or a shard is missing",
         )
-    names = set(source.names())
-    for module in modules:
+    # Modules that have a ``qweight``, then those that have only some of the other tensors.
+    rest = (name.removesuffix(".qzeros") for name in sorted(names) if name.endswith(".qzeros"))
+    for module in dict.fromkeys([*modules, *rest]):
         check_module_shapes(source, names, module, quant)
+        if f"{module}.weight" in names:
+            what = f"{module} is there twice: as weight and as qweight"
+            raise ModelError(what, where=f"{module}.weight", hint=OTHER_MODEL)
+    return modules
+
+
+def validate_quantised(source: TensorSource, quant: QuantConfig) -> list[str]:
+    """Check the tensors of every quantised module against the config; return the modules' names."""
+    modules, names = packed_modules(source, quant), set(source.names())
+    for module in modules:
         if f"{module}.g_idx" in names:
             check_g_idx(source.read(f"{module}.g_idx"), module, quant)
         if quant.of(module).sym:
@@ -400,22 +396,16 @@ def stored_format(source: TensorSource, quant: QuantConfig) -> CheckpointFormat:
 
 
 def check_symmetric_zeros(qzeros: torch.Tensor, module: str, quant: QuantConfig) -> None:
-    """Check that every zero point of a symmetric model is the middle; one off means the other format."""
+    """Check that every zero point of a symmetric model is the middle."""
     quant = quant.of(module)
-    form, other = quant.checkpoint_format, _OTHER[quant.checkpoint_format]
-    if _all_in_the_middle(qzeros, quant.bits, form):
+    if _all_in_the_middle(qzeros, quant.bits, quant.checkpoint_format):
         return
-    if _all_in_the_middle(qzeros, quant.bits, other):
-        raise ModelError(
-            f"the config says {form}, but the zero points are stored as {other} does",
-            where=f"{module}.qzeros",
-            hint=f'set "checkpoint_format": "{other}" in config.json and quantize_config.json',
-        )
-    zeros = unpack_zeros(qzeros, quant.bits, form)
+    zeros = unpack_zeros(qzeros, quant.bits, quant.checkpoint_format)
     raise ModelError(
         f"the config says sym, but zero points run from {int(zeros.min())} to {int(zeros.max())}",
         where=f"{module}.qzeros",
-        hint='an asymmetric model needs "sym": false; otherwise the file is damaged',
+        hint='an asymmetric model needs "sym": false, one of the other format its "checkpoint_format"; '
+        "otherwise the file is damaged",
     )
 
 

@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwenq.errors import HubError, QwenqError
-from qwenq.storage import guard_storage
+from qwenq.errors import HubError
+from qwenq.models.config import check_architecture
+from qwenq.storage import guard_storage, read_json
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -59,7 +60,7 @@ def fetch(repo_id: str) -> tuple[Path, str]:
             hint=f"check the network, HF_ENDPOINT and the proxy settings, {_OR_LOCAL}",
         )
         return _from_cache(repo_id, problem)
-    return _snapshot(repo_id, [file.rfilename for file in info.siblings or []])
+    return _snapshot(repo_id, [file.rfilename for file in info.siblings or []], info.sha)
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -72,14 +73,18 @@ def network_errors() -> tuple[type[Exception], ...]:
     return (http_error, xet_error, ConnectionError, TimeoutError)
 
 
-def _snapshot(repo_id: str, names: list[str]) -> tuple[Path, str]:
-    from huggingface_hub import constants
+def _snapshot(repo_id: str, names: list[str], commit: str | None) -> tuple[Path, str]:
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     # OSError is the library's own check of the size.
     broken: tuple[type[Exception], ...] = (*network_errors(), OSError)
     try:
         with guard_storage(Path(constants.HF_HUB_CACHE)):
+            if "config.json" in names:  # first: gigabytes of what cannot be run are not downloaded
+                config = Path(hf_hub_download(repo_id, "config.json", revision=commit))
+                if isinstance((found := read_json(config)).get("model_type"), str):
+                    check_architecture(found, config)
             folder = _call_library(repo_id, names, offline=False)
     except broken as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
@@ -116,7 +121,10 @@ def _call_library(repo_id: str, names: list[str], *, offline: bool) -> Path:
 
 
 def _from_cache(repo_id: str, problem: HubError | None) -> tuple[Path, str]:
-    """Return a whole snapshot of the cache, where the hub did not answer (``problem``) or is not asked."""
+    """Return a snapshot of the cache, where the hub did not answer (``problem``) or is not asked.
+
+    The library refuses one that lacks a file of its list; opening one without a list finds what is missing.
+    """
     from huggingface_hub.errors import IncompleteSnapshotError, LocalEntryNotFoundError
 
     partly = ""
@@ -131,11 +139,8 @@ def _from_cache(repo_id: str, problem: HubError | None) -> tuple[Path, str]:
             continue
         if not any(folder.glob("*" + Path(weights).suffix)):
             continue
-        missing = what_is_missing(folder)
-        if missing is None:
-            why = "HF_HUB_OFFLINE is set" if problem is None else problem.what
-            return folder, f"{repo_id} at {folder.name[:12]} from the cache, {folder}: {why}"
-        partly = missing
+        why = "HF_HUB_OFFLINE is set" if problem is None else problem.what
+        return folder, f"{repo_id} at {folder.name[:12]} from the cache, {folder}: {why}"
     gap = f"; what is in the cache is not whole: {partly}" if partly else ""
     if problem is not None:
         problem.what += gap
@@ -173,40 +178,3 @@ def _explain(error: HfHubHTTPError, repo_id: str) -> HubError:
         refused = (f"the hub refused ({status})", f"check the id and the token, {_OR_LOCAL}")
         what, hint = _ANSWERS.get(status, refused)
     return HubError(what.replace("{id}", repo_id), where=str(error.response.url), hint=hint)
-
-
-# Tell a whole snapshot in the hub's cache from what a download that died has left.
-#
-# The hub's library puts a file into a snapshot once it is whole, and keeps the list of the repository's files
-# (since 2.4): a snapshot that lacks one of them is refused there. One that another program, or an older
-# version, has made may have no such list: then its own files have to agree with each other.
-
-
-_SHARD = re.compile(r".*-\d+-of-(\d+)\.(?:safetensors|bin)")
-
-
-def what_is_missing(snapshot: Path) -> str | None:
-    """Return why a snapshot cannot be used as it is; None: it is whole, as far as its files tell."""
-    from qwenq.models.safetensors_files import open_safetensors, read_index
-
-    names = {path.name for path in snapshot.iterdir() if path.is_file()}  # a link into nowhere is none
-    if "config.json" not in names:
-        return "config.json is missing"
-    try:
-        source = open_safetensors(snapshot)  # the index's files, and every header against its file's length
-        if source is not None:
-            return _missing_shard({file.name for file in source.files})
-        for index in snapshot.glob("*.bin.index.json"):
-            if absent := set(read_index(index).values()) - names:
-                return f"the shard {min(absent)} is missing"
-    except QwenqError as error:
-        return error.what
-    return _missing_shard({name for name in names if name.endswith(".bin")})
-
-
-def _missing_shard(names: set[str]) -> str | None:
-    """Report shards that others count and that are not there: the index may not have come either."""
-    totals = [int(found[1]) for name in names if (found := _SHARD.fullmatch(name))]
-    if totals and len(totals) < max(totals):
-        return f"only {len(totals)} of {max(totals)} shards are there"
-    return None

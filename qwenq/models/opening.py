@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from qwenq.errors import HubError, UsageError
 from qwenq.models.bundled import is_bundled
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import local_path
-from qwenq.models.unsupported import refuse_to_run
+from qwenq.recipe import HUB_ID
 
 Weights = Literal["stored", "random"]
 
@@ -39,22 +38,10 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
     return replace(random_checkpoint(name, seed), notices=[notice])
 
 
-def refuse_random_weights(weights: str) -> None:
-    """Refuse ``--weights random`` in a command that judges a model: random ones have no accuracy."""
-    if weights == "random":
-        raise UsageError(
-            "random weights: accuracy would mean nothing",
-            where="--weights",
-            hint="name a model with real weights; `qwenq profile` and `qwenq plan` take random ones",
-        )
-
-
 BUNDLED_NOTICE = (
     "no MODEL given: using the bundled SmolLM2-135M-Instruct; "
     "name a Qwen with e.g. `qwenq quantize Qwen/Qwen2.5-0.5B-Instruct`"
 )
-_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
-_HUB_ID = re.compile(rf"{_PART}/{_PART}")
 _NAME_ONE = "name a folder with config.json, or a hub id like Qwen/Qwen2.5-0.5B"
 _ALIKE = 60.0  # of 100: how near a sibling's name has to be to be suggested
 _ALIKE_IN_CATALOGUE = 85.0  # nearer: its names differ by a digit
@@ -94,8 +81,7 @@ def resolve_model(model: str | None) -> Resolved:
         raise UsageError(
             "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
         )
-    if _HUB_ID.fullmatch(model):
-        refuse_to_run(model)
+    if HUB_ID.fullmatch(model):
         from qwenq.models.hub import fetch
 
         try:
@@ -105,10 +91,7 @@ def resolve_model(model: str | None) -> Resolved:
                 error.hint = f"{near} {error.hint or ''}".strip()
             raise
         return Resolved(folder, [notice])
-    near = _did_you_mean(path)
-    if near is None:
-        refuse_to_run(model)
-    hints = [hint for hint in (near, _of_catalogue(model)) if hint]
+    hints = [hint for hint in (_did_you_mean(path), _of_catalogue(model)) if hint]
     raise UsageError(
         f"no such model folder: {model}", where=path.absolute(), hint=" ".join(hints) or _NAME_ONE
     )

@@ -18,15 +18,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import save
 from torch import Tensor
 
-from qwenq.errors import AlreadyDoneError, StorageError, UsageError
+from qwenq.errors import AlreadyDoneError, CorruptFileError, QwenqError, StorageError, UsageError
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.folders import CARD, MANIFEST, PARTIAL, RUN, STAGED, require_renameable, take_name
 from qwenq.models.gptq_config import LAYER_PARTS
@@ -37,7 +36,7 @@ from qwenq.storage import (
     fsync_file,
     fsync_folder,
     guard_storage,
-    locked,
+    read_json,
     sha256_file,
     take_lock,
 )
@@ -50,10 +49,10 @@ if TYPE_CHECKING:
     from qwenq.models.source import TensorSource
 
 
-_LAYERS, _LOCK = "layers", "lock"
+_LAYERS, LOCK = "layers", "lock"
 SENSITIVITY = "sensitivity.json"
 """What was measured to choose bits by module (``gptq.mixed_bits``)."""
-_OURS = {RUN, _LOCK, _LAYERS, STAGED, SENSITIVITY}
+_OURS = {RUN, LOCK, _LAYERS, STAGED, SENSITIVITY}
 
 
 class LayerStore:
@@ -76,7 +75,7 @@ class LayerStore:
                 where=folder,
                 hint="name another folder with --out, or move these files",
             )
-        self._lock = take_lock(folder, _LOCK)
+        self._lock = take_lock(folder, LOCK)
         try:
             self._begin(run, resume=resume)
         except BaseException:
@@ -116,7 +115,7 @@ class LayerStore:
     def save(self, index: int, tensors: dict[str, Tensor], modules: dict[str, Any]) -> None:
         """Put a layer on the disk: content first, then the record that makes it count."""
         with guard_storage(self.folder):
-            (self.folder / _LOCK).stat()  # else its disk was unmounted, and the layer would go below it
+            (self.folder / LOCK).stat()  # else its disk was unmounted, and the layer would go below it
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
         file = self._layers / f"{index:05d}-{digest[:16]}.safetensors"
@@ -131,7 +130,7 @@ class LayerStore:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return all packed tensors of a finished layer."""
-        source = SafetensorsSource([self._file(index)])
+        source = self._source([index])
         return {name: source.read(name) for name in source.names()}
 
     def discard(self) -> None:
@@ -145,10 +144,10 @@ class LayerStore:
 
     def source(self, count: int) -> SafetensorsSource:
         """Return the packed tensors of the first ``count`` layers, which are read one at a time."""
-        return SafetensorsSource([self._file(index) for index in range(count)])
+        return self._source(range(count))
 
-    def _file(self, index: int) -> Path:
-        return self._layers / str(self._finished(index)["file"])
+    def _source(self, indices: Iterable[int]) -> SafetensorsSource:
+        return SafetensorsSource([self._layers / str(self._finished(index)["file"]) for index in indices])
 
     def _finished(self, index: int) -> dict[str, Any]:
         record = self._record(index, verify=False)
@@ -168,20 +167,13 @@ class LayerStore:
         return record
 
 
-@contextmanager
-def work_folder(folder: Path) -> Iterator[Path]:
-    """Hold the work folder ``OUT.partial`` while something other than its layers is written there."""
-    with locked(folder, _LOCK):
-        yield folder
-
-
 def discard_leftover(folder: Path) -> bool:
     """Remove the work folder of a finished run; return False where another process uses it, or it stays."""
     staged = (folder / STAGED).exists()  # another run's: its rename has not happened
     if staged or any(entry.name not in _OURS for entry in folder.iterdir()):
         return False
     try:
-        lock = take_lock(folder, _LOCK)
+        lock = take_lock(folder, LOCK)
     except (UsageError, StorageError):
         return False
     with lock:
@@ -210,33 +202,31 @@ def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> li
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file; None where it is missing or damaged."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+        return read_json(path) or None
+    except CorruptFileError:
         return None
     except OSError as error:
-        raise StorageError(
-            f"{path.name} cannot be read: {error.strerror}", where=path, hint="name another --out"
-        ) from error
-    return content if isinstance(content, dict) else None
+        what = f"{path.name} cannot be read: {error.strerror}"
+        raise StorageError(what, where=path, hint="name another --out") from error
 
 
-def require_free(target: Path) -> None:
+def require_free(target: Path, option: str) -> None:
     """Refuse an output folder that holds something or may not be made, before any work is done for it."""
-    require_renameable(target, "--out")
+    require_renameable(target, option)
     if target.exists() and not target.is_dir():
-        raise UsageError("the output is a file", where=target, hint="name a new folder with --out")
+        raise UsageError("the output is a file", where=target, hint=f"name a new folder: {option}")
     if target.is_dir() and any(target.iterdir()):
         finished = (target / MANIFEST).is_file()
         raise UsageError(
             f"the output folder holds {'a finished checkpoint' if finished else 'something else'}",
             where=target,
             # what is not ours may be the only copy of something: the hint does not say to remove it
-            hint=f"name a new folder with --out{', or remove this one' if finished else ''}",
+            hint=f"name a new folder: {option}{', or remove this one' if finished else ''}",
         )
-    above = next(folder for folder in target.parents if folder.exists())
+    above = next(folder for folder in target.absolute().parents if folder.exists())
     if not os.access(above, os.W_OK | os.X_OK):  # known now, not after minutes of work
         raise StorageError(
-            f"{above} may not be written", where=target, hint="name a folder that you may write to with --out"
+            f"{above} may not be written", where=target, hint=f"name a folder that you may write to: {option}"
         )
 
 
@@ -249,9 +239,9 @@ def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: st
         return
     work = target.with_name(target.name + PARTIAL)
     try:
-        manifest = json.loads((target / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(target / MANIFEST)
         same = manifest["recipe"] == recipe and manifest["base"]["fingerprint"] == fingerprint
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, QwenqError, KeyError, TypeError):
         return
     if same and work.is_dir() and discard_leftover(work):
         raise AlreadyDoneError(
@@ -313,16 +303,14 @@ def _tensors(checkpoint: Checkpoint, packed: TensorSource) -> dict[str, tuple[Te
     A quantised weight gives way to its packed tensors, a fused tensor of experts to those of each expert.
     """
     quantised = set(packed.names())
-    view = checkpoint.view
+    view, base = checkpoint.view, checkpoint.published
     found: dict[str, tuple[TensorSource, str]] = {}
-    for stored in view.whole.names() if view is not None else checkpoint.names():
+    for stored in base.names():
         shown = view.shown(stored) if view is not None else [stored]
         modules = [name.removesuffix(".weight") for name in shown]
         if modules and f"{modules[0]}.qweight" in quantised:
             parts = [f"{module}.{part}" for module in modules for part in LAYER_PARTS]
             found |= {view.published(part) if view is not None else part: (packed, part) for part in parts}
-        elif view is not None and not (shown and view.is_whole(shown[0])):
-            found[stored] = view.whole, stored
         else:
-            found[stored] = checkpoint.source, shown[0]  # as the model runs it: an MLP may be wider there
+            found[stored] = base, stored
     return found

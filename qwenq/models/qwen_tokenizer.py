@@ -166,9 +166,7 @@ class QwenTokenizer:
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Return the exact bytes, which may begin or end inside a UTF-8 character."""
-        for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ModelError(f"token id {token_id} is not in the vocabulary (0 … {self.vocab_size - 1})")
+        require_ids(ids, self.vocab_size)
         return self._bpe.decode_bytes(ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -204,6 +202,14 @@ class QwenTokenizer:
                 f"a text of {len(text):,} characters cannot be split into words: {error}",
                 hint="shorten its longest run of white space",
             ) from error
+
+
+def require_ids(ids: Sequence[int], vocab_size: int, where: Path | None = None) -> None:
+    """Refuse ids that no vocabulary of that size has."""
+    for token_id in ids:
+        if not 0 <= token_id < vocab_size:
+            what = f"token id {token_id} is not in the vocabulary (0 … {vocab_size - 1})"
+            raise ModelError(what, where=where)
 
 
 def to_nfc(text: str) -> str:

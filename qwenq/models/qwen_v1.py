@@ -8,17 +8,14 @@ which the Qwen2 config keeps under ``qwen_v1``.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwenq.errors import ModelError, UnsupportedError, UsageError
 from qwenq.models.gptq_config import LAYER_PARTS, QuantConfig, settings_of
-from qwenq.models.source import TensorInfo, TensorSource, require_tensors
-
-if TYPE_CHECKING:
-    import torch
+from qwenq.models.source import Part, PartsView, TensorSource, require_tensors
 
 # Translate config.json and generation_config.json of Qwen v1 to Qwen2's.
 #
@@ -238,15 +235,6 @@ _BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)\.(\w+)")
 _OUTPUT_AXIS = {"weight": 0, "bias": 0, "qweight": 1, "scales": 1, "qzeros": 1}
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """Where a Qwen2 tensor lies: all of a v1 tensor, or third ``part`` of it along ``axis``."""
-
-    name: str
-    axis: int = 0
-    part: int | None = None
-
-
 def qwen2_view(
     folder: Path, config: Mapping[str, Any], source: TensorSource
 ) -> tuple[dict[str, Any], QwenV1Source]:
@@ -261,61 +249,29 @@ def qwen2_view(
     return plain, QwenV1Source(source, plain, quant)
 
 
-class QwenV1Source:
+class QwenV1Source(PartsView):
     """The tensors of a Qwen v1 checkpoint under Qwen2's names; one v1 tensor is in memory at a time.
 
     All-zero biases that AutoGPTQ wrote beside v1's bias-free linears are dropped. ``config`` is the Qwen2
-    config that belongs to the tensors (see ``qwen2_config``).
+    config that belongs to the tensors (see ``qwen2_config``). q, k and v stand where c_attn stood.
     """
 
     def __init__(self, source: TensorSource, config: Mapping[str, Any], quant: QuantConfig | None) -> None:
-        self._source = source
-        self.files: list[Path] = list(getattr(source, "files", ()))
+        super().__init__(source, {})
         require_tensors(source, dict(_expected(config, quant)), self.files[0].parent if self.files else None)
         if quant is not None:
             _refuse_activation_order(source, quant)
-        self._origins = dict(_mapping(source, config["num_hidden_layers"]))
-
-    def names(self) -> Iterable[str]:
-        """Return all names in Qwen2's layout, in file order; q, k and v stand where c_attn stood."""
-        return list(self._origins)
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype from the header alone."""
-        origin = self._origin(name)
-        whole = self._source.info(origin.name)
-        if origin.part is None:
-            return whole
-        shape = list(whole.shape)
-        shape[origin.axis] //= 3
-        return TensorInfo(tuple(shape), whole.dtype)
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return the tensor on the CPU, in its stored dtype."""
-        import torch
-
-        origin = self._origin(name)
-        whole = self._source.read(origin.name)
-        if origin.part is None:
-            return whole
-        third = whole.shape[origin.axis] // 3
-        view = whole.narrow(origin.axis, origin.part * third, third)
-        return view.clone(memory_format=torch.contiguous_format)  # a view would keep the other two alive
-
-    def _origin(self, name: str) -> _Origin:
-        if name not in self._origins:
-            raise ModelError(f"there is no tensor named {name} in this Qwen v1 model")
-        return self._origins[name]
+        self._parts = dict(_mapping(source, config["num_hidden_layers"]))
 
 
-def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, _Origin]]:
-    """Yield (Qwen2 name, origin) of every tensor, in file order."""
+def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, Part]]:
+    """Yield every tensor by its Qwen2 name, in file order."""
     for name in source.names():
         if name.endswith(_BUFFERS):
             continue
         module, _, kind = name.rpartition(".")
         if module in _TOP:
-            yield f"{_TOP[module]}.{kind}", _Origin(name)
+            yield f"{_TOP[module]}.{kind}", Part(name)
             continue
         found = _BLOCK.fullmatch(name)
         if found is None or int(found[1]) >= layers:
@@ -323,12 +279,14 @@ def _mapping(source: TensorSource, layers: int) -> Iterator[tuple[str, _Origin]]
         prefix = f"model.layers.{found[1]}"
         if found[2] == _FUSED and kind in (*_OUTPUT_AXIS, "g_idx"):
             for part, module in enumerate(_SPLIT):  # g_idx runs along the input axis: all three share it
-                origin = _Origin(name, _OUTPUT_AXIS[kind], part) if kind != "g_idx" else _Origin(name)
-                yield f"{prefix}.{module}.{kind}", origin
+                own = Part(name)
+                if kind != "g_idx":
+                    own = Part(name, axis=_OUTPUT_AXIS[kind], part=part, parts=len(_SPLIT))
+                yield f"{prefix}.{module}.{kind}", own
         elif found[2] not in _IN_BLOCK:
             raise _unknown(name)
         elif kind != "bias":
-            yield f"{prefix}.{_IN_BLOCK[found[2]]}.{kind}", _Origin(name)
+            yield f"{prefix}.{_IN_BLOCK[found[2]]}.{kind}", Part(name)
         elif bool(source.read(name).any()):
             raise ModelError(
                 "a Qwen v1 model has no bias but c_attn's, yet this one is not zero",

@@ -11,7 +11,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,21 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwenq.errors import CorruptFileError, ModelError, UsageError
+from qwenq.errors import ModelError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
-from qwenq.models.folders import local_path
+from qwenq.models.folders import local_path, new_folder
+from qwenq.models.quantized_folder import require_free
 from qwenq.models.safetensors_files import write_shards
 from qwenq.models.shapes import ModelShape
 from qwenq.models.source import TensorInfo
-from qwenq.storage import atomic_write_json, guard_storage, read_json
+from qwenq.storage import atomic_write_json
 
 RANDOM_KEY = "qwenq_random_weights"
 """Key of config.json that marks such a model: ``{"seed": …}``."""
 
 _STREAM = 1
 """Counts up when the same seed would draw other values; reports and resumed runs name models by it."""
-_UNFINISHED = ".qwenq-random-weights-unfinished"  # in the folder until the model is whole
 _CHUNK = 1 << 20  # elements drawn at once, whatever the tensor
 _DTYPES = ("bfloat16", "float16", "float32")
 _BITS_OF = {2: torch.int16, 4: torch.int32}
@@ -167,36 +166,15 @@ def write_random_checkpoint(
     layers: int | None = None,
     max_bytes: int = 5_000_000_000,
 ) -> Checkpoint:
-    """Write a model with random weights, one tensor in memory at a time; config.json comes last.
+    """Write a model with random weights to a new folder, one tensor in memory at a time.
 
-    The folder may hold an earlier model of this kind, nothing else. ``name_or_config`` is a catalogue name or
-    a config.json, whose depth ``layers`` overrides; a file holds ``max_bytes`` of tensors.
+    ``name_or_config`` is a catalogue name or a config.json, whose depth ``layers`` overrides; a file holds
+    ``max_bytes`` of tensors.
     """
-    local_path(folder, "the folder")
+    require_free(local_path(folder, "the folder"), "DST")
     made = random_checkpoint(name_or_config, seed, dtype, layers=layers)
-    with guard_storage(folder):
-        _clear(folder)
-    write_shards(folder, [(name, made.info(name)) for name in made.names()], made.read, max_bytes)
-    atomic_write_json(folder / "config.json", made.config)
-    (folder / _UNFINISHED).unlink()
+    entries = [(name, made.info(name)) for name in made.names()]
+    with new_folder(folder) as new:
+        write_shards(new, entries, made.read, max_bytes)
+        atomic_write_json(new / "config.json", made.config)
     return open_checkpoint(folder)
-
-
-def _clear(folder: Path) -> None:
-    """Make room for a random model: remove an earlier one, also an unfinished one; refuse anything else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    marker, config = folder / _UNFINISHED, folder / "config.json"
-    held = sorted(folder.iterdir())
-    ours = marker.exists()
-    with suppress(OSError, CorruptFileError):
-        ours |= is_random(read_json(config))
-    if held and not ours:
-        raise UsageError(
-            "the folder holds something else than a model with random weights",
-            where=folder,
-            hint="name a new or empty folder",
-        )
-    marker.touch()
-    config.unlink(missing_ok=True)  # first: without it the folder is no model
-    for item in (*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")):
-        item.unlink()

@@ -185,20 +185,6 @@ def _find_index(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_index(path: Path) -> dict[str, str]:
-    """Read ``weight_map`` of an index file: tensor name → file name."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"cannot be read: {error.strerror}", where=path) from error
-    except (ValueError, RecursionError) as error:
-        raise _damaged(f"the index is not JSON: {error}", path) from error
-    owners = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(owners, dict) or not owners or not all(isinstance(v, str) for v in owners.values()):
-        raise _damaged("the index has no weight_map of file names", path)
-    return owners
-
-
 def shard_path(folder: Path, name: str, index: Path) -> Path:
     """Return the path of a file that an index names: a plain file name inside ``folder``."""
     if name in {"", ".", ".."} or "/" in name or "\\" in name or "\0" in name or Path(name).is_absolute():
@@ -212,7 +198,15 @@ def shard_path(folder: Path, name: str, index: Path) -> Path:
 
 def shards(index: Path) -> tuple[list[Path], dict[str, str]]:
     """Return the files that an index names, all of which are there, and its ``weight_map``."""
-    owners = read_index(index)
+    try:
+        content = json.loads(index.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"cannot be read: {error.strerror}", where=index) from error
+    except (ValueError, RecursionError) as error:
+        raise _damaged(f"the index is not JSON: {error}", index) from error
+    owners = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(owners, dict) or not owners or not all(isinstance(v, str) for v in owners.values()):
+        raise _damaged("the index has no weight_map of file names", index)
     files = [shard_path(index.parent, name, index) for name in dict.fromkeys(owners.values())]
     for path in files:
         try:

@@ -96,6 +96,115 @@ def require_shape(
         )
 
 
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor of a view lies: all of a tensor of the files, or a part of it."""
+
+    stored: str  # name in the files
+    expert: int | None = None  # index along the first dimension of fused experts
+    transposed: bool = False  # the expert's matrix is stored as [in, out]
+    # of equal parts along an axis, once the matrix is [out, in], which one it is
+    axis: int = 0
+    part: int = 0
+    parts: int = 1
+
+
+class PartsView:
+    """A source that shows tensors of another one, or parts of them, under names of its own, in that order."""
+
+    def __init__(self, whole: TensorSource, parts: dict[str, Part]) -> None:
+        self.whole, self._parts = whole, parts
+
+    @property
+    def files(self) -> Sequence[Path]:
+        """Return the files of the whole; empty where they are not known."""
+        return getattr(self.whole, "files", ())
+
+    def names(self) -> Iterable[str]:
+        """Return all names, in file order."""
+        return list(self._parts)
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype from the header alone."""
+        part = self._part(name)
+        info = self.whole.info(part.stored)
+        shape = list(info.shape if part.expert is None else info.shape[1:])
+        if part.transposed:
+            shape.reverse()
+        if part.parts > 1:
+            shape[part.axis] //= part.parts
+        return TensorInfo(tuple(shape), info.dtype)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor on the CPU, in its stored dtype."""
+        part = self._part(name)
+        if part.expert is None:
+            tensor = self.whole.read(part.stored)
+        elif (read_part := getattr(self.whole, "read_part", None)) is not None:  # without the other experts
+            tensor = read_part(part.stored, part.expert)
+        else:
+            tensor = self.whole.read(part.stored)[part.expert]
+        if part.transposed:
+            tensor = tensor.T.contiguous()
+        if part.parts == 1:
+            return tensor
+        size = tensor.shape[part.axis] // part.parts
+        return tensor.narrow(part.axis, part.part * size, size).clone()  # a view would keep the rest alive
+
+    def _part(self, name: str) -> Part:
+        if name not in self._parts:
+            where = self.files[0].parent if self.files else None
+            raise ModelError(f"there is no tensor named {name}", where=where)
+        return self._parts[name]
+
+
+class WeightsView:
+    """A quantised checkpoint that reads like a plain one: ``X.weight`` in place of what stands for it.
+
+    Args:
+        stored: the tensors as they lie in the files.
+        parts: what stands for a weight, such as ``qweight``; the first tells that a module is quantised.
+    """
+
+    def __init__(self, stored: TensorSource, parts: Sequence[str]) -> None:
+        self.stored, self._kinds = stored, parts
+        first = f".{parts[0]}"
+        self.modules = [name.removesuffix(first) for name in stored.names() if name.endswith(first)]
+        self._module_of = {f"{module}.weight": module for module in self.modules}
+        self._names: list[str] | None = None
+
+    def names(self) -> Iterable[str]:
+        """Return all names, in file order; a weight stands where the first of its parts stood."""
+        if self._names is None:
+            parts = {f"{m}.{part}": f"{m}.weight" for m in self.modules for part in self._kinds}
+            hidden = self.hidden()
+            shown = (parts.get(name, name) for name in self.stored.names() if name not in hidden)
+            self._names = list(dict.fromkeys(shown))
+        return self._names
+
+    def info(self, name: str) -> TensorInfo:
+        """Return shape and dtype, without dequantising."""
+        module = self._module_of.get(name)
+        return self.stored.info(name) if module is None else self.weight_info(module)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor; a quantised weight as [out, in], in the dtype that ``info`` names."""
+        module = self._module_of.get(name)
+        return self.stored.read(name) if module is None else self.weight(module)
+
+    def hidden(self) -> set[str]:
+        """Return names that are not shown."""
+        return set()
+
+    def weight_info(self, module: str) -> TensorInfo:
+        """Return shape and dtype of a quantised module's weight."""
+        raise NotImplementedError
+
+    def weight(self, module: str) -> torch.Tensor:
+        """Dequantise the weight of a module."""
+        raise NotImplementedError
+
+
 # Show the language model inside a checkpoint: one spelling of names, each expert's matrices apart.
 #
 # Vision-language checkpoints call their blocks ``model.language_model.layers``; some keep the experts of a
@@ -111,18 +220,7 @@ _FUSED = re.compile(r"(.*\.experts)\.(gate_up_proj|down_proj)")
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
-@dataclass(frozen=True)
-class Part:
-    """Where a tensor of the view lies: in which tensor of the files, and of fused experts in which part."""
-
-    stored: str  # name in the files
-    expert: int | None = None  # index along the first dimension; None: the tensor is shown as it is stored
-    # of the expert's matrix, once that is [out, in]: from the first up to the second
-    rows: tuple[int, int | None] = (0, None)
-    transposed: bool = False  # the expert's matrix is stored as [in, out]
-
-
-class TextView:
+class TextView(PartsView):
     """A source that shows a checkpoint's language model alone.
 
     Args:
@@ -141,8 +239,7 @@ class TextView:
         layers: int | None = None,
         rename: Callable[[str], str] = str,
     ) -> None:
-        self.whole = whole
-        self._parts: dict[str, Part] = {}
+        super().__init__(whole, {})
         self._stored_modules: dict[str, str] = {}
         self._drafts: dict[str, str] = {}
         names = list(whole.names())
@@ -155,7 +252,7 @@ class TextView:
                 full = (f"{fused[1]}.{kind}" for kind in ("gate_up_proj", "down_proj"))
                 both = [stored.get(each, each) for each in full]
                 transposed = _is_transposed(whole, both, hidden, folder)
-                self._parts.update(_experts(fused[1], fused[2], name, whole.info(name), transposed))
+                self._parts.update(_experts(fused[1], fused[2], name, whole.info(name).shape[0], transposed))
         self._shown: dict[str, list[str]] = {}
         for shown, part in self._parts.items():
             self._shown.setdefault(part.stored, []).append(shown)
@@ -183,15 +280,6 @@ class TextView:
             found[renamed] = name
         return found
 
-    @property
-    def files(self) -> Sequence[Path]:
-        """Return the files of the whole checkpoint; empty where they are not known."""
-        return getattr(self.whole, "files", ())
-
-    def names(self) -> Iterable[str]:
-        """Return all names of the language model, in file order."""
-        return list(self._parts)
-
     def shown(self, stored: str) -> list[str]:
         """Return the names under which a tensor of the files is shown: none, one, or its experts'."""
         return self._shown.get(stored, [])
@@ -203,10 +291,6 @@ class TextView:
         named = [part for part in ("mtp", "visual") if any(f"{part}." in name for name in hidden)]
         return named + [rf"\.layers\.{number}\." for number in dict.fromkeys(self._drafts.values())]
 
-    def is_whole(self, shown: str) -> bool:
-        """Return whether the tensor is shown as it is stored, not as a part of a larger one."""
-        return self._parts[shown].expert is None
-
     def published(self, shown: str) -> str:
         """Return the name that a tensor of the language model has in files of this checkpoint's layout."""
         module, _, leaf = shown.rpartition(".")
@@ -215,32 +299,6 @@ class TextView:
         if self.nested and shown.startswith("model."):
             return NESTED + shown.removeprefix("model.")
         return shown
-
-    def info(self, name: str) -> TensorInfo:
-        """Return shape and dtype from the header alone."""
-        part = self._part(name)
-        info = self.whole.info(part.stored)
-        if part.expert is None:
-            return info
-        rows, columns = info.shape[:0:-1] if part.transposed else info.shape[1:]
-        return TensorInfo((len(range(rows)[slice(*part.rows)]), columns), info.dtype)
-
-    def read(self, name: str) -> torch.Tensor:
-        """Return the tensor on the CPU, in its stored dtype."""
-        part = self._part(name)
-        if part.expert is None:
-            return self.whole.read(part.stored)
-        if (read_part := getattr(self.whole, "read_part", None)) is not None:  # without the other experts
-            matrix: torch.Tensor = read_part(part.stored, part.expert)
-        else:
-            matrix = self.whole.read(part.stored)[part.expert]
-        return (matrix.T if part.transposed else matrix)[slice(*part.rows)].contiguous()
-
-    def _part(self, name: str) -> Part:
-        if name not in self._parts:
-            where = self.files[0].parent if self.files else None
-            raise ModelError(f"there is no tensor named {name}", where=where)
-        return self._parts[name]
 
 
 def _is_transposed(whole: TensorSource, both: Sequence[str], hidden: Any, folder: Path | None) -> bool:
@@ -260,16 +318,12 @@ def _is_transposed(whole: TensorSource, both: Sequence[str], hidden: Any, folder
     )
 
 
-def _experts(prefix: str, kind: str, stored: str, info: TensorInfo, transposed: bool) -> dict[str, Part]:
+def _experts(prefix: str, kind: str, stored: str, experts: int, transposed: bool) -> dict[str, Part]:
     """Return the parts of one fused tensor: a matrix [out, in] for each expert, or two for gate and up."""
-    experts, rows = info.shape[0], info.shape[2 if transposed else 1]
     if kind == "down_proj":
-        return {
-            f"{prefix}.{e}.down_proj.weight": Part(stored, e, transposed=transposed) for e in range(experts)
-        }
-    halves = {"gate_proj": (0, rows // 2), "up_proj": (rows // 2, rows)}  # gate's rows come first
+        return {f"{prefix}.{e}.down_proj.weight": Part(stored, e, transposed) for e in range(experts)}
     return {
-        f"{prefix}.{e}.{name}.weight": Part(stored, e, half, transposed)
+        f"{prefix}.{e}.{name}.weight": Part(stored, e, transposed, 0, half, 2)
         for e in range(experts)
-        for name, half in halves.items()
+        for half, name in enumerate(("gate_proj", "up_proj"))  # gate's rows come first
     }

@@ -32,6 +32,7 @@ from qwenq.models.qwen_tokenizer import (
     StreamDecoder,
     byte_of_char,
     read_ranks,
+    require_ids,
     without_surrogates,
 )
 from qwenq.storage import read_json
@@ -127,7 +128,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         return QwenTokenizer.from_file(path)
     if path.is_dir() and (path / RANKS_FILE).is_file():
         return load_qwen_tokenizer(path)
-    if path.is_dir() and not any((path / name).is_file() for name in _SUFFICIENT):
+    if path.is_dir() and not has_tokenizer(path):
         raise ModelError(
             "the folder holds no tokenizer",
             where=path,
@@ -261,7 +262,7 @@ class HfTokenizer:
         """Return the text, special tokens spelled out. ModelError names an unknown id."""
         if self._byte_level:
             return self.decode_bytes(ids).decode("utf-8", errors="replace")
-        self._check(ids)
+        require_ids(ids, self.vocab_size, self._path)
         return str(self._hf.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -270,7 +271,7 @@ class HfTokenizer:
             raise UnsupportedError(
                 "this tokenizer is not byte-level: ids have no exact bytes", where=self._path
             )
-        self._check(ids)
+        require_ids(ids, self.vocab_size, self._path)
         table = self._bytes_of_id
         return b"".join(table[token_id] for token_id in ids)
 
@@ -324,24 +325,14 @@ class HfTokenizer:
             return self._hf(
                 text, add_special_tokens=False, split_special_tokens=not special, verbose=False
             ).input_ids
-        except MemoryError:
-            raise
         except BaseException as error:  # a regular expression that takes too long makes the library panic
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            if not _is_failure(error):
                 raise
             raise ModelError(
                 f"the tokenizer fails on a text: {' '.join(str(error).split())[:500]}",
                 where=self._path,
                 hint="its files are damaged, or not to be trusted: download them again",
             ) from error
-
-    def _check(self, ids: Sequence[int]) -> None:
-        for token_id in ids:
-            if not 0 <= token_id < self.vocab_size:
-                raise ModelError(
-                    f"token id {token_id} is not in the vocabulary (0 … {self.vocab_size - 1})",
-                    where=self._path,
-                )
 
     @cached_property
     def _byte_level(self) -> bool:
@@ -392,6 +383,12 @@ Tokenizer = QwenTokenizer | HfTokenizer
 TextStream = StreamDecoder | PieceStream
 
 
+def _is_failure(error: BaseException) -> bool:
+    """Return whether a tokenizer's library has failed, in Rust perhaps, and was not interrupted."""
+    failed = isinstance(error, Exception) and not isinstance(error, MemoryError)
+    return failed or type(error).__name__ == "PanicException"
+
+
 def _load(path: Path) -> Any:
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -402,10 +399,8 @@ def _load(path: Path) -> Any:
             _refuse_foreign_names(path / "tokenizer_config.json")
             check_labels(read_json(path / "config.json"), path / "config.json")
             loaded = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except ModelError:
-        raise
     except BaseException as error:  # the readers raise bare Exception, and those in Rust panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if isinstance(error, ModelError) or not _is_failure(error):
             raise
         if (stop := stopping.behind(error)) is not None:
             raise stop from error

@@ -52,11 +52,14 @@ def transformers_config(config: Mapping[str, Any], folder: Path | None, hint: st
     settings = {key: value for key, value in config.items() if key not in left_out}
     kind = settings.pop("model_type")
     if kind not in CONFIG_MAPPING:
-        raise UnsupportedError(
-            f"transformers has no causal language model of type {kind!r}", where=folder, hint=hint
-        )
+        raise _no_model(kind, folder, hint)
     with refused_by_transformers(folder):
         return CONFIG_MAPPING[kind](**settings)
+
+
+def _no_model(kind: str, folder: Path | None, hint: str | None) -> UnsupportedError:
+    what = f"transformers has no causal language model of type {kind!r}"
+    return UnsupportedError(what, where=folder, hint=hint)
 
 
 @contextmanager
@@ -200,6 +203,20 @@ def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
     }
 
 
+Hook = Callable[[nn.Module, tuple[Any, ...]], None]
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], make: Callable[[str], Hook]) -> Iterator[None]:
+    """Call what ``make`` returns for a module's name whenever that module is about to run."""
+    handles = [module.register_forward_pre_hook(make(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def kept_of(block: nn.Module) -> dict[str, str]:
     """Return the parameters of a block with two dimensions or more that stay as they are: name → reason."""
     linears = linears_of(block)
@@ -246,14 +263,9 @@ def build_whole_model(
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    try:
-        model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    except KeyError as error:
-        raise UnsupportedError(
-            f"transformers has no causal language model of type {checkpoint.config['model_type']!r}",
-            where=checkpoint.folder,
-            hint=hint,
-        ) from error
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _no_model(checkpoint.config["model_type"], checkpoint.folder, hint)
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with _without_progress_bar(), refused_by_transformers(checkpoint.folder):
         model, report = model_class.from_pretrained(
             None,

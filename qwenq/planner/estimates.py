@@ -185,37 +185,54 @@ def _held(shape: ModelShape, block: Block) -> int:
 CPU_RATES = 293e9, 85e9
 """Operations a second of products and of the solver: 2 threads of an AMD EPYC that multiplies bfloat16
 (reports/benchmarks/quantize_profile.json)."""
+PRODUCT_RATES = 420e9, 192e9
+"""Operations a second of a large product in bfloat16 and in float32 on that CPU."""
 DELTA_RULE = 0.37 / (256 * 48)
 """Seconds of a thread for one token and head of linear attention, in torch (Qwen3.5-27B's sizes)."""
 CPU_THREADS = 2
 
 
-def quantisation_operations(shape: ModelShape, tokens: int) -> tuple[float, float]:
+def quantisation_operations(
+    shape: ModelShape, tokens: int, *, asymmetric: bool = True
+) -> tuple[float, float]:
     """Return the operations of all layers: of products (with text and with Hessians), and of the solver.
 
-    Attention's own products, reading and packing are left out.
+    Attention's own products, reading and packing are left out. With asymmetric calibration the original model
+    reads the text as well, and targets are shifted.
     """
     products = solving = 0.0
     for block in shape.blocks:
         for rows, width, copies, share in block.solved_groups():
             seen = tokens * share  # by each copy
-            drift = 2 * rows if rows < width else width
-            target = 6 * rows * width if rows <= width else 4 * width**2 + 2 * rows * width
-            of_text = seen * width * (4 * rows + width + 2 * drift)
-            of_weights = width * target + 2 * rows * width**2
+            of_text = seen * width * (2 * rows + width)
+            of_weights = 2 * rows * width**2
+            if asymmetric:
+                drift = 2 * rows if rows < width else width
+                target = 6 * rows * width if rows <= width else 4 * width**2 + 2 * rows * width
+                of_text += seen * width * 2 * (rows + drift)
+                of_weights += width * target
             products += len(block.layers) * copies * (of_text + of_weights)
             solving += len(block.layers) * copies * width**2 * (2 / 3 * width + 6 * rows)
     return products, solving
 
 
-def quantisation_seconds(shape: ModelShape, tokens: int, gpu: Gpu | None = None) -> float | None:
+def quantisation_seconds(
+    shape: ModelShape,
+    tokens: int,
+    gpu: Gpu | None = None,
+    *,
+    rates: tuple[float, float] = PRODUCT_RATES,
+    asymmetric: bool = True,
+) -> float | None:
     """Return the seconds that the layers take, without the check; None: no rate was measured.
 
-    Without a GPU it is two cores of a CPU, as ``CPU_RATES`` says.
+    Without a GPU it is two cores of a CPU, as ``CPU_RATES`` says, or a CPU whose large products have these
+    ``rates``, in the dtype of the text's passes and in float32.
     """
-    products, solving = quantisation_operations(shape, tokens)
+    products, solving = quantisation_operations(shape, tokens, asymmetric=asymmetric)
     if gpu is None:
-        seconds = products / CPU_RATES[0] + solving / CPU_RATES[1]
+        of_products, of_solver = (own / here for own, here in zip(PRODUCT_RATES, rates, strict=True))
+        seconds = products / CPU_RATES[0] * of_products + solving / CPU_RATES[1] * of_solver
         if (linear := shape.linear_attention) is not None:
             layers = sum(len(block.layers) for block in shape.blocks if not block.attends)
             seconds += 2 * tokens * layers * linear.value_heads * DELTA_RULE / CPU_THREADS

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qwenq.errors import HubError, UsageError
 from qwenq.models import catalogue
-from qwenq.models.block_shapes import vision_parameters
+from qwenq.models.block_shapes import (
+    ROW_PARALLEL,
+    Linear,
+    splits_groups,
+    unshared_heads,
+    vision_parameters,
+)
 from qwenq.models.bundled import is_bundled
 from qwenq.models.config import read_config, text_config
 from qwenq.models.folders import local_path
 from qwenq.models.hub import network_errors
 from qwenq.models.shapes import ITEMSIZE, ModelShape
-from qwenq.models.unsupported import refuse_by_name
 from qwenq.planner.calibration_size import CalibrationSize, calibration_size
 from qwenq.planner.estimates import (
     GIB,
@@ -26,7 +31,6 @@ from qwenq.planner.estimates import (
     speed_bound,
     weight_bytes_per_step,
 )
-from qwenq.planner.tensor_parallel import TENSOR_PARALLEL, Padding, Split, kv_share, padding, split
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,6 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         shape, dtype = entry.shape, entry.dtype_of(model)
         copied, note = _beside(shape, dtype, entry.vision_parameters, entry.beside(model))
         return PlannedModel(entry.names[0], "catalogue", shape, dtype, entry, copied, note)
-    refuse_by_name(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_config(_hub_config(model).parent, model, "config.json from the hub")
     raise UsageError(
@@ -191,6 +194,43 @@ class Quantisation:
 
 
 @dataclass(frozen=True)
+class Split:
+    """Whether ``gpus`` GPUs can share a model: without obstacles they can."""
+
+    gpus: int
+    obstacles: tuple[str, ...]
+
+    @property
+    def possible(self) -> bool:
+        """Return whether there are no obstacles."""
+        return not self.obstacles
+
+
+def split(shape: ModelShape, gpus: int, group_size: int | None) -> Split:
+    """Find what keeps ``gpus`` GPUs from sharing a model; ``group_size`` None: unquantised."""
+    linear = shape.linear_attention
+    recurrent = (linear.key_heads, linear.value_heads) if linear else ()
+    obstacles = unshared_heads(gpus, shape.heads, shape.kv_heads, recurrent)
+    for module in shape.linears():
+        if module.leaf not in ROW_PARALLEL:
+            continue
+        if group_size is None or group_size == -1:
+            if module.leaf == "down_proj" and module.columns % gpus:
+                dense = module.name == "mlp.down_proj"
+                channels = "FFN channels" if dense else f"channels of {_short(module)}"
+                obstacles.append(f"{module.columns} {channels}")
+        elif splits_groups(module.columns, group_size, gpus):
+            obstacles.append(f"{module.columns // group_size} groups of {_short(module)}")
+    return Split(gpus, tuple(obstacles))
+
+
+def _short(module: Linear) -> str:
+    if module.copies > 1:
+        return f"an expert's {module.leaf}"
+    return f"the shared expert's {module.leaf}" if ".shared_expert." in module.name else module.leaf
+
+
+@dataclass(frozen=True)
 class Deployment:
     """One precision on some GPUs of one kind; memory is per GPU, for a prompt that fills the context."""
 
@@ -217,8 +257,6 @@ class Plan:
     generation: dict[str, GenerationMemory]
     quantisation: list[Quantisation]
     deployments: list[Deployment]
-    padding: Padding | None
-    padded_bytes: dict[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -237,8 +275,6 @@ def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
         )
         for item in precisions
     }
-    several = options.tensor_parallel if max(options.tensor_parallel) > 1 else TENSOR_PARALLEL
-    padded = padding(shape, group_size, several)
     return Plan(
         model=model.name,
         origin=model.origin,
@@ -257,8 +293,6 @@ def make_plan(model: PlannedModel, options: PlanOptions) -> Plan:
             for item in precisions
             for count in options.tensor_parallel
         ],
-        padding=padded,
-        padded_bytes=_padded_bytes(model, padded, precisions),
     )
 
 
@@ -322,7 +356,8 @@ def _deployment(
     cache = memory.kv_cache + memory.states
     activations = memory.peak - memory.weights - cache  # on every GPU, which is an upper bound
     shared = -(-(memory.weights + memory.states) // count)
-    need = shared + int(memory.kv_cache * kv_share(shape, count)) + activations
+    kv_cache = memory.kv_cache // min(count, shape.kv_heads)  # fewer heads than GPUs are replicated
+    need = shared + kv_cache + activations
     bound = speed_bound(
         shape,
         item.loaded,
@@ -336,20 +371,6 @@ def _deployment(
     return Deployment(
         item.label, split(shape, count, item.group_size), need, need <= gpu.memory_gib * GIB, bound
     )
-
-
-def _padded_bytes(model: PlannedModel, padded: Padding | None, found: list[Precision]) -> dict[str, int]:
-    if padded is None:
-        return {}
-    wider = replace(model.shape, ffn=padded.to)
-    sizes = {}
-    for item in found:
-        if item.group_size is None:
-            size = wider.bytes(item.dtype)
-        else:
-            size = wider.quantised_bytes(int(item.label.removeprefix("Int")), item.group_size, model.dtype)
-        sizes[item.label] = size + model.copied
-    return sizes
 
 
 def _check_bounds(options: PlanOptions) -> None:

@@ -27,7 +27,7 @@ _QUANTISATION_PARTS = {
 }
 
 
-def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[RenderableType]:
+def plan_tables(plan: Plan) -> Iterator[RenderableType]:
     """Yield the parts of the answer, in reading order."""
     shape = plan.shape
     yield from (Text(line, style="bold") for line in answer(plan))
@@ -40,7 +40,6 @@ def plan_tables(plan: Plan, *, show_padding: bool = False) -> Iterator[Renderabl
     yield from (_quantisation(each) for each in plan.quantisation)
     if plan.deployments:
         yield from _deployments(plan)
-    yield from _padding(plan, show_padding)
 
 
 def _sizes(plan: Plan) -> str:
@@ -196,28 +195,6 @@ def _deployments(plan: Plan) -> Iterator[RenderableType]:
         yield _section(title, columns, rows, note)
 
 
-def _padding(plan: Plan, wanted: bool) -> Iterator[RenderableType]:
-    found = plan.padding
-    if found is None:
-        if wanted:
-            yield "--pad-ffn would change nothing: as many GPUs can share the MLP as the rest of the model."
-        return
-    summary = (
-        f"FFN {found.ffn} → {found.to}: {found.groups_before} → {found.groups_after} groups, "
-        f"GPUs {_list(found.possible_before)} → {_list(found.possible_after)}"
-    )
-    if not wanted:
-        yield f"`qwenq quantize --pad-ffn {found.to}` would help: {summary}"
-        return
-    sizes = [(item.label, item.bytes, plan.padded_bytes[item.label]) for item in plan.precisions]
-    rows = [(label, f"{a:,}", f"{b:,}", f"{b / a - 1:+.2%}") for label, a, b in sizes]
-    note = (
-        f"one zero channel after each of the first {found.to - found.ffn} channels, {found.parameters:,} "
-        "parameters more; the model's output stays the same"
-    )
-    yield _section(f"--pad-ffn: {summary}", ("precision", "bytes", "padded", "change"), rows, note)
-
-
 def _section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], note: str) -> RenderableType:
     """Return a table with a title above and a note below, which wrap at the width of the screen."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -231,7 +208,3 @@ def _section(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], 
 
 def _gib(size: int) -> str:
     return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"
-
-
-def _list(numbers: tuple[int, ...]) -> str:
-    return ", ".join(map(str, numbers)) or "none"

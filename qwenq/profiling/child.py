@@ -161,7 +161,9 @@ def _ask(request: dict[str, Any], limit: float | None, children: list[_Child]) -
             yield from (json.loads(line) for line in first.stdout if line.endswith(b"\n"))
             code = first.wait()
             if code and not killed:  # another rank may be about to write why
-                _await_exit(children[1:])
+                until = time.monotonic() + _OTHERS_GRACE
+                while any(child.process.poll() is None for child in children) and time.monotonic() < until:
+                    time.sleep(_POLL / 10)
                 raise _reason(children)
     finally:
         for child in children:
@@ -215,12 +217,6 @@ def _watched(children: list[_Child], limit: float | None) -> Iterator[list[_Chil
         yield killed
     finally:
         done.set()
-
-
-def _await_exit(children: list[_Child]) -> None:
-    until = time.monotonic() + _OTHERS_GRACE
-    while any(child.process.poll() is None for child in children) and time.monotonic() < until:
-        time.sleep(_POLL / 10)
 
 
 def _reason(children: list[_Child]) -> _ChildError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +29,12 @@ from qwenq.profiling.meters import (
     meter_for,
     state_bytes,
     step_bytes,
-    synchronise,
     weight_bytes,
 )
 from qwenq.profiling.planning import POSITIONS, steps_at_once
 from qwenq.profiling.spec import Point
 from qwenq.results import Row
+from qwenq.runtime.generation import stopwatch
 from qwenq.runtime.sampling import end_ids, protocol_sampling
 from qwenq.statistics import MOST, Summary, enough, repeat, summarise
 
@@ -107,20 +107,6 @@ PROTOCOL_PATIENCE = 60.0
 
 
 @dataclass
-class Allowance:
-    """The time limit of a point in seconds; None: no limit."""
-
-    seconds: float | None
-    began: float = field(default_factory=time.monotonic)
-
-    def left(self, share: float = 1.0) -> float:
-        """Return that share of the remaining seconds; infinite without a limit."""
-        if self.seconds is None:
-            return float("inf")
-        return max(0.0, share * (self.seconds - (time.monotonic() - self.began)))
-
-
-@dataclass
 class Bench:
     """A loaded model on its point."""
 
@@ -128,7 +114,7 @@ class Bench:
     engine: Engine
     checkpoint: Checkpoint
     meter: Meter
-    allowance: Allowance
+    until: float  # when the time limit is over, by ``time.monotonic``; infinite without one
     before: int  # bytes that the process held before it loaded the model
     settings: dict[str, Any]  # of every row
     cache_bytes: int = 0  # of the newest cache, whole, in the form in which the engine keeps it
@@ -138,6 +124,10 @@ class Bench:
         """Return one token id, repeated: speed does not depend on the text. 35946 is Qwen's 我."""
         real = self.engine.real_vocab
         return [35946 if real > 35946 else real // 2] * self.point.context
+
+    def left(self, share: float = 1.0) -> float:
+        """Return that share of the remaining seconds."""
+        return max(0.0, share * (self.until - time.monotonic()))
 
     def row(self, metric: str, value: float | None, **more: Any) -> Row:
         """Return a row with the settings that all rows of this point share."""
@@ -164,7 +154,7 @@ def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> I
         seconds: time limit, loading included; None: until the intervals are narrow.
         team: processes that hold the model together; this is rank 0, the others run ``assist``.
     """
-    bench = _load(point, Allowance(seconds), team)
+    bench = _load(point, float("inf") if seconds is None else time.monotonic() + seconds, team)
     details = {"before_bytes": bench.before, **bench.meter.also()}
     yield bench.row("memory.load", bench.meter.peak(), details=details, settings={"memory": bench.meter.how})
     if why := too_long(bench):  # everything but loading starts with the prompt
@@ -180,7 +170,7 @@ def measure(point: Point, seconds: float | None = None, team: Team = ALONE) -> I
         team.barrier()  # all leave together
 
 
-def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
+def _load(point: Point, until: float, team: Team) -> Bench:
     from qwenq.models.machine import resolve_device
 
     subject, device = point.subject, resolve_device(point.device)
@@ -211,50 +201,50 @@ def _load(point: Point, allowance: Allowance, team: Team) -> Bench:
         settings["threads"] = torch.get_num_threads()
     if engine.notes:
         settings["notes"] = list(engine.notes)
-    return Bench(point, engine, checkpoint, meter, allowance, before, settings)
+    return Bench(point, engine, checkpoint, meter, until, before, settings)
 
 
 def _generating(bench: Bench) -> Iterator[Row]:
     """Measure the protocol first, as its peak must not be that of anything else; then one thing at a time."""
     point, engine = bench.point, bench.engine
     load_peak = bench.meter.peak()
-    _reset(bench.meter)
+    bench.meter.reset()
     engine.generate([bench.prompt], min(8, point.tokens), exact_tokens=True)  # warm-up
     decoding = decode_speed(bench, rounds=0)
     estimate = point.tokens / decoding.speeds[-1]
     held, warm_peak, prompt_peak = bench.meter.now(), bench.meter.peak(), 0
-    reset_error = _reset(bench.meter)
-    if estimate <= bench.allowance.left(0.9):
+    reset_error = bench.meter.reset()
+    if estimate <= bench.left(0.9):
         speed, energy = _protocol(bench)
         yield speed
     else:
         decode_speed(bench, rounds=0)  # memory is that of a full cache all the same, and of the prompt
         prompt_peak = warm_peak if point.context > 1 else 0
-        left = f"its share of the budget leaves {bench.allowance.left():.0f} s"
+        left = f"its share of the budget leaves {bench.left():.0f} s"
         reason = f"one generation takes about {estimate:.0f} s, and {left}"
         yield bench.absent("speed.protocol", reason, again=True)
         energy = bench.absent("energy.token", reason, again=True)
     yield from _memory_rows(bench, max(load_peak, warm_peak), held, reset_error, prompt_peak)
     yield energy
-    found = decode_speed(bench, rounds=MOST, patience=min(PATIENCE, bench.allowance.left(0.6)))
+    found = decode_speed(bench, rounds=MOST, patience=min(PATIENCE, bench.left(0.6)))
     cache = bench.cache_bytes
     yield found.row(bench)
     prefill(bench)
-    values = repeat(lambda: prefill(bench), min(PATIENCE / 4, bench.allowance.left(0.5)))
+    values = repeat(lambda: prefill(bench), min(PATIENCE / 4, bench.left(0.5)))
     yield bench.summary("time.first_token", summarise(values), settings={"warm_up": "one prefill"})
     yield _bandwidth(bench, found, cache)
 
 
 def _encoding(bench: Bench) -> Iterator[Row]:
     load_peak, held = bench.meter.peak(), bench.meter.now()
-    reset_error = _reset(bench.meter)  # before the warm-up, which may be all that there is time for
+    reset_error = bench.meter.reset()  # before the warm-up, which may be all that there is time for
     seconds_once = prefill(bench)  # warm-up
-    if seconds_once > bench.allowance.left():
+    if seconds_once > bench.left():
         values, extra = [seconds_once], {"warm_up": "none: the budget is over after one prefill"}
     else:
         load_peak = max(load_peak, bench.meter.peak())
-        reset_error = _reset(bench.meter)
-        values = repeat(lambda: prefill(bench), min(PATIENCE, bench.allowance.left(0.8)))
+        reset_error = bench.meter.reset()
+        values = repeat(lambda: prefill(bench), min(PATIENCE, bench.left(0.8)))
         extra = {"warm_up": "one prefill"}
     speeds = summarise([bench.point.context / value for value in values])
     yield bench.summary("speed.prefill", speeds, settings=extra)
@@ -276,17 +266,15 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
         why = error.what
 
     def once() -> float:
-        synchronise(engine.device)
-        start = time.perf_counter()
-        made = engine.generate(
-            [bench.prompt], point.tokens, sampling=sampling, stop_ids=ends, exact_tokens=True
-        )
-        seconds = time.perf_counter() - start
+        with stopwatch(engine.device) as watch:
+            made = engine.generate(
+                [bench.prompt], point.tokens, sampling=sampling, stop_ids=ends, exact_tokens=True
+            )
         assert len(made.answers[0].ids) == point.tokens  # noqa: S101 - as the cards' script does
-        return point.tokens / seconds
+        return point.tokens / watch.seconds
 
     joules = counter.joules() if counter else 0.0
-    values = repeat(once, min(PROTOCOL_PATIENCE, bench.allowance.left(0.6)))
+    values = repeat(once, min(PROTOCOL_PATIENCE, bench.left(0.6)))
     suppressed = f"suppressed in the logits: {', '.join(map(str, ends))}" if ends else "the model names none"
     settings = {"sampling": how, "end_of_text": suppressed, "warm_up": "8 tokens"}
     speed = bench.summary("speed.protocol", summarise(values), settings=settings)
@@ -298,15 +286,6 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
     return speed, bench.row(
         "energy.token", spent, n=len(values), settings={**settings, "energy": ENERGY_SOURCE}
     )
-
-
-def _reset(meter: Meter) -> str | None:
-    """Reset the meter's peak; return why that is not possible here."""
-    try:
-        meter.reset()
-    except UnsupportedError as error:
-        return error.what
-    return None
 
 
 def _memory_rows(
@@ -371,27 +350,23 @@ def prefill(bench: Bench, tokens: int | None = None) -> float:
     """Return the seconds from the prompt, or its first ``tokens``, to its first new token."""
     prompt = bench.prompt[:tokens]
     cache = bench.engine.new_cache(1, len(prompt) + 1)
-    synchronise(bench.engine.device)
-    start = time.perf_counter()
-    bench.engine.prefill([prompt], cache).argmax(-1).tolist()
-    seconds = time.perf_counter() - start
+    with stopwatch(bench.engine.device) as watch:
+        bench.engine.prefill([prompt], cache).argmax(-1).tolist()
     bench.cache_bytes = cache_bytes(cache)
-    return seconds
+    return watch.seconds
 
 
 def too_long(bench: Bench) -> str:
     """Return why the point's prompt is not begun; empty where it fits the time limit."""
     tokens = bench.point.context
-    if bench.allowance.seconds is None or tokens < LONG:
+    if bench.until == float("inf") or tokens < LONG:
         return ""
     prefill(bench, _FIRST)  # warm-up
     made = [(_FIRST, prefill(bench, _FIRST))]
-    while len(made) < 2 or (
-        made[-1][0] * _LARGEST_SHARE <= tokens and made[-1][1] < bench.allowance.left(_TRIAL)
-    ):
+    while len(made) < 2 or (made[-1][0] * _LARGEST_SHARE <= tokens and made[-1][1] < bench.left(_TRIAL)):
         longer = 2 * made[-1][0]
         made.append((longer, prefill(bench, longer)))
-    seconds, left = estimated(tokens, *made[-2:]), bench.allowance.left()
+    seconds, left = estimated(tokens, *made[-2:]), bench.left()
     if seconds <= left:
         return ""
     return f"one prompt takes about {seconds:.0f} s, and its share of the budget leaves {left:.0f} s"
@@ -445,12 +420,10 @@ def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decodin
     def run(position: int, steps: int) -> float:
         nonlocal tokens
         cache.lengths = [position]
-        synchronise(engine.device)
-        start = time.perf_counter()
-        for _ in range(steps):
-            tokens = engine.decode(tokens, cache).argmax(-1)
-        synchronise(engine.device)
-        return (time.perf_counter() - start) / steps
+        with stopwatch(engine.device) as watch:
+            for _ in range(steps):
+                tokens = engine.decode(tokens, cache).argmax(-1)
+        return watch.seconds / steps
 
     run(point.context, 1)  # compiles, where anything has to be
     steps = steps_at_once(point.tokens, run(point.context, 1))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qwenq.errors import UnsupportedError
+from qwenq.runtime.generation import timed
 
 if TYPE_CHECKING:
     from qwenq.runtime.cache import KVCache
@@ -25,48 +25,18 @@ if TYPE_CHECKING:
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-class Meter(Protocol):
-    """Peak memory since the last reset; ``how`` describes the figure in the rows' settings."""
-
-    how: str
-
-    def reset(self) -> None:
-        """Set the peak to what is held now; ``UnsupportedError``: this system does not let us."""
-        ...
-
-    def peak(self) -> int:
-        """Return the bytes at the peak since the last reset, or since the process began."""
-        ...
-
-    def now(self) -> int:
-        """Return the bytes that are held at this moment."""
-        ...
-
-    def also(self) -> dict[str, Any]:
-        """Return further figures of this moment, for a row's details."""
-        ...
-
-
-def meter_for(device: torch.device) -> Meter:
-    """Return the meter of that device; refuse a CPU on a system without /proc."""
-    if device.type == "cuda":
-        return CudaMeter(device)
-    if not _STATUS.exists():
-        raise UnsupportedError("peak memory on the CPU is read from /proc, which this system does not have")
-    return ResidentMeter()
-
-
 class ResidentMeter:
     """The resident set of this process, from Linux."""
 
     how = "peak resident set of the process"
 
-    def reset(self) -> None:
-        """Set VmHWM to VmRSS by writing 5, see proc_pid_clear_refs(5)."""
+    def reset(self) -> str | None:
+        """Set VmHWM to VmRSS by writing 5, see proc_pid_clear_refs(5); return why that is not possible."""
         try:
             _RESET.write_text("5")
         except OSError as error:
-            raise UnsupportedError(f"the peak cannot be reset here: {error}") from error
+            return f"the peak cannot be reset here: {error}"
+        return None
 
     def peak(self) -> int:
         """Return VmHWM."""
@@ -89,11 +59,12 @@ class CudaMeter:
     def __init__(self, device: torch.device) -> None:
         self._device = device
 
-    def reset(self) -> None:
-        """Free what the allocator caches, and set its peak to what is held."""
+    def reset(self) -> str | None:
+        """Free what the allocator caches, and set its peak to what is held, which is always possible."""
         torch.cuda.synchronize(self._device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(self._device)
+        return None
 
     def peak(self) -> int:
         """Return ``torch.cuda.max_memory_allocated``, which the cards printed."""
@@ -108,6 +79,19 @@ class CudaMeter:
         free, total = torch.cuda.mem_get_info(self._device)
         reserved = torch.cuda.max_memory_reserved(self._device)
         return {"reserved_bytes": reserved, "device_used_bytes": total - free, "device_bytes": total}
+
+
+Meter = ResidentMeter | CudaMeter
+"""Peak memory since the last reset, or since the process began; rows have ``how`` in their settings."""
+
+
+def meter_for(device: torch.device) -> Meter:
+    """Return the meter of that device; refuse a CPU on a system without /proc."""
+    if device.type == "cuda":
+        return CudaMeter(device)
+    if not _STATUS.exists():
+        raise UnsupportedError("peak memory on the CPU is read from /proc, which this system does not have")
+    return ResidentMeter()
 
 
 def _status(key: str) -> int:
@@ -160,34 +144,14 @@ def copy_bandwidth(device: torch.device, repetitions: int = 9) -> float:
     size = _BYTES[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    seconds = []
-    for _ in range(repetitions + 1):
-        synchronise(device)
-        start = time.perf_counter()
-        target.copy_(source)
-        synchronise(device)
-        seconds.append(time.perf_counter() - start)
-    return 2 * size / statistics.median(seconds[1:])  # the first one warms up
+    return 2 * size / statistics.median(timed(lambda: target.copy_(source), device, repetitions))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Return the floating-point operations per second of a square product, for estimates."""
     side = 1024 if device.type == "cpu" else 8192
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
-    best = 1e9
-    for _ in range(3):
-        synchronise(device)
-        start = time.perf_counter()
-        a @ b
-        synchronise(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
-
-
-def synchronise(device: torch.device) -> None:
-    """Wait until a GPU has finished."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 2 * side**3 / min(timed(lambda: a @ b, device, 2))
 
 
 def cache_bytes(cache: KVCache) -> int:

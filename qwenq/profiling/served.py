@@ -31,7 +31,7 @@ from qwenq.http import Again, Server, ServerState, checked_address, checked_key,
 from qwenq.models.identity import served_identity
 from qwenq.profiling.spec import has_rows
 from qwenq.profiling.stream import Answer, StoppedError, complete, fit_words, words
-from qwenq.profiling.sweep import record
+from qwenq.profiling.sweep import note_kept, record
 from qwenq.results import HERE, RESULTS_FILE, Model, Row, Status, Value, read_rows, write_environment
 from qwenq.statistics import MOST, enough, summarise, wilson
 
@@ -124,17 +124,7 @@ def find_target(
 ) -> Target:
     """Return a model behind an address, after one request for the models served there.
 
-    Args:
-        url: ``http://HOST/v1``.
-        model: its name there; None: the only one that is served.
-        key: sent as a bearer token; None: none.
-        listener: receives notices about requests that are retried and options that are refused.
-        precision: what the server computes in, if the user says so.
-        timeout: seconds without a byte after which a request has failed.
-
-    Raises:
-        UsageError: no address, or no such model there.
-        QwenqError: it cannot be reached.
+    Without a name it is the only one. A request has failed after ``timeout`` seconds without a byte.
     """
     if not re.fullmatch(r"[a-z0-9.]{1,16}", precision):
         raise UsageError(
@@ -166,9 +156,7 @@ def profile_served(
     """
     held = read_rows(out) if (out / RESULTS_FILE).exists() else []
     todo = [each for each in load.concurrency if not has_rows(held, load.place(each), target.model, METRICS)]
-    if len(todo) < len(load.concurrency):
-        kept = len(load.concurrency) - len(todo)
-        listener(Notice(f"{kept} of {len(load.concurrency)} points were measured earlier"))
+    note_kept(len(load.concurrency) - len(todo), len(load.concurrency), listener)
     if todo:
         began, session = time.monotonic(), _Session.begin(target, load, listener)
         if environment is not None:
@@ -247,22 +235,13 @@ class _Session:
         return complete(self.target.server, self.target.name, prompt, tokens, stop)
 
     def rows(self, concurrency: int, seconds: float) -> Iterator[Row]:
-        """Measure one concurrency and yield its rows; where Ctrl-C ends it, those of what is measured."""
-        found: list[Repetition] = []
-        try:
-            self._warm_up(concurrency)
-            found.extend(self._repetitions(concurrency, seconds))
-        except KeyboardInterrupt:
-            if found:  # without the marks of a finished point: the same command measures it again
-                yield from self._made(concurrency, found, again=True)
-            raise
+        """Measure one concurrency and yield its rows."""
+        count, tokens = min(concurrency, WARM_UP), min(WARM_UP_TOKENS, self.load.output)
+        closed_loop(partial(self.send, f"warm/{concurrency}", tokens), count, count, SECONDS)
+        found = list(self._repetitions(concurrency, seconds))
         for text in _remarks(found, self.load.output):
             self.listener(Notice(f"concurrency {concurrency}: {text}"))
         yield from self._made(concurrency, found)
-
-    def _warm_up(self, concurrency: int) -> None:
-        count, tokens = min(concurrency, WARM_UP), min(WARM_UP_TOKENS, self.load.output)
-        closed_loop(partial(self.send, f"warm/{concurrency}", tokens), count, count, SECONDS)
 
     def _repetitions(self, concurrency: int, seconds: float) -> Iterator[Repetition]:
         began, speeds = time.monotonic(), list[float]()
@@ -277,8 +256,8 @@ class _Session:
             if enough(speeds, time.monotonic() - began, seconds):
                 return
 
-    def _made(self, concurrency: int, found: Sequence[Repetition], *, again: bool = False) -> Iterator[Row]:
-        details = _details(found) | {"prompt_tokens": self.counted, **({"again": True} if again else {})}
+    def _made(self, concurrency: int, found: Sequence[Repetition]) -> Iterator[Row]:
+        details = _details(found) | {"prompt_tokens": self.counted}
         unknown = self.target.server.state.unknown
         settings = {
             "device": "unknown",

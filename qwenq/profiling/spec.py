@@ -188,18 +188,13 @@ def lengths_of(context: Sequence[int], tokens: Sequence[int], encode: Sequence[i
     return [*((length, 1) for length in encoded), *((c, t) for t in news for c in context)]
 
 
-def require_known(attentions: Sequence[str], engines: Sequence[str], kernel: str) -> None:
+def require_kernel(kernel: str) -> None:
     """Refuse a misspelt name before the first point."""
-    from qwenq.runtime.attention import BACKENDS
     from qwenq.runtime.quantised_linear import KERNELS
 
-    for option, given, known in (
-        ("--attention", attentions, ("auto", *BACKENDS)),
-        ("--engine", engines, ("fast", "transformers")),
-        ("--kernel", [kernel], ("auto", *(each.name for each in KERNELS))),
-    ):
-        if wrong := [name for name in given if name not in known]:
-            raise UsageError(f"there is no {wrong[0]!r}", where=option, hint=f"use {', '.join(known)}")
+    known = ("auto", *(each.name for each in KERNELS))
+    if kernel not in known:
+        raise UsageError(f"there is no {kernel!r}", where="--kernel", hint=f"use {', '.join(known)}")
 
 
 def refuse_unsplittable(subjects: Sequence[Subject], engines: Sequence[str]) -> None:
@@ -242,7 +237,13 @@ def subjects_of(
     found = Subjects()
     for given in models:
         _add(found, given, precisions, weights, seed)
-    found.subjects = [_settled(each, found) for each in found.subjects]
+    # A quantised model is in the family of the base that its manifest names by fingerprint, as evaluations
+    # have it: the base's folder may have been renamed since.
+    families = {name: found.plain[base] for name, base in found.bases.items() if base in found.plain}
+    found.subjects = [
+        replace(each, model=replace(each.model, family=families.get(each.model.name, each.model.family)))
+        for each in found.subjects
+    ]
     return found
 
 
@@ -279,15 +280,6 @@ def _add(found: Subjects, given: str | None, precisions: Sequence[str], weights:
         found.plain[checkpoint.fingerprint] = made[0].model.family
     elif isinstance(base := base_of(checkpoint.folder).get("fingerprint"), str):
         found.bases[name] = base
-
-
-def _settled(subject: Subject, found: Subjects) -> Subject:
-    """Return it in the family of the base that its manifest names by fingerprint, as evaluations do.
-
-    The base's folder may have been renamed since.
-    """
-    family = found.plain.get(found.bases.get(subject.model.name, ""))
-    return subject if family is None else replace(subject, model=replace(subject.model, family=family))
 
 
 def _plain(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,14 +21,6 @@ from qwenq.storage import locked
 Measure = Callable[[Point, float | None], Iterator[Row]]  # turn a point into rows, one for every metric
 
 
-@dataclass
-class Progress:
-    """The result of a sweep."""
-
-    measured: int = 0  # points of this run
-    kept: int = 0  # points that the folder held already, measured on this machine
-
-
 def run_sweep(
     planned: Sequence[Planned],
     out: Path,
@@ -38,7 +30,7 @@ def run_sweep(
     budget: float | None = None,
     command: str = "",
     measure: Measure | None = None,
-) -> Progress:
+) -> None:
     """Measure the points that the folder does not have yet, or has from another machine only.
 
     Args:
@@ -57,8 +49,9 @@ def run_sweep(
     todo = [each for each in planned if not is_done(each.point, held)]
     if budget is not None:
         todo.sort(key=lambda each: each.needed)
+    note_kept(len(planned) - len(todo), len(planned), listener)
     figures = {(row.identity, row.model) for row in held if row.value is not None}
-    progress, began = Progress(kept=len(planned) - len(todo)), time.monotonic()
+    began = time.monotonic()
     with ExitStack() as stack:
         if measure is None:
             measure = measure_in_child
@@ -74,8 +67,12 @@ def run_sweep(
             for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
                 if row.value is not None or (row.identity, row.model) not in figures:
                     record(row, out, mine, command, label, listener)  # else an earlier figure is kept
-            progress.measured += 1
-    return progress
+
+
+def note_kept(kept: int, count: int, listener: Listener) -> None:
+    """Report how many of the points were measured earlier, where some were."""
+    if kept:
+        listener(Notice(f"{kept} of {count} points were measured earlier"))
 
 
 def record(
@@ -96,8 +93,8 @@ def sweep_models(
     folder: Path,
     listener: Listener,
     command: str,
-) -> tuple[list[Row], int]:
-    """Announce every combination, measure those that the folder lacks; return all rows, and how many it had.
+) -> list[Row]:
+    """Announce every combination, measure those that the folder lacks; return the rows of all.
 
     Args:
         choices: arguments of ``spec.sweep`` besides models and device.
@@ -115,9 +112,9 @@ def sweep_models(
         planned = plan(sweep(found.subjects, device=place.device, **choices), found.shapes, place)
         listener(Advance("plan", result=PlannedSweep(planned, place, budget, folder)))
         left = None if budget is None else budget - (time.monotonic() - began)  # the probe counts too
-        done = run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
+        run_sweep(planned, folder, listener, budget=left, environment=environment(), command=command)
     wanted = [(each.point.place, each.point.subject.model) for each in planned]
-    return [row for row in read_rows(folder) if (row.point, row.model) in wanted], done.kept
+    return [row for row in read_rows(folder) if (row.point, row.model) in wanted]
 
 
 def _held_here(

@@ -15,13 +15,12 @@ from typing import Any
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.autoround import is_autoround
-from qwenq.models.block_shapes import ROW_PARALLEL
+from qwenq.models.block_shapes import ROW_PARALLEL, splits_groups, unshared_heads
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.models.gptq_config import EXPERT, FUSED, QuantConfig, engine_layer, rule_for
 from qwenq.models.gptq_format import quantised_modules
 from qwenq.storage import read_json
 
-GPUS = (1, 2, 4, 8)
 _NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm\w*|visual|vision_tower|conv1d|mtp)(\.|$)")
 _GROUPS = (-1, 32, 64, 128)
 _TORCH_INT4_GROUPS = (32, 64, 128, 256)
@@ -293,22 +292,16 @@ def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
     """Heads are shared evenly, and a GPU gets whole groups of what is split along its inputs."""
     heads = int(folder.text.get("num_attention_heads", 0))
     kv_heads = int(folder.text.get("num_key_value_heads") or heads)
+    recurrent = [int(folder.text.get(f"linear_num_{kind}_heads") or 0) for kind in ("key", "value")]
     choose = "choose another number of GPUs"
-    if heads % gpus:
-        yield Problem(f"{heads} heads are no multiple of {gpus} GPUs", choose)
-    if kv_heads % gpus and gpus % kv_heads:
-        yield Problem(f"{kv_heads} key/value heads cannot be shared by {gpus} GPUs", choose)
-    for key in ("linear_num_key_heads", "linear_num_value_heads"):
-        if int(folder.text.get(key) or 0) % gpus:
-            yield Problem(
-                f"{folder.text[key]} heads of linear attention are no multiple of {gpus} GPUs", choose
-            )
+    for unshared in unshared_heads(gpus, heads, kv_heads, recurrent):
+        yield Problem(f"{unshared} cannot be shared by {gpus} GPUs", choose)
     split, rows = set(), set()
     for name, module in folder.modules.items():
         leaf = name.rpartition(".")[2]
         if leaf in ROW_PARALLEL:
             group = module.quant.group_size
-            if module.columns % gpus or (group != -1 and module.columns // gpus % group):
+            if splits_groups(module.columns, group, gpus):
                 split.add((leaf, module.columns, group))
         elif module.rows % gpus:
             rows.add((leaf, module.rows))
@@ -316,7 +309,7 @@ def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
         smaller = [size for size in (64, 32) if size < group and not columns % (gpus * size)]
         yield Problem(
             f"the {columns:,} inputs of {leaf} in groups of {group} cannot be split among {gpus} GPUs",
-            f"use --group-size {smaller[0]}" if smaller else "use --pad-ffn, or fewer GPUs",
+            f"use --group-size {smaller[0]}" if smaller else "use fewer GPUs",
         )
     for leaf, count in sorted(rows):
         yield Problem(f"the {count:,} outputs of {leaf} are no multiple of {gpus} GPUs", choose)

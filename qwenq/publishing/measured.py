@@ -9,11 +9,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qwenq.errors import ModelError, QwenqError, UsageError
 from qwenq.events import Listener, Notice, silent
 from qwenq.models.folders import CARD, CARD_PLOTS, MANIFEST
-from qwenq.publishing.model_card import Measured, Score, require_place, write_model_card
+from qwenq.publishing.model_card import Measured, require_place, score, write_model_card
 from qwenq.reporting.card import TASKS
 from qwenq.reporting.collect import Collection, collect
 from qwenq.reporting.losses import WORDS
@@ -22,6 +23,9 @@ from qwenq.reporting.tables import Table
 from qwenq.reporting.text import clean, markdown
 from qwenq.reporting.write import PLOTS, environment_markdown, tables_markdown
 from qwenq.storage import atomic_write_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
 
 _PLOT = re.compile(rf'<img src="{CARD_PLOTS}/([\w.-]+\.png)"')
 
@@ -135,9 +139,9 @@ def _plots(section: Section) -> Iterator[str]:
         )
 
 
-def _scores(collection: Collection, fingerprint: str) -> Iterator[Score]:
+def _scores(collection: Collection, fingerprint: str) -> Iterator[EvalResult]:
     """Yield the accuracies of one model; of several at one point the last."""
-    found: dict[tuple[str, str, str], Score] = {}
+    found: dict[tuple[str, str, str], EvalResult] = {}
     for item in collection.measured:
         row = item.row
         if row.metric != "accuracy" or row.model.fingerprint != fingerprint or row.value is None:
@@ -148,5 +152,5 @@ def _scores(collection: Collection, fingerprint: str) -> Iterator[Score]:
         config = clean(", ".join(f"{key} {value}" for key, value in point.items()))
         title = f"accuracy, percent of {row.n} items" if row.n else "accuracy, percent"
         dataset = task, name, config
-        found[dataset] = Score(dataset, ("accuracy", title), round(100 * row.value, 2))
+        found[dataset] = score(dataset, ("accuracy", title), round(100 * row.value, 2))
     yield from found.values()

@@ -19,6 +19,7 @@ from qwenq.errors import ModelError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import CARD, MANIFEST
 from qwenq.publishing.engines import Verdict, engine_verdicts, read_gptq_folder
+from qwenq.recipe import HUB_ID, quantize_command
 from qwenq.reporting.text import code, markdown
 from qwenq.storage import atomic_write_bytes, read_json, readable_bytes
 
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 SECTIONS = ("about", "cost", "load", "measured", "licence")
 """Marked sections, in the order in which a new card has them; ``measured`` is empty until `qwenq report`."""
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FRONT = re.compile(r"\A---\n(.*?)\n---\n", re.DOTALL)
 _INDEX = re.compile(r"^model-index:.*\n(?:[ -].*\n|\n)*", re.MULTILINE)
 _MARK = "<!-- qwenq:{} -->"
@@ -36,20 +36,37 @@ _MARKS = re.compile(rf"<!-- (/?)qwenq:({'|'.join(SECTIONS)}) -->")
 
 
 @dataclass(frozen=True)
-class Score:
-    """A figure of the model-index."""
-
-    dataset: tuple[str, str, str]  # its kind, its name for people, and what else decides the figure
-    metric: tuple[str, str]  # its kind, and its name for people
-    value: float
-
-
-@dataclass(frozen=True)
 class Measured:
     """What a report adds to a card: Markdown of the section, and scores for the model-index."""
 
     text: str = ""
-    scores: tuple[Score, ...] = ()
+    scores: tuple[EvalResult, ...] = ()
+
+
+_OURS = {"tool": "qwenq"}
+"""Arguments of a metric of the model-index that a report may replace."""
+
+
+def score(dataset: tuple[str, str, str], metric: tuple[str, str], value: float) -> EvalResult:
+    """Return a figure for the model-index.
+
+    Args:
+        dataset: its kind, its name for people, and what else decides the figure.
+        metric: its kind, and its name for people.
+        value: the figure.
+    """
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset[0],
+        dataset_name=dataset[1],
+        dataset_config=dataset[2] or None,
+        metric_type=metric[0],
+        metric_name=metric[1],
+        metric_value=value,
+        metric_args=_OURS,
+    )
 
 
 def write_model_card(folder: Path, base: Path | None = None, measured: Measured | None = None) -> Path:
@@ -109,7 +126,7 @@ def require_place(folder: Path) -> None:
 def base_id(manifest: Mapping[str, Any]) -> str | None:
     """Return the hub id of the model that was quantised; None: it was a folder or the bundled model."""
     given = manifest["base"].get("model")
-    return given if isinstance(given, str) and _HUB_ID.fullmatch(given) else None
+    return given if isinstance(given, str) and HUB_ID.fullmatch(given) else None
 
 
 def _new(
@@ -118,7 +135,7 @@ def _new(
     config: Mapping[str, Any],
     origin: Mapping[str, Any],
     sections: Mapping[str, str],
-    scores: Sequence[Score],
+    scores: Sequence[EvalResult],
 ) -> str:
     from huggingface_hub import ModelCardData
 
@@ -141,7 +158,7 @@ def _new(
     return f"---\n{data.to_yaml()}\n{index}---\n\n# {markdown(name)}\n\n{body}\n"
 
 
-def _check_scores(manifest: Mapping[str, Any]) -> Iterator[Score]:
+def _check_scores(manifest: Mapping[str, Any]) -> Iterator[EvalResult]:
     check = manifest.get("check")
     if not check:
         return
@@ -152,35 +169,17 @@ def _check_scores(manifest: Mapping[str, Any]) -> Iterator[Score]:
         "perplexity_ratio": "Perplexity over that of the unquantised model",
     }
     for kind, title in metrics.items():
-        yield Score(dataset, (kind, title), round(check[kind]["value"], 5))
+        yield score(dataset, (kind, title), round(check[kind]["value"], 5))
 
 
-def _model_index(name: str, scores: Sequence[Score], kept: Sequence[EvalResult] = ()) -> str:
-    """Return the block ``model-index`` of a front matter: these scores, then what people added."""
-    from huggingface_hub import EvalResult, ModelCardData
+def _model_index(name: str, scores: Sequence[EvalResult]) -> str:
+    """Return the block ``model-index`` of a front matter."""
+    from huggingface_hub import ModelCardData
 
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=score.dataset[0],
-            dataset_name=score.dataset[1],
-            dataset_config=score.dataset[2] or None,
-            metric_type=score.metric[0],
-            metric_name=score.metric[1],
-            metric_value=score.value,
-            metric_args=_OURS,
-        )
-        for score in scores
-    ]
-    block = ModelCardData(model_name=name, eval_results=[*results, *kept]).to_yaml()
-    return f"{block}\n"
+    return f"{ModelCardData(model_name=name, eval_results=list(scores)).to_yaml()}\n"
 
 
-_OURS = {"tool": "qwenq"}
-"""Arguments of a metric of the model-index that a report may replace."""
-
-
-def _renewed(existing: str, sections: Mapping[str, str], scores: Sequence[Score], card: Path) -> str:
+def _renewed(existing: str, sections: Mapping[str, str], scores: Sequence[EvalResult], card: Path) -> str:
     """Return a card whose marked sections are new; what people removed is not put back."""
     _require_pairs(existing, card)
     for key, content in sections.items():
@@ -205,7 +204,7 @@ def _require_pairs(existing: str, card: Path) -> None:
         begun = None if slash else key
 
 
-def _with_scores(text: str, scores: Sequence[Score], card: Path) -> str:
+def _with_scores(text: str, scores: Sequence[EvalResult], card: Path) -> str:
     """Return a card whose model-index has these scores in the place of earlier ones; all else stays."""
     from huggingface_hub import ModelCard
 
@@ -222,7 +221,9 @@ def _with_scores(text: str, scores: Sequence[Score], card: Path) -> str:
             where=card,
             hint="mend it, or remove it, and scores stay out of the card",
         ) from error
-    return f"{text[: block.start()]}{_model_index(str(known.model_name), scores, kept)}{text[block.end() :]}"
+    return (
+        f"{text[: block.start()]}{_model_index(str(known.model_name), [*scores, *kept])}{text[block.end() :]}"
+    )
 
 
 def _marked(key: str, content: str) -> str:
@@ -243,40 +244,10 @@ def _about(folder_name: str, manifest: Mapping[str, Any]) -> str:
         f"- Format: GPTQ ({markdown(quant['checkpoint_format'])}), {quant['bits']} bits, {group}, "
         f"{'symmetric' if quant['sym'] else 'free zero points'}",
         f"- Calibration: {calibration['samples']} × {calibration['seq_len']} tokens of {text}",
-        f"- Command: {code(quantize_command(manifest, folder_name))}",
+        f"- Command: {code(quantize_command(manifest['recipe'], folder_name))}",
         f"- Versions: {markdown(versions)}",
     ]
     return "\n".join(lines)
-
-
-def quantize_command(manifest: Mapping[str, Any], folder_name: str) -> str:
-    """Return the command that makes the folder again: options that are not the defaults."""
-    from qwenq.recipe import RENAMED, Recipe
-
-    recipe, plain = manifest["recipe"], Recipe().to_json()
-    parts = ["qwenq quantize"]
-    if recipe.get("model"):
-        given = str(recipe["model"])
-        parts.append(given if _HUB_ID.fullmatch(given) else Path(given).name)
-    calibration = recipe.get("calibration", {})
-    if calibration.get("source", "self") != "self":
-        parts.append(f"--calibration {Path(str(calibration['source'])).name}")
-    for section, keys in (("calibration", ("samples", "seq_len")), ("quantize", tuple(plain["quantize"]))):
-        table = recipe.get(section, {})
-        table = {RENAMED.get((section, key), key): value for key, value in table.items()}
-        for key in keys:
-            value = table.get(key)
-            if value is None or value == plain[section][key]:
-                continue
-            option = f"--{key.replace('_', '-')}"
-            if isinstance(value, bool):
-                option = "--asym" if key == "sym" else option if value else f"--no-{key.replace('_', '-')}"
-                parts.append(option)
-            elif isinstance(value, dict):
-                parts += [f"{option} {pattern}={bits}" for pattern, bits in value.items()]
-            else:
-                parts.append(f"{option} {value}")
-    return " ".join([*parts, f"--out {folder_name}"])
 
 
 def _cost(manifest: Mapping[str, Any]) -> str:

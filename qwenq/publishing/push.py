@@ -19,12 +19,12 @@ from qwenq.models.folders import CARD, MANIFEST
 from qwenq.models.hub import network_errors
 from qwenq.models.integrity import verify_files
 from qwenq.publishing.model_card import write_model_card
+from qwenq.recipe import HUB_ID
 from qwenq.storage import read_json, readable_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _OURS = {".gitattributes", CARD, MANIFEST}
 _IMAGE = re.compile(r"!\[[^\]\n]*\]\(([^)\s]+)\)|<img[^>]+src=[\"']([^\"']+)[\"']", re.IGNORECASE)
 _IMAGES = {".png", ".jpg", ".jpeg", ".gif", ".svg", ".webp"}
@@ -65,7 +65,7 @@ def push(
         dry_run: return what would be published, and send nothing.
         base: folder of the base, for the card's licence and languages.
     """
-    if not _REPO.fullmatch(repo):
+    if not HUB_ID.fullmatch(repo):
         raise UsageError(f"{repo!r} is no OWNER/NAME", where="push", hint="like my-name/Qwen3-0.6B-GPTQ-Int4")
     names = [*verify_files(folder), MANIFEST]
     manifest = read_json(folder / MANIFEST)

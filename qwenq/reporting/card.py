@@ -56,7 +56,7 @@ def cut_of(row: Row) -> Cut | None:
     return Cut(answers, of)
 
 
-LETTERS = ("mmlu", "ceval", "ceval-test", "cmmlu")
+LETTERS = ("mmlu", "ceval", "cmmlu")
 
 
 def asked_by(row: Row) -> str:
@@ -125,7 +125,7 @@ def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
             continue
         score = task_name(item.row)
         heading = f"{score} cut (%)"
-        note = made.notes.number(f"{score}: {found.warning}") if found.many else None
+        note = f"{score}: {found.warning}" if found.many else ""
         label = collection.label(item.row.model)
         for line in made.lines:
             cell = line.cells.get(_score(item)[1])
@@ -251,7 +251,7 @@ def _add_published(
     shown = {heading: value for heading, value in figures.items() if heading in made.columns}
     if not shown:
         return
-    note = made.notes.number(f"published: {row.source}, measured on {row.hardware}")
+    note = f"published: {row.source}, measured on {row.hardware}"
     label = f"{PRECISIONS.get(row.precision.lower(), row.precision)}, published"
     cells = {heading: Cell(fixed(digits)(value), value) for heading, value in shown.items()}
     names = [label, *(labels.get(header, "") for header in made.headers[1:])]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from qwenq.environment import decisive, difference, measured_on
 from qwenq.errors import UsageError
 from qwenq.reporting.text import LONGEST_COMMAND, clean, count
-from qwenq.results import HERE, RESULTS_FILE, Model, Row, Value, each_run
+from qwenq.results import HERE, RESULTS_FILE, Model, Row, Value, each_run, read_environment
 
 # Read run folders into one collection of rows, each with its run, hardware and a label for its model.
 
@@ -117,13 +117,7 @@ def collect(folders: list[Path]) -> Collection:
     measured: list[Measured] = []
     for folder, rows, environment in each_run(folders):
         _refuse_depths([environment, *([row.settings, row.details] for row in rows)], folder)
-        named = {
-            _kernels(measured_on(environment, row.settings), row)
-            for row in rows
-            if row.value is not None and row.point.get("device") == "cpu"
-        }
-        kernels = named.pop() if len(named) == 1 else ""
-        run = Run(_name(folder, [other.name for other in runs]), environment, kernels)
+        run = _run(_name(folder, [other.name for other in runs]), environment, rows)
         runs.append(run)
         measured += [Measured(row, run) for row in rows]
     if not measured:
@@ -131,6 +125,21 @@ def collect(folders: list[Path]) -> Collection:
         hint = "measure something into it with qwenq eval or profile"
         raise UsageError("there is no row in these runs", where=where, hint=hint)
     return Collection(tuple(runs), tuple(measured))
+
+
+def rows_of_run(folder: Path, rows: Sequence[Row]) -> Collection:
+    """Return some rows of a run folder as a collection."""
+    run = _run(_name(folder, []), read_environment(folder), rows)
+    return Collection((run,), tuple(Measured(row, run) for row in rows))
+
+
+def _run(name: str, environment: dict[str, Any], rows: Sequence[Row]) -> Run:
+    named = {
+        _kernels(measured_on(environment, row.settings), row)
+        for row in rows
+        if row.value is not None and row.point.get("device") == "cpu"
+    }
+    return Run(name, environment, named.pop() if len(named) == 1 else "")
 
 
 DEEPEST = 100
@@ -280,28 +289,20 @@ def hardware_names(measured: Iterable[Measured]) -> Callable[[Measured], str]:
     return name
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """A run folder to compare with, and whether it was measured on the machine of the new run."""
-
-    folder: Path
-    same_machine: bool
-
-
-def choose_baseline(baseline: Path, new: Path) -> Baseline:
-    """Choose among baselines, one for each kind of machine, that of the machine of a new run.
+def choose_baseline(baseline: Path, new: Path) -> tuple[Path, str]:
+    """Choose among baselines, one for each kind of machine, that of a new run's; return why, where it did.
 
     A run folder is taken as it is; of a folder of run folders, where none is of that machine, the first by
     name: what depends on no machine is compared all the same.
     """
     folders = sorted(file.parent for file in baseline.glob(f"*/{RESULTS_FILE}"))
     if (baseline / RESULTS_FILE).exists() or not folders:
-        return Baseline(baseline, same_machine=False)
+        return baseline, ""
     machines = _machines(new)
     for folder in folders:
         if machines & _machines(folder):
-            return Baseline(folder, same_machine=True)
-    return Baseline(folders[0], same_machine=False)
+            return folder, "of the same machine"
+    return folders[0], "no baseline is of this machine"
 
 
 def _machines(run: Path) -> set[tuple[str, ...]]:

@@ -221,7 +221,10 @@ def _apply(item: Comparison, asked: list[Condition]) -> Judged:
 _CONDITION = re.compile(
     r"\s*([\w.]+)(?:@(\w+))?\s*:\s*(?:(significant)|([<>])\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?))\s*"
 )
-_WHERE = "--fail-on"
+
+
+def _refused(what: str, hint: str) -> UsageError:
+    return UsageError(what, where="--fail-on", hint=hint)
 
 
 def parse(text: str) -> list[Condition]:
@@ -238,9 +241,7 @@ def asked_by(fail_on: str | None) -> list[Condition]:
         return []
     found = parse(FAIL_ON if fail_on is None else fail_on)
     if not found:
-        raise UsageError(
-            "no condition is named", where=_WHERE, hint="write none to only compare, or leave the option out"
-        )
+        raise _refused("no condition is named", "write none to only compare, or leave the option out")
     return found
 
 
@@ -251,26 +252,22 @@ def _condition(part: str) -> Condition:
     if rule is None:
         near = get_close_matches(metric, METRICS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known metrics: {', '.join(METRICS)}"
-        raise UsageError(f"unknown metric {metric!r}", where=_WHERE, hint=hint)
+        raise _refused(f"unknown metric {metric!r}", hint)
     sign: Literal["<", ">"] = "<" if rule.better == "up" else ">"
     example = f"write {metric}:significant or {metric}:{sign}{_EXAMPLES[rule.relation][rule.better]}"
     if found is None:
-        raise UsageError(f"{part.strip()!r} is not a condition", where=_WHERE, hint=example)
+        raise _refused(f"{part.strip()!r} is not a condition", example)
     if found[2] not in (None, *PRECISIONS):
-        hint = f"known precisions: {', '.join(PRECISIONS)}"
-        raise UsageError(f"{part.strip()!r} does not name a precision", where=_WHERE, hint=hint)
+        known = f"known precisions: {', '.join(PRECISIONS)}"
+        raise _refused(f"{part.strip()!r} does not name a precision", known)
     if found[3]:
         return Condition(metric, sign, None, found[2])
     if found[4] != sign:
         better = "more" if rule.better == "up" else "less"
-        raise UsageError(
-            f"{part.strip()!r} would fail an improvement: {better} {metric} is better",
-            where=_WHERE,
-            hint=example,
-        )
+        raise _refused(f"{part.strip()!r} would fail an improvement: {better} {metric} is better", example)
     limit = float(found[5])
     if wrong := _beyond(limit, metric):
-        raise UsageError(f"{part.strip()!r}: {wrong}", where=_WHERE, hint=example)
+        raise _refused(f"{part.strip()!r}: {wrong}", example)
     return Condition(metric, sign, limit, found[2])
 
 

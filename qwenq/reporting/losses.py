@@ -18,7 +18,7 @@ from qwenq.comparison import (
 )
 from qwenq.reporting.card import cut_of, model_bytes, task_name, task_order
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows
-from qwenq.reporting.tables import MISSING, Cell, Footnotes, Line, Table
+from qwenq.reporting.tables import MISSING, Cell, Line, Table
 from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
 from qwenq.results import Model, Row, Value, intervals_overlap
 from qwenq.statistics import ALPHA, format_p
@@ -85,11 +85,6 @@ def _point(point: dict[str, Value]) -> tuple[tuple[str, str], ...]:
     return tuple(sorted((key, str(value)) for key, value in point.items() if key not in {"engine", "dtype"}))
 
 
-LABELS = ("Task", "Quantization")
-AGAINST = "Against"
-"""Heading of the base, if a table has several."""
-WHERE = "Where"
-"""Heading of what distinguishes lines of one task and model."""
 FIGURES = (
     *("Unquantised (%)", "Quantised (%)", "Difference (points)", "Items lost", "Items won"),
     *("p", "p (Holm)", "Detectable drop (points)"),
@@ -103,7 +98,6 @@ def loss_table(collection: Collection, family: str) -> Table | None:
     found = losses(collection, family)
     if not found:
         return None
-    notes = Footnotes()
     bases = bases_of(found, collection)
     caption = [
         f"against {bases[0] if len(bases) == 1 else 'the unquantised model named'}, item by item",
@@ -121,11 +115,10 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         if isinstance(loss.pairing, Paired):
             words = loss.pairing.describe_change(loss.change, loss.p, tests)
         labels = (Cell(label, label) for label in [*named, words])
-        made.append(Line((*labels, *_cells(loss, notes))))
-    optional = [*([AGAINST] if len(bases) > 1 else []), *([WHERE] if any(places) else [])]
-    headers = (*LABELS, *optional, WORDS, *FIGURES)
-    count, notes_ = len(headers) - len(FIGURES), tuple(notes.sentences)
-    return Table("losses", "What it cost", headers, count, tuple(made), tuple(caption), notes_)
+        made.append(Line((*labels, *_cells(loss))))
+    optional = [*(["Against"] if len(bases) > 1 else []), *(["Where"] if any(places) else [])]
+    titles = ("Task", "Quantization", *optional, WORDS)
+    return Table("losses", "What it cost", (*titles, *FIGURES), len(titles), tuple(made), tuple(caption))
 
 
 def distinguish(found: Sequence[Loss], collection: Collection) -> list[str]:
@@ -152,7 +145,7 @@ def bases_of(found: Iterable[Loss], collection: Collection) -> list[str]:
     return list(dict.fromkeys(collection.label(loss.before.model) for loss in found))
 
 
-def _cells(loss: Loss, notes: Footnotes) -> tuple[Cell, ...]:
+def _cells(loss: Loss) -> tuple[Cell, ...]:
     before, after = loss.before.value or 0.0, loss.after.value or 0.0
     mark = "significant" if loss.significant else ""
     shown = (
@@ -162,7 +155,7 @@ def _cells(loss: Loss, notes: Footnotes) -> tuple[Cell, ...]:
     )
     missing = Cell(MISSING)
     if isinstance(loss.pairing, str):
-        untested = Cell("n/a", note=notes.number(loss.pairing))
+        untested = Cell("n/a", note=loss.pairing)
         return (*shown, missing, missing, untested, missing, missing)
     pairing, p = loss.pairing, 1.0 if loss.p is None else loss.p
     drop = pairing.detectable

@@ -24,7 +24,7 @@ class Cell:
     # low, high: bounds as shown; both or neither
     low: str | None = None
     high: str | None = None
-    note: int | None = None  # number of the footnote, where there is one
+    note: str = ""  # the sentence of its footnote, where it has one
     mark: str = ""  # ``significant`` for a significant loss; else empty
 
 
@@ -46,7 +46,26 @@ class Table:
     labels: int  # how many columns on the left are labels
     lines: tuple[Line, ...]
     caption: tuple[str, ...] = ()  # what holds for all its figures
-    notes: tuple[str, ...] = ()  # footnotes; number 1 is the first
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Return the footnotes, in the order in which a reader meets them; number 1 is the first."""
+        return tuple(dict.fromkeys(cell.note for line in self.lines for cell in line.cells if cell.note))
+
+    @property
+    def sentence(self) -> str:
+        """Return the caption as one sentence; empty without one."""
+        text = "; ".join(self.caption)
+        return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+    @property
+    def has_losses(self) -> bool:
+        """Return whether a cell is marked as a significant loss."""
+        return any(cell.mark == "significant" for line in self.lines for cell in line.cells)
+
+    def number(self, cell: Cell) -> int | None:
+        """Return the number of a cell's footnote; None where it has none."""
+        return self.notes.index(cell.note) + 1 if cell.note else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -60,7 +79,11 @@ class Table:
                 {
                     "published": line.published,
                     "cells": [
-                        {name: value for name, value in vars(cell).items() if value not in (None, "")}
+                        {
+                            name: value
+                            for name, value in {**vars(cell), "note": self.number(cell)}.items()
+                            if value not in (None, "")
+                        }
                         for cell in line.cells
                     ],
                 }
@@ -90,38 +113,24 @@ def by_metric(titles: dict[str, str]) -> Callable[[Measured], tuple[Any, str]]:
     return lambda item: (places.index(item.row.metric), titles[item.row.metric])
 
 
-class Footnotes:
-    """Collects sentences; the same sentence has one number."""
-
-    def __init__(self) -> None:
-        self.sentences: list[str] = []
-
-    def number(self, sentence: str) -> int:
-        """Return the number of a sentence, from 1."""
-        if sentence not in self.sentences:
-            self.sentences.append(sentence)
-        return self.sentences.index(sentence) + 1
-
-
 @dataclass
 class Draft:
     """A line before the table has all its columns; ``note`` is the footnote of its first label."""
 
     labels: list[str]
-    cells: dict[str, Cell]
+    cells: dict[str, Cell]  # by heading
     published: bool = False
-    note: int | None = None
+    note: str = ""
 
 
 @dataclass
 class Pivot:
     """Rows on their way to a table; lines and columns may be added before it is made."""
 
-    headers: list[str]  # of the label columns
-    columns: list[str]  # headings of the figure columns, in order
-    caption: list[str]
-    lines: list[Draft]  # their cells are found by heading
-    notes: Footnotes
+    headers: list[str] = field(default_factory=list)  # of the label columns
+    columns: list[str] = field(default_factory=list)  # headings of the figure columns, in order
+    caption: list[str] = field(default_factory=list)
+    lines: list[Draft] = field(default_factory=list)
 
     def table(self, key: str, title: str) -> Table | None:
         """Return the table, None without a line; a cell without a measurement is a dash.
@@ -130,39 +139,23 @@ class Pivot:
         """
         if not self.lines:
             return None
-        full = [
-            heading
+        cells = {
+            heading: [line.cells.get(heading, Cell(MISSING)) for line in self.lines]
             for heading in self.columns
-            if any(heading in line.cells and line.cells[heading].value is not None for line in self.lines)
-        ]
-        empty = [heading for heading in self.columns if heading not in full] if full else []
-        caption = [*self.caption, *(self._unmeasured(heading) for heading in empty)]
+        }
+        full = [heading for heading in cells if any(cell.value is not None for cell in cells[heading])]
+        for heading in cells if full else ():
+            if heading not in full:
+                reasons = "; ".join(dict.fromkeys(cell.note for cell in cells[heading] if cell.note))
+                self.caption.append(f"not measured: {without_unit(heading)} ({reasons})")
         shown = full or self.columns
-        lines = [self._cells(draft, shown) for draft in self.lines]
-        used = sorted({cell.note for cells in lines for cell in cells if cell.note})
-        numbers: dict[int | None, int] = {old: new for new, old in enumerate(used, 1)}
-        return Table(
-            key,
-            title,
-            (*self.headers, *shown),
-            len(self.headers),
-            tuple(
-                Line(tuple(replace(cell, note=numbers.get(cell.note)) for cell in cells), draft.published)
-                for draft, cells in zip(self.lines, lines, strict=True)
-            ),
-            tuple(caption),
-            tuple(self.notes.sentences[number - 1] for number in used),
-        )
-
-    def _unmeasured(self, heading: str) -> str:
-        notes = {line.cells[heading].note for line in self.lines if heading in line.cells}
-        reasons = [self.notes.sentences[note - 1] for note in sorted(filter(None, notes))]
-        return f"not measured: {without_unit(heading)} ({'; '.join(reasons)})"
-
-    def _cells(self, draft: Draft, shown: list[str]) -> list[Cell]:
-        first, *others = draft.labels
-        labels = [Cell(first, first, note=draft.note), *(Cell(label, label) for label in others)]
-        return [*labels, *(draft.cells.get(heading, Cell(MISSING)) for heading in shown)]
+        lines = []
+        for line, *figures in zip(self.lines, *(cells[heading] for heading in shown), strict=True):
+            labels = [Cell(label, label) for label in line.labels]
+            labels[0] = replace(labels[0], note=line.note)
+            lines.append(Line((*labels, *figures), line.published))
+        headers = (*self.headers, *shown)
+        return Table(key, title, headers, len(self.headers), tuple(lines), tuple(self.caption))
 
 
 def without_unit(heading: str) -> str:
@@ -173,7 +166,7 @@ def without_unit(heading: str) -> str:
 def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
     """Make lines by model and by what varies within a column; the rest goes to the caption."""
     if not rows:
-        return Pivot([], [], [], [], Footnotes())
+        return Pivot()
     hardware = hardware_names(names.measured)
     dtypes: dict[str, str] = {}  # by label
     several = False  # of one model: its lines have to say which
@@ -196,26 +189,24 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
         caption.append("computed in: " + "; ".join(f"{label} {dtype}" for label, dtype in dtypes.items()))
     places = [(tuple(label), heading) for label, heading in zip(labels, headings, strict=True)]
     by_run = len(set(places)) < len(places)
-    notes = Footnotes()
     lines: dict[tuple[str, ...], dict[str, Cell]] = {}
     for item, label, heading in zip(rows, labels, headings, strict=True):
         where = (*label, item.run.name) if by_run else tuple(label)
-        lines.setdefault(where, {})[heading] = _cell(item, notes)
+        lines.setdefault(where, {})[heading] = _cell(item)
     titles = [layout.first, *(layout.labels.get(key) or _title(key) for key in varying)]
     return Pivot(
         headers=[*titles, "Run"] if by_run else titles,
         columns=list(dict.fromkeys(text for _, text in sorted({layout.column(item) for item in rows}))),
         caption=caption,
         lines=[Draft(list(where), cells) for where, cells in lines.items()],
-        notes=notes,
     )
 
 
-def _cell(item: Measured, notes: Footnotes) -> Cell:
+def _cell(item: Measured) -> Cell:
     """Return a row's figure with its interval, or with a footnote on why it is missing."""
     row = item.row
     if row.value is None:
-        return Cell("failed" if row.status == "failed" else "n/a", note=notes.number(clean(row.reason)))
+        return Cell("failed" if row.status == "failed" else "n/a", note=clean(row.reason))
     write, listed = format_of(row.metric, row.unit), row.details.get("outliers")
     outliers = listed if isinstance(listed, list) else []
     known = any(isinstance(one, dict) and isinstance(one.get("repetition"), int) for one in outliers)
@@ -223,10 +214,8 @@ def _cell(item: Measured, notes: Footnotes) -> Cell:
     plain = row.point.get("attention") in ("v1", "v2") and row.point.get("device") == "cuda"
     plain = plain and row.model.precision == "fp32"
     said = [*([OUTLIERS] if known else []), *([RAN_PLAIN] if plain else [])]
-    note = notes.number("; ".join(said)) if said else None
-    if row.low is None or row.high is None:
-        return Cell(write(row.value), row.value, note=note)
-    return Cell(write(row.value), row.value, write(row.low), write(row.high), note)
+    low, high = (None, None) if row.low is None or row.high is None else (write(row.low), write(row.high))
+    return Cell(write(row.value), row.value, low, high, "; ".join(said))
 
 
 OUTLIERS = "a median that includes outlying repetitions, which results.json lists"

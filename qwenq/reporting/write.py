@@ -125,6 +125,10 @@ def csv_text(report: Report) -> str:
     return str(frame.to_csv(index=False, lineterminator="\n"))
 
 
+_BEHIND = ("value", "unit", "low", "high", "n", "status", "reason", "implementation")
+"""Fields of a row that have a column each, behind those of its point."""
+
+
 def _record(item: Measured) -> dict[str, Any]:
     row, model = item.row, item.row.model
     record: dict[str, Any] = {
@@ -137,14 +141,7 @@ def _record(item: Measured) -> dict[str, Any]:
         "weights_bytes": model.nbytes,
         "metric": row.metric,
         **{f"point.{clean(key)}": value for key, value in row.point.items()},
-        "value": row.value,
-        "unit": row.unit,
-        "low": row.low,
-        "high": row.high,
-        "n": row.n,
-        "status": row.status,
-        "reason": row.reason,
-        "implementation": row.implementation,
+        **{name: getattr(row, name) for name in _BEHIND},
         "fingerprint": model.fingerprint,
         "date": row.date,
     }
@@ -197,24 +194,26 @@ def tables_markdown(section: Section, heading: str) -> Iterator[str]:
 def render_table(table: Table) -> str:
     """Return a table with pipes, labels aligned left, figures right."""
     align = ["---"] * table.labels + ["---:"] * (len(table.headers) - table.labels)
-    cells = [[_render(cell, italic=line.published) for cell in line.cells] for line in table.lines]
+    cells = [
+        [_render(cell, table.number(cell), italic=line.published) for cell in line.cells]
+        for line in table.lines
+    ]
     return "\n".join(f"| {' | '.join(line)} |" for line in (map(markdown, table.headers), align, *cells))
 
 
-def _render(cell: Cell, *, italic: bool) -> str:
+def _render(cell: Cell, number: int | None, *, italic: bool) -> str:
     """Return a figure with its interval, mark and footnote: ``42.9 (42.1–43.7)\\*¹``."""
     interval = f" ({markdown(cell.low)}–{markdown(cell.high)})" if cell.low is not None else ""
     mark = SIGNIFICANT if cell.mark == "significant" else ""
-    note = str(cell.note).translate(SUPERSCRIPT) if cell.note else ""
+    note = str(number).translate(SUPERSCRIPT) if number else ""
     text = markdown(cell.text)
     return f"{f'*{text}*' if italic and text else text}{interval}{mark}{note}"
 
 
 def _below(table: Table) -> Iterator[str]:
-    if table.caption:
-        caption = "; ".join(table.caption)
-        yield f"{markdown(caption[:1].upper() + caption[1:], LONGEST_SENTENCE)}."
-    if any(cell.mark == "significant" for line in table.lines for cell in line.cells):
+    if table.sentence:
+        yield markdown(table.sentence, LONGEST_SENTENCE)
+    if table.has_losses:
         yield f"{SIGNIFICANT} a significant loss."
     if table.notes:
         yield "\n".join(
@@ -282,9 +281,7 @@ def report_page(report: Report) -> str:
         script_hash=_hash(script),
         draw=inline_svg,
         tone=tone_of,
-        sentence=_sentence,
         opened=_opened,
-        marked=_marked,
         commands="\n".join(map(_wrapped, report.commands)),
     )
 
@@ -297,20 +294,11 @@ def _subtitle(report: Report) -> str:
     return " · ".join(part for part in (*hardware, date) if part)
 
 
-def _sentence(parts: tuple[str, ...]) -> str:
-    text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}."
-
-
 def _opened(line: str) -> tuple[str, str, str]:
     """Split a line of a summary into the model's label, what it is, and what it answers."""
     label, _, rest = line.partition(": ")
     facts, against, answers = rest.partition("; against ")
     return label, facts, f"Against {answers}" if against else ""
-
-
-def _marked(table: Table) -> bool:
-    return any(cell.mark == "significant" for line in table.lines for cell in line.cells)
 
 
 def _hash(text: str) -> str:

@@ -2,15 +2,15 @@
 
 A block is two residual steps: attention over the cache, and the gated MLP or a mixture of some that a router
 chooses for each token. q, k and v are one product, gate and up are one. `Operations` is what lies between the
-products: `PlainOperations` for any tokens on any device, `StepOperations` for a decode step on a CPU,
-`TritonOperations` for one on a GPU. `CompiledStep` is the whole pass in one call of C.
+products, for any tokens on any device; `StepOperations` for a decode step on a CPU, `TritonOperations` for
+one on a GPU. `CompiledStep` is the whole pass in one call of C.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -209,31 +209,6 @@ class Block:
         return sum(linear.nbytes for linear in self.attention.linears) + self.mlp.step_bytes
 
 
-class Operations(Protocol):
-    """What lies between the products of a block, for one pass of new tokens over a cache."""
-
-    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
-        """Add to ``x`` in place, unless it is None, and return the RMSNorm of the sum."""
-        ...
-
-    def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
-        """Rotate queries and keys, write keys and values to the cache, return the heads' mixed values.
-
-        Args:
-            qkv: [..., (heads + 2 · key/value heads) · d]; what is returned is [..., heads · d].
-            qk_norm, layer: see `FullAttention`.
-        """
-        ...
-
-    def states(self, layer: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """Return a layer's states (convolution, recurrence), and each row's tokens where some are padded."""
-        ...
-
-    def gated(self, gate_up: Tensor) -> Tensor:
-        """Return ``silu(gate) · up``, [..., 2 · ffn] → [..., ffn]."""
-        ...
-
-
 def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Operations) -> Tensor:
     """Run embedded tokens, [..., hidden], through all blocks and the final norm; ``x`` is overwritten."""
     added = None
@@ -245,8 +220,11 @@ def run_blocks(x: Tensor, blocks: Sequence[Block], norm: Tensor, operations: Ope
 
 
 @dataclass
-class PlainOperations:
-    """Operations of ``compute.block`` over [batch, tokens, ...]; a graph can capture them."""
+class Operations:
+    """What lies between the products of a block, for one pass of new tokens over a cache.
+
+    Here by functions of ``compute.block`` over [batch, tokens, ...], which a graph can capture.
+    """
 
     attend: Attention  # what mixes the cache's values
     cache: KVCache  # written where ``span`` says; its lengths stay as they are
@@ -256,11 +234,18 @@ class PlainOperations:
     spec: DecoderSpec
 
     def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
-        """See `Operations`."""
-        return _add_norm(x, added, weight, self.spec.eps)
+        """Add to ``x`` in place, unless it is None, and return the RMSNorm of the sum."""
+        if added is not None:
+            x += added
+        return ops.rms_norm(x, weight, self.spec.eps)
 
     def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
-        """See `Operations`."""
+        """Rotate queries and keys, write keys and values to the cache, return the heads' mixed values.
+
+        Args:
+            qkv: [..., (heads + 2 · key/value heads) · d]; what is returned is [..., heads · d].
+            qk_norm, layer: see `FullAttention`.
+        """
         batch, tokens, _ = qkv.shape
         heads, shared = self.spec.shape.heads, self.spec.shape.kv_heads
         qkv = qkv.view(batch, tokens, heads + 2 * shared, self.spec.shape.head_dim)
@@ -276,15 +261,15 @@ class PlainOperations:
         return mixed.transpose(1, 2).reshape(batch, tokens, -1)
 
     def states(self, layer: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
-        """See `Operations`."""
+        """Return a layer's states (convolution, recurrence), and each row's tokens where some are padded."""
         return self.cache.states[layer], self.span.counts
 
     def gated(self, gate_up: Tensor) -> Tensor:
-        """See `Operations`."""
+        """Return ``silu(gate) · up``, [..., 2 · ffn] → [..., ffn]."""
         return ops.swiglu(*gate_up.chunk(2, dim=-1))
 
 
-class StepOperations:
+class StepOperations(Operations):
     """Operations of a decode step on a CPU, over [batch, ...], with attention in float32.
 
     A small model spends as long between two products as in them, so there are few calls: the views of the
@@ -293,33 +278,28 @@ class StepOperations:
     """
 
     def __init__(self, cache: KVCache, rope: Rope, spec: DecoderSpec) -> None:
-        self._cache, self._shape, self._eps = cache, spec.shape, spec.eps
-        self._step = cache.step()
+        self.cache, self.spec, self._step = cache, spec, cache.step()
         self._cos, self._sin = rope.at_step(self._step.positions, cache.alphas, self._step.end)
 
-    def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> Tensor:
-        """See `Operations`."""
-        return _add_norm(x, added, weight, self._eps)
-
     def attention(self, qkv: Tensor, qk_norm: Tensor | None, layer: int) -> Tensor:
-        """See `Operations`."""
-        batch, heads, shared, d = len(qkv), self._shape.heads, self._shape.kv_heads, self._shape.head_dim
-        dtype, step = qkv.dtype, self._step
+        """See `Operations`; there is no rotation, span or backend of its own."""
+        shape, dtype, step = self.spec.shape, qkv.dtype, self._step
+        batch, heads, shared, d = len(qkv), shape.heads, shape.kv_heads, shape.head_dim
         qkv = qkv.float().view(batch, heads + 2 * shared, d)
         qk = qkv[:, : heads + shared]
         if qk_norm is not None:
-            variance = qk.square().mean(-1, keepdim=True).add_(self._eps)
+            variance = qk.square().mean(-1, keepdim=True).add_(self.spec.eps)
             qk = qk * variance.rsqrt_() * qk_norm
         swapped = qk.view(batch, heads + shared, 2, d // 2).flip(2).view(batch, heads + shared, d)
         rotated = (qk * self._cos).addcmul_(swapped, self._sin)
-        self._cache.write_step(layer, rotated[:, heads:], qkv[:, heads + shared :], step)
+        self.cache.write_step(layer, rotated[:, heads:], qkv[:, heads + shared :], step)
         queries = rotated[:, :heads].reshape(batch * shared, heads // shared, d)
         mixed = grouped_attention(queries, step.keys[layer], step.values[layer], step.mask)
         return mixed.view(batch, heads * d).to(dtype)
 
     def states(self, layer: int) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
         """See `Operations`."""
-        return self._cache.states[layer], None
+        return self.cache.states[layer], None
 
     def gated(self, gate_up: Tensor) -> Tensor:
         """See `Operations`."""
@@ -327,17 +307,11 @@ class StepOperations:
         return silu(gate).mul_(up)
 
 
-def _add_norm(x: Tensor, added: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-    if added is not None:
-        x += added
-    return ops.rms_norm(x, weight, eps)
-
-
 # Run a decode step's operations on a GPU by Triton kernels: three launches where torch takes fifteen.
 
 
-class TritonOperations(PlainOperations):
-    """The arithmetic of `PlainOperations` over one token of each row, [batch, ...], by three kernels.
+class TritonOperations(Operations):
+    """The same arithmetic over one token of each row, [batch, ...], by three kernels.
 
     Cosines, sines and positions are [batch, d] and [batch, 1] here, and the query's factors [batch].
     """

@@ -319,14 +319,6 @@ class KVCache:
         self.lengths, self.alphas = ([own[was] for was in order] for own in (self.lengths, self.alphas))
         return order
 
-    def fork(self, batch: int, capacity: int) -> KVCache:
-        """Return a new cache of ``batch`` rows that all begin with the one row of this cache."""
-        if self.batch != 1 or self.lengths[0] > capacity:
-            raise UsageError(
-                f"only one row that fits can be forked; this cache has {self.batch} rows of {self.lengths}"
-            )
-        return self.take([0] * batch, capacity)
-
     def _check_rows(self, rows: Sequence[int]) -> None:
         if wrong := [row for row in rows if not 0 <= row < self.batch]:
             raise UsageError(f"a cache of {self.batch} rows has no row {wrong[0]}")

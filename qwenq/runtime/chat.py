@@ -65,14 +65,7 @@ _LEAST_ROOM = 16  # tokens that an answer has at least, else the question does n
 
 
 class Conversation:
-    """Questions and answers over one session.
-
-    Args:
-        session: runs the model.
-        tokenizer: of the same model.
-        system: the system message; None: the template's own.
-        sampling: how answers are drawn.
-        max_new_tokens: at most so many per answer.
+    """Questions and answers over one session; without a ``system`` message the template has its own.
 
     Attributes:
         dropped_rounds: how many of the oldest rounds did not fit into the latest prompt.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from qwenq.compute import gpu
-from qwenq.runtime.block import PlainOperations, TritonOperations
+from qwenq.runtime.block import Operations, TritonOperations
 from qwenq.runtime.cache import KVCache, Span
 from qwenq.runtime.decoder import Decoder
 from qwenq.runtime.spec import logn_scales
@@ -34,7 +34,7 @@ Capture = Callable[[Step], Step]
 
 
 class StaticStep:
-    """One new token for each row of one cache, with shapes that stay the same.
+    """One new token for each row of one cache, with shapes that stay the same; and the graphs made of it.
 
     The cache's tensors must stay where they are. ``tokens`` and ``positions``, int64 [batch], are the input,
     and where it goes.
@@ -54,6 +54,9 @@ class StaticStep:
         self._cos, self._sin = (table.expand(batch, -1, -1, -1) for table in (cos, sin))
         self._scales = self._logn()
         self._fused = gpu.unsupported_reason(decoder.device) is None
+        self._made_for = _fingerprint(cache)
+        self._by_bound: dict[int, Step] = {}
+        self._at: list[int] = []  # what `positions` holds on the device
 
     def __call__(self, end: int) -> Tensor:
         """Return the logits after ``tokens``, which are written at ``positions``, all below ``end``."""
@@ -68,8 +71,26 @@ class StaticStep:
             return decoder.logits(decoder.run(self.tokens, fused))
         rotation = cos.unsqueeze(1), sin.unsqueeze(1)
         factors = None if scales is None else scales.view(-1, 1, 1, 1)
-        plain = PlainOperations(attend, self._cache, span, rotation, factors, spec)
+        plain = Operations(attend, self._cache, span, rotation, factors, spec)
         return decoder.logits(decoder.run(self.tokens.unsqueeze(1), plain)[:, 0])
+
+    def fits(self, cache: KVCache) -> bool:
+        """Return whether the cache's tensors lie where they lay, and its rows are rotated as they were."""
+        return _fingerprint(cache) == self._made_for
+
+    def replay(self, tokens: Tensor, lengths: list[int], make: Capture) -> Tensor:
+        """Run a step by the graph of its bound, which is made first where there is none."""
+        self.tokens.copy_(tokens)
+        bound = bound_for(max(lengths) + 1, len(self._slots))
+        if self._at != lengths:
+            self.positions.copy_(torch.tensor(lengths))
+            self._at = list(lengths)
+        if bound not in self._by_bound:
+            self._by_bound[bound] = make(lambda: self(bound))
+        logits = self._by_bound[bound]()
+        self.positions.add_(1)
+        self._at = [length + 1 for length in lengths]
+        return logits
 
     def _logn(self) -> Tensor | None:
         """Return Qwen v1's factors of the queries, [capacity]; None where no position has one."""
@@ -87,7 +108,7 @@ class Graphs:
 
     def __init__(self, decoder: Decoder, capture: Capture | None = None) -> None:
         self._decoder, self._capture = decoder, capture or capture_on_gpu
-        self._of_cache: WeakKeyDictionary[KVCache, _OfCache] = WeakKeyDictionary()
+        self._of_cache: WeakKeyDictionary[KVCache, StaticStep] = WeakKeyDictionary()
         self._steps: WeakKeyDictionary[KVCache, int] = WeakKeyDictionary()
         self._alone = Lock()  # while a graph is captured, nothing else may run
         self.captured = 0
@@ -124,7 +145,7 @@ class Graphs:
     def _decode(self, tokens: Tensor, cache: KVCache) -> Tensor:
         held = self._of_cache.get(cache)
         if held is None or not held.fits(cache):
-            held = self._of_cache[cache] = _OfCache(self._decoder, cache)
+            held = self._of_cache[cache] = StaticStep(self._decoder, cache)
         with torch.cuda.device_of(tokens):
             logits = held.replay(tokens, cache.lengths, self._make)
         cache.advance([1] * cache.batch)
@@ -133,39 +154,6 @@ class Graphs:
     def _make(self, step: Step) -> Step:
         self.captured += 1
         return self._capture(step)
-
-
-class _OfCache:
-    """The graphs over one cache, and what has to be as it was for them to be right."""
-
-    def __init__(self, decoder: Decoder, cache: KVCache) -> None:
-        self._step = StaticStep(decoder, cache)
-        self._made_for = _fingerprint(cache)
-        self._by_bound: dict[int, Step] = {}
-        self._at: list[int] = []  # what `positions` holds on the device
-        self._capacity = cache.capacity
-
-    def fits(self, cache: KVCache) -> bool:
-        """Return whether the cache's tensors lie where they lay, and its rows are rotated as they were."""
-        return _fingerprint(cache) == self._made_for
-
-    def replay(self, tokens: Tensor, lengths: list[int], make: Capture) -> Tensor:
-        """Run a step by the graph of its bound, which is made first where there is none."""
-        self._step.tokens.copy_(tokens)
-        bound = bound_for(max(lengths) + 1, self._capacity)
-        if bound not in self._by_bound:
-            self._place(lengths)
-            self._by_bound[bound] = make(lambda: self._step(bound))
-        if self._at != lengths:
-            self._place(lengths)
-        logits = self._by_bound[bound]()
-        self._step.positions.add_(1)
-        self._at = [length + 1 for length in lengths]
-        return logits
-
-    def _place(self, lengths: list[int]) -> None:
-        self._step.positions.copy_(torch.tensor(lengths))
-        self._at = list(lengths)
 
 
 def _fingerprint(cache: KVCache) -> tuple[int, ...]:

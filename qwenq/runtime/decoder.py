@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
@@ -16,8 +15,6 @@ from qwenq.errors import UsageError
 from qwenq.models import block_shapes
 from qwenq.models.checkpoint import Checkpoint
 from qwenq.runtime.attention import Attention
-from qwenq.runtime.attention.backends import Autotuned
-from qwenq.runtime.attention.plain import GroupedDecode
 from qwenq.runtime.block import (
     Block,
     CompiledStep,
@@ -26,7 +23,6 @@ from qwenq.runtime.block import (
     LinearAttention,
     Mixture,
     Operations,
-    PlainOperations,
     SharedExpert,
     StepOperations,
     run_blocks,
@@ -37,19 +33,9 @@ from qwenq.runtime.quantised_linear import CpuNative, Int8Head
 from qwenq.runtime.spec import DecoderSpec, Rope, logn_scales, read_spec
 from qwenq.runtime.weights import Rows, Weights
 
-_MEASURED, _STEPS = 256, 5  # slots of a cache whose last steps are measured, and how many
-
 
 class Decoder:
-    """The whole model, ready to run.
-
-    Args:
-        checkpoint: plain or GPTQ weights.
-        device: where everything lies.
-        dtype: of weights, activations and cache.
-        attention: what mixes the cache's values.
-        kernel: of the quantised linears, see ``quantised_linear.KERNELS``.
-        head: ``as-is``, or ``int8`` to round the output head to 8 bits.
+    """The whole model, ready to run; the arguments are those of `engine.load`.
 
     Attributes:
         notes: what a user should know about the choices that were made, one line each.
@@ -87,11 +73,14 @@ class Decoder:
         self.head: Linear = Dense(self.embedding) if checkpoint.tied else weights.linear("lm_head")
         if head == "int8":
             self.head = Int8Head.of(self.head)
-        self._choose_steps()
-        compilable = dtype is not torch.float16 and self.kernel in (CpuNative.name, Dense.name)
-        if compilable and self.has_step_layout and self.compiled is None:
+        self.has_step_layout: bool = getattr(attention, "has_step_layout", False)
+        self.compiled: CompiledStep | None = None
+        if self.has_step_layout:
             reason = CompiledStep.unsupported_reason(self.spec, self.blocks)
-            self.notes = (*self.notes, f"the faster compiled decode step is not used because {reason}")
+            if reason is None:
+                self.compiled = CompiledStep(self.spec, self.blocks, self.norm, dtype)
+            elif dtype is not torch.float16 and self.kernel in (CpuNative.name, Dense.name):
+                self.notes = (*self.notes, f"the faster compiled decode step is not used because {reason}")
 
     def switched(self, *, dynamic_ntk: bool, logn: bool) -> Decoder:
         """Return a decoder over the same weights with Qwen v1's ways beyond its trained length on or off."""
@@ -101,7 +90,6 @@ class Decoder:
         other = copy(self)
         other.spec = replace(self.spec, long_context=replace(context, dynamic_ntk=dynamic_ntk, logn=logn))
         other.rope = Rope(other.spec, self.device, self.dtype)
-        other._choose_steps()
         return other
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
@@ -117,14 +105,16 @@ class Decoder:
 
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run new tokens through all blocks and add them to the cache, see ``Engine.forward``."""
-        self._fix_alphas(counts, cache)
+        # Qwen v1 has the NTK factor of the prompt that begins a row, and keeps it.
+        fresh = zip(cache.lengths, counts, cache.alphas, strict=True)
+        cache.alphas = [alpha if length else self.rope.alpha(count) for length, count, alpha in fresh]
         if self.has_step_layout and ids.shape[1] == 1:
             hidden = self._decode(ids[:, 0], cache).unsqueeze(1)
         else:
             span = cache.span(counts)
             rotation = self.rope.at(span.positions, cache.alphas, span.end)
             scales = self._query_scales(span)
-            plain = PlainOperations(self.attend, cache, span, rotation, scales, self.spec)
+            plain = Operations(self.attend, cache, span, rotation, scales, self.spec)
             hidden = self.run(ids, plain)
         cache.advance(counts)
         return hidden
@@ -143,47 +133,12 @@ class Decoder:
             return self.compiled(embedding(ids, self.embedding), cache, self.rope)
         return self.run(ids, StepOperations(cache, self.rope, self.spec))
 
-    def _choose_steps(self) -> None:
-        """Choose how decode steps run: compiled, over a cache in their layout, or as prompts do."""
-        attend = self.attend
-        self.compiled: CompiledStep | None = None
-        autotuned = attend if isinstance(attend, Autotuned) and attend.has_grouped else None
-        self.has_step_layout = isinstance(attend, GroupedDecode) or autotuned is not None
-        if self.has_step_layout and CompiledStep.unsupported_reason(self.spec, self.blocks) is None:
-            self.compiled = CompiledStep(self.spec, self.blocks, self.norm, self.dtype)
-        if autotuned is not None:
-            with_layout = _milliseconds(self)
-            self.has_step_layout = False
-            without = _milliseconds(self)
-            if with_layout <= without:
-                self.has_step_layout = True
-                autotuned.take_whole_steps(with_layout, without)
-            else:
-                self.compiled = None
-
-    def _fix_alphas(self, counts: Sequence[int], cache: KVCache) -> None:
-        """Choose the NTK factor of rows that begin: Qwen v1 has it of the prompt, and keeps it."""
-        fresh = zip(cache.lengths, counts, cache.alphas, strict=True)
-        cache.alphas = [alpha if length else self.rope.alpha(count) for length, count, alpha in fresh]
-
     def _query_scales(self, span: Span) -> Tensor | None:
         """Return Qwen v1's logn factors [batch or 1, tokens, 1, 1]; None where all are 1."""
         context = self.spec.long_context
         if context is None or not context.logn or span.end <= context.seq_length:
             return None
         return logn_scales(span.positions, context.seq_length).to(self.dtype)[..., None, None]
-
-
-@torch.inference_mode()
-def _milliseconds(decoder: Decoder) -> float:
-    """Measure a decode step: the shortest of a few after a first that compiles what is compiled."""
-    cache, ids, found = decoder.new_cache(1, _MEASURED), torch.zeros(1, 1, dtype=torch.int64), []
-    cache.lengths = [_MEASURED - _STEPS]
-    for _ in range(_STEPS):
-        start = time.perf_counter()
-        decoder.forward(ids, [1], cache)
-        found.append(1e3 * (time.perf_counter() - start))
-    return min(found[1:])
 
 
 def _load_blocks(weights: Weights, spec: DecoderSpec) -> list[Block]:
@@ -208,8 +163,8 @@ def _load_blocks(weights: Weights, spec: DecoderSpec) -> list[Block]:
 
 
 def _load_norm(weights: Weights, spec: DecoderSpec, name: str) -> Tensor:
-    """Return a norm's weight; one that is stored less one is float32, or it would be rounded once more."""
-    if spec.centres_norms:
+    """Return a norm's weight; hybrids store it less one, and in float32 it is not rounded once more."""
+    if spec.shape.linear_attention is not None:
         return 1 + weights.tensor(f"{name}.weight", torch.float32)
     return weights.tensor(f"{name}.weight")
 

@@ -9,6 +9,7 @@ import torch
 
 from qwenq.compute import gpu
 from qwenq.compute.gpu import triton_label
+from qwenq.compute.ops import operations
 from qwenq.runtime.attention import available
 from qwenq.runtime.engine import find_attention
 from qwenq.runtime.linear import Requirements
@@ -19,19 +20,29 @@ from qwenq.runtime.quantised_linear import KERNELS, CpuNative, choose
 class Part:
     """A part that runs models, or would."""
 
-    kind: str  # ``engine``, ``kernel``, ``decode step`` or ``attention``
+    kind: str  # ``engine``, ``kernel``, ``decode step``, ``attention`` or ``operation``
     name: str  # as an option takes it; steps have none, they are taken where they can be
     runs: str | None  # what it is, where it can run here; else None
     reason: str | None  # why it cannot; None where it can
 
 
 def examine(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    """Return every engine, kernel, kind of decode step and attention backend on this device in this dtype.
+    """Return every engine, kernel, kind of decode step, attention backend and operation of ``compute`` here.
 
     Kernels are asked for a model in groups of 128 without a layer of unusual size; a model may have one, and
     then loading it says so.
     """
-    return [*_engines(), *_kernels(device, dtype), *_steps(device, dtype), *_attention(device, dtype)]
+    parts = [
+        Part("engine", "fast", "Qwen (v1 to Qwen3.8), with mixtures and hybrids, and Llama", None),
+        Part("engine", "transformers", f"decoders of transformers {metadata.version('transformers')}", None),
+    ]
+    for kernel in KERNELS:
+        reason = kernel.unsupported_reason(Requirements(kernel.widths[-1], 128, "gptq", device, dtype))
+        bits = ", ".join(map(str, kernel.widths))
+        parts.append(Part("kernel", kernel.name, None if reason else f"{bits} bits", reason))
+    attention = (Part("attention", *each) for each in available(device, dtype))
+    rest = (Part("operation", each.name, each.runs, each.reason) for each in operations(device, dtype))
+    return [*parts, *_steps(device, dtype), *attention, *rest]
 
 
 def fastest(device: torch.device, dtype: torch.dtype) -> str:
@@ -48,23 +59,6 @@ def fastest(device: torch.device, dtype: torch.dtype) -> str:
     return f"fastest here: {', '.join(used)}; to get more: {'; '.join(more)}"
 
 
-def _engines() -> list[Part]:
-    version = metadata.version("transformers")
-    return [
-        Part("engine", "fast", "Qwen (v1 to Qwen3.8), with mixtures and hybrids, and Llama", None),
-        Part("engine", "transformers", f"decoders of transformers {version}", None),
-    ]
-
-
-def _kernels(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    parts = []
-    for kernel in KERNELS:
-        reason = kernel.unsupported_reason(Requirements(kernel.widths[-1], 128, "gptq", device, dtype))
-        bits = ", ".join(map(str, kernel.widths))
-        parts.append(Part("kernel", kernel.name, None if reason else f"{bits} bits", reason))
-    return parts
-
-
 def _steps(device: torch.device, dtype: torch.dtype) -> list[Part]:
     """Return what makes decode steps of the fast engine faster; elsewhere torch runs them piece by piece."""
     whole = CpuNative.unsupported_reason(Requirements(4, 128, "gptq", device, dtype))
@@ -74,10 +68,4 @@ def _steps(device: torch.device, dtype: torch.dtype) -> list[Part]:
         Part("decode step", "compiled", None if whole else "one call, with kernel cpu-native", whole),
         Part("decode step", "graph", None if graphs else "one launch", graphs),
         Part("decode step", "fused", None if between else f"between products {triton_label()}", between),
-    ]
-
-
-def _attention(device: torch.device, dtype: torch.dtype) -> list[Part]:
-    return [
-        Part("attention", each.name, each.implementation, each.reason) for each in available(device, dtype)
     ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from qwenq.environment import __version__
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.machine import compute_dtype, resolve_device
+from qwenq.recipe import EngineName
 from qwenq.runtime.attention import attention_backend
 from qwenq.runtime.cache import KVCache
 from qwenq.runtime.cuda_graph import Graphs
@@ -23,7 +23,6 @@ from qwenq.runtime.generation import Engine, checked, sum_in_float32
 
 __all__ = ["DTYPES", "HEADS", "Engine", "EngineName", "FastEngine", "find_attention", "find_dtype", "load"]
 
-EngineName = Literal["fast", "transformers"]
 HEADS = ("as-is", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

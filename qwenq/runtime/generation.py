@@ -56,13 +56,6 @@ class Timing:
     decode_tokens: int = 0  # tokens from decode steps, all rows
     decode_seconds: float = 0.0
 
-    def add(self, other: Timing) -> None:
-        """Add another measurement to this one."""
-        self.prefill_tokens += other.prefill_tokens
-        self.prefill_seconds += other.prefill_seconds
-        self.decode_tokens += other.decode_tokens
-        self.decode_seconds += other.decode_seconds
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -81,19 +74,33 @@ class Generated:
 
 
 class stopwatch:  # noqa: N801 - reads as a statement
-    """Wall seconds of a block; work that a GPU was given is waited for."""
+    """Wall seconds of a block; work that a GPU was given is waited for, before it and at its end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self.seconds = device, 0.0
 
     def __enter__(self) -> stopwatch:
+        self._wait()
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._wait()
+        self.seconds = time.perf_counter() - self._start
+
+    def _wait(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.seconds = time.perf_counter() - self._start
+
+
+def timed(call: Callable[[], object], device: torch.device, repetitions: int) -> list[float]:
+    """Return the seconds of each of some calls, after one that warms up."""
+    seconds = []
+    for _ in range(repetitions + 1):
+        with stopwatch(device) as watch:
+            call()
+        seconds.append(watch.seconds)
+    return seconds[1:]
 
 
 class Engine(ABC):
@@ -265,13 +272,15 @@ class Engine(ABC):
         with stopwatch(self.device) as watch:
             tokens = sampler(self.prefill(prompts, cache))
             drawn = tokens.tolist()
-        timing.add(Timing(prefill_tokens=sum(map(len, prompts)), prefill_seconds=watch.seconds))
+        timing.prefill_tokens += sum(map(len, prompts))
+        timing.prefill_seconds += watch.seconds
         yield drawn
         for _ in range(max_new_tokens - 1):
             with stopwatch(self.device) as watch:
                 tokens = sampler(self.decode(tokens, cache))
                 drawn = tokens.tolist()
-            timing.add(Timing(decode_tokens=len(drawn), decode_seconds=watch.seconds))
+            timing.decode_tokens += len(drawn)
+            timing.decode_seconds += watch.seconds
             yield drawn
 
     def _prompt_hidden(self, prompts: Sequence[Sequence[int]], cache: KVCache) -> Tensor:

@@ -24,13 +24,9 @@ def free_bytes(device: torch.device) -> int:
 
 
 def require(needed: int, device: torch.device, what: str, hint: str) -> None:
-    """Refuse what cannot fit, before the machine starts to swap or ends the process.
+    """Refuse bytes that cannot fit, before the machine starts to swap or ends the process.
 
-    Args:
-        needed: bytes.
-        device: where.
-        what: what needs them, as the subject of a sentence.
-        hint: which option lowers it.
+    ``what`` needs them, as the subject of a sentence; ``hint`` says which option lowers it.
     """
     free = free_bytes(device)
     if needed > free:

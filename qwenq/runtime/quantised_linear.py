@@ -6,7 +6,6 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from qwenq.compute import cpu, gpu, linear
 from qwenq.errors import UnsupportedError, UsageError
@@ -22,7 +21,7 @@ from qwenq.runtime.linear import (
 )
 
 
-class Dequantise:
+class Dequantise(Dense):
     """A plain matrix product in the dtype of the activations."""
 
     name = "dequantise"
@@ -31,23 +30,13 @@ class Dequantise:
 
     def __init__(self, packed: PackedLinear, need: Requirements, bias: Tensor | None) -> None:
         weight = dequantise(packed, need.bits, need.checkpoint_format, need.dtype)
-        self.weight = weight.to(need.device)
-        self.bias = None if bias is None else bias.to(need.device, need.dtype)
+        super().__init__(weight.to(need.device), None if bias is None else bias.to(need.device, need.dtype))
 
     @staticmethod
     def unsupported_reason(need: Requirements) -> str | None:
         """Return None: it always can."""
         del need
         return None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return [..., out] for [..., in]."""
-        return functional.linear(x, self.weight, self.bias)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of weight and bias."""
-        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
 
 
 # Multiply Int2, Int4 and Int8 weights on a CPU by C kernels, few rows as fast as memory is read.
@@ -189,23 +178,17 @@ class Int8Head:
     @classmethod
     def of(cls, head: Linear) -> Int8Head:
         """Round a plain head; refuse one that is quantised already, or cannot run in Int8 here."""
-        reason = f"the output head is quantised already ({head.name})"
-        if isinstance(head, Dense):
-            weight = head.weight
-            if (unsupported := cls.unsupported_reason(weight)) is None:
-                return cls(weight)
-            reason = unsupported
+        if not isinstance(head, Dense) or isinstance(head, Dequantise):
+            reason: str | None = f"the output head is quantised already ({head.name})"
+        else:
+            reason = _unsupported_activations(head.weight.device, head.weight.dtype)
+            if reason is None and (columns := head.weight.shape[1]) % _GROUP_SIZE:
+                reason = f"{columns} columns are no multiple of {_GROUP_SIZE}"
+            if reason is None:
+                return cls(head.weight)
         raise UnsupportedError(
             f"the Int8 head cannot be used: {reason}", where="--head", hint="leave --head out"
         )
-
-    @staticmethod
-    def unsupported_reason(weight: Tensor) -> str | None:
-        """Return why such a head cannot run in Int8, in words that follow "because"; None: it can."""
-        reason = _unsupported_activations(weight.device, weight.dtype)
-        if reason is None and weight.shape[1] % _GROUP_SIZE:
-            return f"{weight.shape[1]} columns are no multiple of {_GROUP_SIZE}"
-        return reason
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return [..., vocabulary] for [..., hidden]."""

@@ -37,16 +37,6 @@ class DecoderSpec:
     config: dict[str, Any]  # the whole config.json
 
     @property
-    def keeps_rope_in_float32(self) -> bool:
-        """Whether it rotates in float32, as Qwen v1 does; newer models in the dtype of the activations."""
-        return V1_KEY in self.config
-
-    @property
-    def centres_norms(self) -> bool:
-        """Whether norms are stored less one."""
-        return self.shape.linear_attention is not None
-
-    @property
     def head_order(self) -> Tensor:
         """Return the columns of a head, int64 [d], such that those rotated together are half a head apart."""
         d, half = self.shape.head_dim, self.rotated // 2
@@ -194,7 +184,7 @@ class Rope:
 
     def __init__(self, spec: DecoderSpec, device: torch.device, dtype: torch.dtype) -> None:
         self._spec, self._device = spec, device
-        self._dtype = torch.float32 if spec.keeps_rope_in_float32 else dtype
+        self._dtype = torch.float32 if V1_KEY in spec.config else dtype
         self._tables: dict[int, tuple[Tensor, Tensor]] = {}
         heads, d = spec.shape.heads, spec.shape.head_dim
         self._scales = torch.ones(heads + spec.shape.kv_heads, 1)  # of attention's scores, for `at_step`

@@ -26,8 +26,8 @@ from qwenq.runtime.cache import KVCache
 from qwenq.runtime.engine import find_attention, find_dtype
 from qwenq.runtime.transformers_engine import TransformersEngine
 
-END, CACHE, FORGET, HIDDEN, HEAD = range(5)
-"""Messages: the last one; a new cache; a cache that is needed no more; a forward pass; the head."""
+END, CACHE, HIDDEN, HEAD = range(4)
+"""Messages: the last one; a new cache, in the place of the last; a forward pass over it; the head."""
 _FIRST = 32  # numbers in the first part of a message: a decode step of a few rows needs no second
 
 
@@ -80,29 +80,21 @@ class SplitEngine(TransformersEngine):
         name = find_attention(attention, "transformers", torch_device)
         backend = attention_backend(name, torch_device, torch_dtype)
         super().__init__(checkpoint, torch_device, torch_dtype, backend, processes=team.world)
+        self._form = super().new_cache(1, 1).form  # known from here on: no further cache is made to learn it
         self._team = team
         self.implementation += f"; its tensor-parallel plan, {team.world} processes"
 
 
 class LeadingEngine(SplitEngine):
-    """Rank 0's engine, which the others follow until ``close``."""
+    """Rank 0's engine, which the others follow until ``close``; they keep its newest cache alone."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, team: Team, device: str, dtype: str | torch.dtype, attention: str
-    ) -> None:
-        super().__init__(checkpoint, team, device, dtype, attention)
-        self._numbers: weakref.WeakKeyDictionary[KVCache, int] = weakref.WeakKeyDictionary()
-        self._made = 0
-        self._gone: list[int] = []
+    _newest: weakref.ref[KVCache] | None = None
 
     def new_cache(self, batch: int, capacity: int) -> KVCache:
         """Return an empty cache of this rank's heads; the others make theirs."""
-        self._forget()
-        self._made += 1
-        _broadcast(self._team, [CACHE, self._made, batch, capacity])
+        _broadcast(self._team, [CACHE, batch, capacity])
         cache = super().new_cache(batch, capacity)
-        self._numbers[cache] = self._made
-        weakref.finalize(cache, self._gone.append, self._made)
+        self._newest = weakref.ref(cache)
         return cache
 
     def close(self) -> None:
@@ -111,11 +103,10 @@ class LeadingEngine(SplitEngine):
 
     def forward(self, ids: Tensor, counts: Sequence[int], cache: KVCache) -> Tensor:
         """Run new tokens on all ranks."""
-        if (number := self._numbers.get(cache)) is None:
-            raise UnsupportedError("rows of a cache cannot be taken out of it with tensor parallelism")
-        self._forget()
+        if self._newest is None or self._newest() is not cache:
+            raise UnsupportedError("only the newest cache can go on with tensor parallelism, whole")
         rows, tokens = ids.shape
-        message = [HIDDEN, number, cache.capacity, rows, tokens, *cache.lengths, *counts]
+        message = [HIDDEN, cache.capacity, rows, tokens, *cache.lengths, *counts]
         _broadcast(self._team, [*message, *ids.flatten().tolist()])
         return super().forward(ids, counts, cache)
 
@@ -125,27 +116,20 @@ class LeadingEngine(SplitEngine):
         _broadcast_tensor(self._team, hidden)
         return super().head(hidden)
 
-    def _forget(self) -> None:
-        while self._gone:
-            _broadcast(self._team, [FORGET, self._gone.pop()])
-
 
 @torch.inference_mode()
 def follow(engine: SplitEngine, team: Team) -> None:
     """Compute what the leader computes, until it closes its engine."""
-    caches: dict[int, KVCache] = {}
+    cache = None
     while True:
         kind, *numbers = _receive(team)
         if kind == END:
             return
         if kind == CACHE:
-            number, batch, capacity = numbers
-            caches[number] = engine.new_cache(batch, capacity)
-        elif kind == FORGET:
-            del caches[numbers[0]]
-        elif kind == HIDDEN:
-            number, capacity, rows, tokens, *rest = numbers
-            cache = caches[number]
+            cache = None  # its memory is free before that of the next is taken
+            cache = engine.new_cache(*numbers)
+        elif kind == HIDDEN and cache is not None:
+            capacity, rows, tokens, *rest = numbers
             cache.reserve(capacity)
             cache.lengths, counts = rest[:rows], rest[rows : 2 * rows]
             ids = torch.tensor(rest[2 * rows :], device=engine.device).view(rows, tokens)

@@ -41,15 +41,9 @@ _DENSE = "run a dense Qwen or Llama model"
 
 
 class TransformersEngine(Engine):
-    """A causal language model of transformers.
+    """A causal language model of transformers; the arguments are those of `engine.load`.
 
-    Args:
-        checkpoint: plain or GPTQ weights.
-        device, dtype: where it runs, and in what.
-        attention: what mixes the cache's values.
-        kernel: of the quantised linears, see ``quantised_linear.KERNELS``.
-        real_vocab: never sample ids from here on; None: as the config says.
-        processes: among which the model is sharded, see ``tensor_parallel``.
+    Among several ``processes`` the model is sharded, see ``tensor_parallel``.
     """
 
     name = "transformers"

@@ -18,39 +18,23 @@ from qwenq.models.gptq_format import (
     DequantisedSource,
     PackedLinear,
     check_g_idx,
-    check_module_shapes,
     check_symmetric_zeros,
-    quantised_modules,
+    packed_modules,
     read_packed,
 )
 from qwenq.models.integrity import check_finite
 from qwenq.models.shapes import ModelShape
-from qwenq.models.source import TensorSource, require_tensors
+from qwenq.models.source import OTHER_MODEL, TensorSource, require_tensors
 from qwenq.runtime.linear import Dense, Linear, LinearShape, Requirements, SideBySide, stacked
 from qwenq.runtime.memory import require
 from qwenq.runtime.quantised_linear import choose
 
-_HINT = "config.json and the weights are not of one model, or a shard is missing: copy the folder again"
-
 
 def _quantised_layers(source: TensorSource, quant: QuantConfig) -> tuple[LinearShape, ...]:
     """Return the sizes of every quantised module, in file order; check headers against the settings."""
-    modules, names = quantised_modules(source), set(source.names())
-    if not modules:
-        raise ModelError(
-            "the config says GPTQ, but no tensor is named *.qweight",
-            hint="the folder mixes the config and the weights of two models, or a shard is missing",
-        )
-    layers = []
-    # Modules that have a ``qweight``, then those that have only some of the other tensors.
-    rest = (name.removesuffix(".qzeros") for name in sorted(names) if name.endswith(".qzeros"))
-    for module in dict.fromkeys([*modules, *rest]):
-        check_module_shapes(source, names, module, quant)
+    layers, names = [], set(source.names())
+    for module in packed_modules(source, quant):
         own = quant.of(module)
-        if f"{module}.weight" in names:
-            raise ModelError(
-                f"{module} is there twice: as weight and as qweight", where=f"{module}.weight", hint=_HINT
-            )
         words, out_features = source.info(f"{module}.qweight").shape
         in_features = words * 32 // own.bits
         even = own.group_size == -1 or in_features % own.group_size == 0
@@ -108,12 +92,6 @@ class Rows:
 
 class Weights:
     """Reads a checkpoint's tensors onto a device, in one dtype; packed linears become the chosen kernel.
-
-    Args:
-        checkpoint: plain or GPTQ weights.
-        device, dtype: of what is read.
-        kernel: ``auto`` or a name of the kernel table.
-        processes: among which the weights are sharded.
 
     Attributes:
         kernel: name of what runs the linear layers.
@@ -245,5 +223,7 @@ class Weights:
     def _read(self, name: str) -> Tensor:
         tensor = self._source.read(name)
         if not tensor.is_floating_point():
-            raise ModelError(f"{name} is {tensor.dtype}, and a weight is a float", where=name, hint=_HINT)
+            raise ModelError(
+                f"{name} is {tensor.dtype}, and a weight is a float", where=name, hint=OTHER_MODEL
+            )
         return check_finite(name, tensor, self._folder)

@@ -14,8 +14,8 @@ from command_shell import Shell
 from safetensors.torch import load_file, save_file
 from tiny_model import TEXT, write_tiny_model
 
+from qwenq.compute.grid import search_grid
 from qwenq.errors import UsageError
-from qwenq.gptq.grid import search_grid
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.gptq_format import pack

@@ -87,7 +87,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 def without_bubblewrap(monkeypatch: pytest.MonkeyPatch, *, namespaces: bool) -> None:
     def make() -> Sandbox:
         if namespaces:
-            return Sandbox("Linux namespaces (6.1)", True, lambda command, _: command, "/inside")
+            return Sandbox("Linux namespaces (6.1)", lambda command, _: command, "/inside")
         raise UnsupportedError("unshare is refused")
 
     monkeypatch.setattr("shutil.which", lambda name: None)

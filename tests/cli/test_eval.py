@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from qwenq.cli import eval, progress
-from qwenq.cli.progress import EvalProgress
+from qwenq.cli.progress import StepListener
 from qwenq.comparison import Paired
 from qwenq.events import Advance, Start
 from qwenq.results import Model, Row
@@ -32,16 +32,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def begin(shown: EvalProgress, items: int, recorded: int = 0) -> None:
+def begin(shown: StepListener, items: int, recorded: int = 0) -> None:
     shown(Start("Tiny int4, mmlu", items, "items", recorded))
 
 
-def judged(shown: EvalProgress, correct: bool | None) -> None:
+def judged(shown: StepListener, correct: bool | None) -> None:
     shown(Advance("Tiny int4, mmlu", result=correct))
 
 
 def test_a_log_has_a_line_every_ten_seconds(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with EvalProgress() as shown:
+    with StepListener() as shown:
         begin(shown, 40)
         for number in range(40):
             clock.now += 1
@@ -49,28 +49,28 @@ def test_a_log_has_a_line_every_ten_seconds(clock: Clock, capsys: pytest.Capture
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "Tiny int4, mmlu: 40 items",
-        "Tiny int4, mmlu: 10 of 40, 70.0% correct, 30 s left",
-        "Tiny int4, mmlu: 20 of 40, 75.0% correct, 20 s left",
-        "Tiny int4, mmlu: 30 of 40, 73.3% correct, 10 s left",
-        "Tiny int4, mmlu: 40 of 40, 75.0% correct, 40 s",
+        "Tiny int4, mmlu: 10 of 40 items, 70.0% correct, 30 s left",
+        "Tiny int4, mmlu: 20 of 40 items, 75.0% correct, 20 s left",
+        "Tiny int4, mmlu: 30 of 40 items, 73.3% correct, 10 s left",
+        "Tiny int4, mmlu: 40 of 40 items, 75.0% correct, 40 s",
     ]
 
 
 def test_what_was_known_from_records_took_no_time(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with EvalProgress() as shown:
+    with StepListener() as shown:
         begin(shown, 100, recorded=80)
         for _ in range(5):
             clock.now += 3
             judged(shown, True)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "Tiny int4, mmlu: 100 items, 80 answered earlier"
-    assert lines[1] == "Tiny int4, mmlu: 84 of 100, 100.0% correct of the new answers, 48 s left"
+    assert lines[1] == "Tiny int4, mmlu: 84 of 100 items, 100.0% correct of the new answers, 48 s left"
 
 
 def test_answers_whose_programs_have_not_run_count_in_no_accuracy(
     clock: Clock, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with EvalProgress() as shown:
+    with StepListener() as shown:
         begin(shown, 2)
         judged(shown, None)
         judged(shown, None)
@@ -79,17 +79,14 @@ def test_answers_whose_programs_have_not_run_count_in_no_accuracy(
         judged(shown, True)
         judged(shown, False)
     lines = capsys.readouterr().err.splitlines()
-    assert lines[1:] == [
-        "Tiny int4, mmlu: 2 of 2, 0 s",
-        "Tiny int4, mmlu: running programs: 2 of 2, 50.0% correct, 4 s",
-    ]
+    assert lines[1:] == ["Tiny int4, mmlu: running programs: 2 of 2 programs, 50.0% correct, 4 s"]
 
 
 def test_a_terminal_shows_the_accuracy_and_the_time_left(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bar = bar_of(clock, monkeypatch)
-    with EvalProgress() as shown:
+    with StepListener() as shown:
         begin(shown, 40)
         for number in range(20):
             clock.now += 2
@@ -102,7 +99,7 @@ def test_a_terminal_shows_the_accuracy_and_the_time_left(
 def test_the_time_left_goes_on_while_an_answer_is_long(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of rich's own column it stands still until the next item, for minutes."""
     bar = bar_of(clock, monkeypatch)
-    with EvalProgress() as shown:
+    with StepListener() as shown:
         begin(shown, 10, recorded=5)
         seen = [line_of(bar)]
         for seconds in (3600, 600, 300, 17100, 1000):
@@ -118,10 +115,10 @@ def test_the_time_left_goes_on_while_an_answer_is_long(clock: Clock, monkeypatch
 
 def bar_of(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The bar that a terminal gets, by this clock."""
-    bar = progress._eval_bar()
+    bar = progress._bar("items")
     bar.live.console = Console(file=io.StringIO(), force_terminal=True, width=120)
     bar.get_time = clock.monotonic
-    monkeypatch.setattr(progress, "_eval_bar", lambda: bar)
+    monkeypatch.setattr(progress, "_bar", lambda unit: bar)
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     return bar
 
@@ -147,29 +144,25 @@ def test_a_model_beside_its_base_is_shown_by_its_score(
     found = {**Paired(500, 40, 15).to_json(0.003), "base": "fp32"}
     why = "other items: 1 of 61 are in one of the two only"
     eval.print_table(tmp_path, [row("fp32"), row("int8", paired=found), row("int4", unpaired=why)])
-    plain, int8, int4 = (line for line in capsys.readouterr().out.splitlines() if line.startswith("mmlu"))
-    assert " ".join(int8.split()).endswith(f"+0.3 40 / 15 0.001 fp32: {found['sentence']}")
-    assert int4.rstrip().endswith(why)
-    assert plain.split()[-3:] == ["60", "-", "-"]
-
-
-def test_on_a_narrow_terminal_comparisons_are_lines_of_their_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Beside seven columns of figures, 80 columns left one for each name."""
-    shown = io.StringIO()
-    narrow = partial(Console, file=shown, force_terminal=True, width=80, color_system=None)
-    monkeypatch.setattr("rich.console.Console", narrow)
-    found = {**Paired(500, 40, 15).to_json(0.003), "base": "fp32"}
-    eval.print_table(tmp_path, [row("fp32"), row("int8", paired=found), row("int4", unpaired="why")])
-    lines = shown.getvalue().splitlines()
-    assert max(map(len, lines[:4])) <= 80
+    lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:4] for line in lines[1:4]] == [
         ["mmlu", "Tiny", name, "50.0%"] for name in ("fp32", "int8", "int4")
     ]
-    said = f"change +0.3 points, lost / won 40 / 15, p 0.001; fp32: {found['sentence']}"
     assert lines[4] == "protocol: base"  # the same in all rows, as are the columns without a figure
-    assert lines[5:7] == [f"mmlu, Tiny int8: {said}", "mmlu, Tiny int4: why"]
+    said = f"change +0.3 points, lost / won 40 / 15, p 0.001; fp32: {found['sentence']}"
+    assert lines[5:7] == [f"mmlu, Tiny int8: {said}", f"mmlu, Tiny int4: {why}"]
+
+
+def test_a_narrow_terminal_has_room_for_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    narrow = partial(Console, file=shown, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr("rich.console.Console", narrow)
+    eval.print_table(tmp_path, [row("fp32"), row("int8", unpaired="why")])
+    lines = shown.getvalue().splitlines()
+    assert max(map(len, lines[:3])) <= 80
+    assert [line.split()[:4] for line in lines[1:3]] == [
+        ["mmlu", "Tiny", name, "50.0%"] for name in ("fp32", "int8")
+    ]
 
 
 NAME = "Tiny[red]:bug:[/b]"
@@ -181,18 +174,18 @@ def test_a_name_is_shown_as_it_is(
     """What looks like a style, its end or a picture in rich's own language is a name here."""
     named = row("fp32", unpaired=NAME)
     eval.print_table(tmp_path / NAME, [replace(named, model=replace(named.model, name=NAME))])
-    _, line, folder = capsys.readouterr().out.splitlines()
-    assert f"{NAME} fp32" in line and line.rstrip().endswith(NAME)
+    _, line, _, compared, folder = capsys.readouterr().out.splitlines()
+    assert f"{NAME} fp32" in line and compared.endswith(NAME)
     assert folder.endswith(NAME)
     bar = bar_of(clock, monkeypatch)
-    with EvalProgress() as shown:
+    with StepListener() as shown:
         shown(Start(f"{NAME} int4, mmlu", 2, "items"))
         assert f"{NAME} int4, mmlu" in line_of(bar)
 
 
 def test_one_item_and_no_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A split without answers has no table; a single item is no items."""
-    with EvalProgress() as shown:
+    with StepListener() as shown:
         begin(shown, 1)
     assert capsys.readouterr().err.splitlines() == ["Tiny int4, mmlu: 1 item"]
     eval.print_table(tmp_path, [])

@@ -99,14 +99,13 @@ def test_all_four_combinations_and_a_table_of_them(
     assert len(set(by_switch.values())) == 4
     assert by_switch[None, None] == by_switch["off", "off"]  # the same weights, without the switches
     lines = [line.split() for line in ran.out.splitlines()]
-    assert ["model", "NTK", "logn", "16", "32", "64"] in lines
-    assert [line[2:4] for line in lines[1:6]] == [
-        ["off", "off"],
-        ["off", "on"],
-        ["on", "off"],
-        ["on", "on"],
-        ["-", "-"],
-    ]
+    for family, switches in (
+        ("V1", [["off", "off"], ["off", "on"], ["on", "off"], ["on", "on"]]),
+        ("Plain", [["–", "–"]]),
+    ):
+        place = lines.index([f"{family}:", "Long", "context"])
+        assert lines[place + 1] == ["Quantization", "Dynamic", "NTK", "LogN", "16", "32", "64"]
+        assert [line[1:3] for line in lines[place + 2 : place + 2 + len(switches)]] == switches
     assert rows[0].details["command"].startswith("qwenq perplexity ")
 
     table = long_context_table(collect([Path("runs/V1")]), "V1")
@@ -167,5 +166,5 @@ def test_a_name_is_shown_as_it_is(
     named = shutil.copytree(models[1], tmp_path / "Tiny[red]:bug:")
     ran = perplexity(named, *options(text, "--out", "run[/red]"))
     assert ran.code == 0, ran.err
-    assert "Tiny[red]:bug: fp32" in ran.out
+    assert "Tiny[red]:bug:: Long context" in ran.out
     assert ran.out.endswith("run folder: run[/red]\n")

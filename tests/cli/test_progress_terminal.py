@@ -9,36 +9,30 @@ from terminal import Terminal, screen
 
 SCRIPT = """
 import time
-from qwenq.cli.printing import note
-from qwenq.cli.progress import EvalProgress, quantize_listener, show_events
+from qwenq.cli.progress import StepListener, quantize_listener
 from qwenq.events import Advance, Finish, Notice, Start
 
 def steps(listener):
     for number in (1, 2, 3):
-        listener(Advance(STEP, number, 3, RESULT))
+        listener(Advance(STEP, number, 3))
         time.sleep(0.3)
         listener(Notice(f"word {number} " + "and many more words " * 5))
     listener(Finish(STEP))
 
-STEP, RESULT = "reading", None
+STEP = "reading"
 if KIND == "bar":
-    with show_events(note) as listener:
-        listener(Start(STEP, unit="tokens"))
-        steps(listener)
-elif KIND == "quantise":
-    with quantize_listener(as_json=False) as listener:
+    with StepListener() as listener:
         listener(Start(STEP, unit="tokens"))
         steps(listener)
 else:
-    RESULT = True
-    with EvalProgress() as listener:
-        listener(Start(STEP, 3, "items"))
+    with quantize_listener(as_json=False) as listener:
+        listener(Start(STEP, unit="tokens"))
         steps(listener)
 print("end")
 """
 
 
-@pytest.mark.parametrize("kind", ["bar", "quantise", "eval"])
+@pytest.mark.parametrize("kind", ["bar", "quantise"])
 def test_a_notice_stands_above_the_bar_and_breaks_between_words(kind: str) -> None:
     child = Terminal([sys.executable, "-c", f"KIND = {kind!r}\n{SCRIPT}"], {"TERM": "xterm"})
     try:

@@ -6,12 +6,14 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from quantize_shell import QuantizeShell
 from terminal import SIZE, Terminal
 
-from qwenq.cli.progress import TextListener, quantize_listener
+from qwenq.cli import progress
+from qwenq.cli.progress import LayerListener, quantize_listener
 from qwenq.events import Advance, Start
 from qwenq.gptq.linears import ModuleStats
 from qwenq.gptq.pipeline import LayerDone
@@ -36,7 +38,7 @@ def test_a_live_bar_shows_layers_and_the_time_left(terminal: Terminal, tmp_path:
     assert "layers" in bar
     assert len(f"quantising{bar}left") <= SIZE[1]  # one line of a usual terminal: nothing is cut off
     for number in (1, 2, 3):
-        terminal.wait_for(f"layer   {number} of 3: error on calibration text ")
+        terminal.wait_for(f"layer {number} of 3: error on calibration text ")
         assert re.search(r"^[\d.]+%, round-to-nearest [\d.]+%", terminal.wait_for("\r\n"))
     end = terminal.wait_for("verdict")
     assert "\x1b[2K" in end  # the bar is taken away
@@ -63,16 +65,19 @@ def test_the_time_left_is_shown_of_layers_that_take_minutes_each(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By the layers of this run: those that were resumed took next to none."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    now = [100.0]
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
     stats = {"q_proj": ModuleStats(0.01, 0.02, 0.01, 0)}
     with quantize_listener(as_json=False) as listener:
-        assert isinstance(listener, TextListener)
+        assert isinstance(listener, LayerListener)
         listener(Start("quantising", 5, "layers"))
         assert listener._bar is not None
-        seen = [listener._bar.tasks[0].fields["left"]]
+        seen = [str(listener._bar.tasks[0].fields["left"])]
         for index, seconds in enumerate((1.0, 150.0, 170.0, 160.0)):
+            now[0] += seconds
             done = LayerDone(index, 5, seconds, stats, resumed=index == 0)
             listener(Advance("quantising", index + 1, 5, done))
-            seen.append(listener._bar.tasks[0].fields["left"])
-    assert seen == ["-:--", "-:--", "7:30", "5:20", "2:40"]
-    assert "layer   4 of 5: error on calibration text 1.0%, round-to-nearest 2.0%" in capsys.readouterr().out
+            seen.append(str(listener._bar.tasks[0].fields["left"]))
+    assert seen == ["-:--:--", "-:--:--", "0:07:30", "0:05:20", "0:02:40"]
+    assert "layer 4 of 5: error on calibration text 1.0%, round-to-nearest 2.0%" in capsys.readouterr().out

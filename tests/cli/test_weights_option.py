@@ -20,7 +20,7 @@ REFUSING = {
     "eval": ([MODEL], "accuracy would mean nothing"),
     "perplexity": ([MODEL, "--text", "any.txt"], "accuracy would mean nothing"),
     "check": ([MODEL], "accuracy would mean nothing"),
-    "chat": ([MODEL], "no tokenizer"),
+    "chat": ([MODEL], "have no tokenizer and write no text"),
 }
 ACCEPTING = {
     "quantize": [MODEL],

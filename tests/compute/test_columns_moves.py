@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.compute import cpu
-from qwenq.compute.columns import Block, move_by_c, move_by_torch, move_columns
-from qwenq.gptq.grid import Grid, search_grid
+from qwenq.compute.columns import Block, by_c, move_by_torch, move_columns
+from qwenq.compute.grid import Grid, search_grid
 from qwenq.gptq.solver import output_error
 
 pytestmark = pytest.mark.usefixtures("each_variant")
@@ -53,7 +53,7 @@ def test_any_block_comes_out_the_same_bit_for_bit(
 ) -> None:
     one, values, _, _ = started(seed, rows, count, bits=bits, sym=sym)
     fast, slow = copied(one), copied(one)
-    ours, theirs = move_by_c(fast, values), move_by_torch(slow, values)
+    ours, theirs = by_c(fast, values), move_by_torch(slow, values)
     assert torch.equal(fast.integers, slow.integers)
     assert torch.equal(fast.errors, slow.errors)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
@@ -74,7 +74,7 @@ def test_moves_return_the_change_of_the_error() -> None:
 def test_wrong_shapes_dtypes_and_strides_are_refused() -> None:
     block, values, _, _ = started(0, 32, 24)
     with pytest.raises(ValueError, match=r"values: torch.float32 \[24, 31\]"):
-        move_by_c(block, values[:, 1:].contiguous())
+        by_c(block, values[:, 1:].contiguous())
 
 
 def test_without_c_torch_moves_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwenq.compute import columns, cpu
 from qwenq.compute.ops import fallback_notice
-from qwenq.compute.products import CProducts, Float32Products, mirror, products, unsupported_reason
+from qwenq.compute.products import CProducts, Float32Products, mirror, products
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.pipeline import how_summed
 
@@ -109,8 +109,8 @@ def test_wrong_widths_dtypes_and_tokens_are_refused(
 
 def test_other_dtypes_and_devices_are_left_to_torch() -> None:
     assert isinstance(products(8, 8, torch.empty(0).half()), Float32Products)
-    assert "float16" in str(unsupported_reason(torch.float16, CPU))
-    assert "cuda" in str(unsupported_reason(torch.bfloat16, torch.device("cuda")))
+    assert "float16" in str(cpu.unsupported_input(CPU, torch.float16))
+    assert "cuda" in str(cpu.unsupported_input(torch.device("cuda"), torch.bfloat16))
 
 
 def test_the_fallback_to_torch_has_a_notice_and_another_run_fact(monkeypatch: pytest.MonkeyPatch) -> None:

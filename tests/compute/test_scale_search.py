@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.compute import cpu
+from qwenq.compute.grid import Grid, search_grid
 from qwenq.compute.scales import Groups, search_by_c, search_by_torch, unsupported_reason
-from qwenq.gptq.grid import Grid, search_grid
 
 Found = tuple[torch.Tensor, torch.Tensor]
 
@@ -102,7 +102,7 @@ def test_search_grid_runs_the_compiled_search() -> None:
         ({"weights": torch.zeros(8, 24), "importance": torch.zeros(96)}, "8 groups of 24"),
         ({"importance": torch.zeros(96)}, "8 groups of 32 weights, and importance of 96"),
         ({"importance": torch.zeros(100)}, "importance of 100"),
-        ({"scales": torch.zeros(7)}, "not contiguous float32 .8."),
+        ({"scales": torch.zeros(7)}, "not contiguous torch.float32 .8."),
         ({"zeros": torch.zeros(8, dtype=torch.uint8)}, "uint8"),
     ],
 )

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 TESTS = Path(__file__).resolve().parents[1]
 PROGRAM = """
 import torch
-from qwenq.compute.columns import Block, move_by_torch, move_by_triton, round_by_torch, round_by_triton
+from qwenq.compute.columns import Block, by_triton, move_by_torch, round_by_torch
 
 random = torch.Generator().manual_seed(0)
 for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 15), (17, 32, 17, 15)):
@@ -36,14 +36,14 @@ for count, rows, groups, levels in ((64, 70, 2, 15), (5, 33, 1, 255), (1, 8, 1, 
         return Block(W.clone(), U[:count, :count], scales, zeros, places, levels, *filled)
 
     ours, theirs = block(), block()
-    torch.testing.assert_close(round_by_triton(ours), round_by_torch(theirs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(by_triton(ours), round_by_torch(theirs), rtol=1e-5, atol=1e-5)
     assert torch.equal(ours.integers, theirs.integers), (count, rows)
     assert torch.equal(ours.errors, theirs.errors), (count, rows)
     assert theirs.integers.float().std() > 1
     H = U[:count, :count].T @ U[:count, :count]
     values = torch.randn(count, rows, generator=random)
     ours, theirs = block()._replace(U=H), block()._replace(U=H)
-    gains = move_by_triton(ours, values), move_by_torch(theirs, values)
+    gains = by_triton(ours, values), move_by_torch(theirs, values)
     torch.testing.assert_close(*gains, rtol=1e-4, atol=1e-4)
     assert torch.equal(ours.integers, theirs.integers), (count, rows)
     torch.testing.assert_close(ours.errors, theirs.errors, rtol=1e-5, atol=1e-5)

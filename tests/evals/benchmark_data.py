@@ -23,18 +23,6 @@ def write_mmlu(data: Path) -> Path:
     return data
 
 
-def write_ceval_test(data: Path) -> Path:
-    """Two subjects whose answers nobody has."""
-    for subject, count in (("law", 3), ("logic", 2)):
-        path = data / "ceval" / "test" / f"{subject}_test.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["id", "question", "A", "B", "C", "D"])
-            table.writerows([str(10 + n), f"第{n}题？", "甲", "乙", "丙", "丁"] for n in range(count))
-    return data
-
-
 def write_gsm8k(data: Path) -> Path:
     """Sums."""
     folder = data / "gsm8k"

@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from qwenq import http
-from qwenq.evals.endpoint import CONCURRENCY, Endpoint
+from qwenq.evals.endpoint import CONCURRENCY, RemoteModel
 from qwenq.evals.task import Write
 
 FINISHED = "stop"
@@ -111,9 +111,9 @@ def _reply(choice: dict[str, Any]) -> dict[str, Any]:
 
 def at(
     server: Server, *, model: str = "big/model", concurrency: int = CONCURRENCY, **changes: Any
-) -> Endpoint:
+) -> RemoteModel:
     found = http.Server(server.url, **{"timeout": 0.3, "pause": 0.001, **changes})
-    return Endpoint(found, model, concurrency)
+    return RemoteModel(found, model, concurrency)
 
 
 def chat(text: str) -> Write:

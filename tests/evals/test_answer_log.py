@@ -6,12 +6,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qwenq.errors import StorageError, UsageError
-from qwenq.evals.answer_log import FOLDER, AnswerLog, AnswerRecord, cost, read_answer_log, split_by_cost
-from qwenq.evals.run import _all
+from qwenq.evals.answer_log import FOLDER, AnswerLog, AnswerRecord, read_answer_log
+from qwenq.evals.run import _all, cost
 from qwenq.evals.task import Choose, Write
 from qwenq.storage import locked
 
@@ -174,14 +172,6 @@ def test_text_that_no_utf8_can_hold_is_replaced(tmp_path: Path) -> None:
 
 
 # Items dealt out to several processes, and their records made one again.
-
-
-@given(costs=st.lists(st.integers(1, 1000), max_size=60), ranks=st.integers(1, 8))
-def test_every_item_goes_to_one_rank_and_none_gets_much_more(costs: list[int], ranks: int) -> None:
-    shares = split_by_cost(costs, ranks)
-    assert sorted(index for share in shares for index in share) == list(range(len(costs)))
-    loads = [sum(costs[index] for index in share) for share in shares]
-    assert max(loads) - min(loads) <= max(costs, default=0)
 
 
 def test_generation_costs_more_than_scoring() -> None:

@@ -11,7 +11,7 @@ from listening import notices_to
 
 from qwenq import http, stopping
 from qwenq.errors import QwenqError, UsageError
-from qwenq.evals.endpoint import Endpoint, endpoint_at
+from qwenq.evals.endpoint import RemoteModel, open_served
 from qwenq.evals.task import Write, Written
 from qwenq.http import ATTEMPTS, ServerState
 
@@ -101,13 +101,13 @@ def test_an_error_stops_requests_that_were_not_sent(server: Server) -> None:
 
 
 def test_the_model_is_looked_for_before_anything_is_asked(server: Server) -> None:
-    assert endpoint_at(server.url + "/", None, None).model == "big/model"
-    assert endpoint_at(server.url, "big/model", None).url == server.url
+    assert open_served(server.url + "/", None, None).name == "big/model"
+    assert open_served(server.url, "big/model", None).url == server.url
     with pytest.raises(UsageError, match="small is not served there") as caught:
-        endpoint_at(server.url, "small", None)
+        open_served(server.url, "small", None)
     assert "big/model" in str(caught.value)
     with pytest.raises(UsageError, match="not an address"):
-        endpoint_at("localhost:8000", None, None)
+        open_served("localhost:8000", None, None)
     assert server.seen == []
 
 
@@ -131,15 +131,15 @@ def test_the_model_is_looked_for_before_anything_is_asked(server: Server) -> Non
 )
 def test_an_invalid_address_is_refused_before_any_request(url: str) -> None:
     with pytest.raises(UsageError, match="is not an address"):
-        endpoint_at(url, None, None)
+        open_served(url, None, None)
 
 
 def test_a_key_is_stripped_and_checked(server: Server) -> None:
-    endpoint_at(server.url, None, "secret\n").ask(chat("one"))
+    open_served(server.url, None, "secret\n").ask(chat("one"))
     assert server.keys == ["Bearer secret"]
     for key in ("a\nb", "schlüssel", "a\x00"):
         with pytest.raises(UsageError, match="a key cannot have") as caught:
-            endpoint_at(server.url, None, key)
+            open_served(server.url, None, key)
         assert caught.value.where == "OPENAI_API_KEY"
 
 
@@ -165,7 +165,7 @@ def answer_always(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None
 
 
 def test_odd_values_of_a_server_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    odd = Endpoint(http.Server("http://h/v1"), "m")
+    odd = RemoteModel(http.Server("http://h/v1"), "m")
     answer_always(monkeypatch, {"data": [None, 5, "x", {"id": 5}, {"id": None}, {"id": "m"}]})
     assert odd.server.models() == ["m"]
     for count in (float("inf"), float("nan"), "many", []):
@@ -177,7 +177,7 @@ def test_odd_values_of_a_server_are_no_tracebacks(monkeypatch: pytest.MonkeyPatc
 
 def test_https_to_an_http_server_is_an_error_at_once(server: Server, waits: list[float]) -> None:
     with pytest.raises(QwenqError, match=r"no server answers: .*wrong version number") as caught:
-        endpoint_at(server.url.replace("http:", "https:"), "big/model", None)
+        open_served(server.url.replace("http:", "https:"), "big/model", None)
     assert "http or https" in str(caught.value.hint)
     assert waits == []
 
@@ -189,7 +189,7 @@ def test_only_finish_reason_length_counts_as_cut(
     monkeypatch: pytest.MonkeyPatch, reason: str | None, stopped: bool
 ) -> None:
     """What else ends one, servers say in words of their own. A model that only thought said nothing: null."""
-    odd = Endpoint(http.Server("http://h/v1"), "m")
+    odd = RemoteModel(http.Server("http://h/v1"), "m")
     message = {"role": "assistant", "content": None, "reasoning_content": "hm"}
     answer_always(monkeypatch, {"choices": [{"message": message, "finish_reason": reason}]})
     assert odd.ask(Write("p", 1)).answer == Written("", 0, stopped)

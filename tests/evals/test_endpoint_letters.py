@@ -17,8 +17,8 @@ from evals.test_task_cmmlu import write_cmmlu
 from qwenq import http
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.answer_log import AnswerRecord, read_answer_log
-from qwenq.evals.endpoint import ECHO, TOP, Endpoint, score_letters
-from qwenq.evals.model import LoadOptions, LocalModel, RemoteModel, open_eval_model
+from qwenq.evals.endpoint import ECHO, TOP, RemoteModel, score_letters
+from qwenq.evals.model import LoadOptions, LocalModel, open_eval_model
 from qwenq.evals.run import answer, make_plan
 from qwenq.evals.task import Choose, DataSource
 from qwenq.evals.tasks.registry import get_task
@@ -26,7 +26,7 @@ from qwenq.events import silent
 
 LETTERS = " A B C D" * 30
 SAMPLE = DataSource(sample=True)
-Serve = Callable[[str], Endpoint]
+Serve = Callable[[str], RemoteModel]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> LocalModel:
 def serve(model: LocalModel) -> Iterator[Serve]:
     with ExitStack() as stack:
 
-        def start(manner: str) -> Endpoint:
+        def start(manner: str) -> RemoteModel:
             server = stack.enter_context(LetterServer(model, manner))
             threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
             stack.callback(server.shutdown)
@@ -79,7 +79,7 @@ def test_items_and_scores_are_those_of_our_engine(
 ) -> None:
     compare(
         records(tmp_path / "ours", model, task, protocol),
-        records(tmp_path / "theirs", RemoteModel(serve(manner)), task, protocol),
+        records(tmp_path / "theirs", serve(manner), task, protocol),
     )
 
 
@@ -90,7 +90,7 @@ def test_cmmlu_has_the_scores_of_our_engine(
     source, subjects = write_cmmlu(tmp_path), ("agronomy",)
     compare(
         records(tmp_path / "ours", model, "cmmlu", "base", source, subjects),
-        records(tmp_path / "theirs", RemoteModel(serve(manner)), "cmmlu", "base", source, subjects),
+        records(tmp_path / "theirs", serve(manner), "cmmlu", "base", source, subjects),
     )
 
 
@@ -155,7 +155,7 @@ def test_a_server_without_log_probabilities_is_refused_clearly(
 ) -> None:
     endpoint = serve(manner)
     with pytest.raises(UsageError, match="this server does not score ' A', ' B', ' C', ' D'") as caught:
-        records(tmp_path, RemoteModel(endpoint), "mmlu", "base")
+        records(tmp_path, endpoint, "mmlu", "base")
     assert reason in caught.value.what
     assert caught.value.where == endpoint.url
     assert "--protocol card" in str(caught.value.hint)
@@ -180,7 +180,7 @@ def answer_always(monkeypatch: pytest.MonkeyPatch, said: dict[str, Any]) -> None
 def test_odd_replies_are_no_tracebacks(monkeypatch: pytest.MonkeyPatch, logprobs: Any) -> None:
     answer_always(monkeypatch, {"choices": [{"text": "A", "logprobs": logprobs}], "usage": None})
     with pytest.raises(UsageError, match="this server does not score 'A', 'B'"):
-        score_letters(Endpoint(http.Server("http://h/v1"), "m"), Choose("?", ("A", "B")))
+        score_letters(RemoteModel(http.Server("http://h/v1"), "m"), Choose("?", ("A", "B")))
     answer_always(monkeypatch, {"choices": []})
     with pytest.raises(QwenqError, match="a reply without an answer"):
-        score_letters(Endpoint(http.Server("http://h/v1"), "m"), Choose("?", ("A", "B")))
+        score_letters(RemoteModel(http.Server("http://h/v1"), "m"), Choose("?", ("A", "B")))

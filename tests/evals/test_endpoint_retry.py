@@ -12,7 +12,7 @@ from evals.endpoint_server import Server, at, chat
 from listening import notices_to
 
 from qwenq.errors import QwenqError
-from qwenq.evals.endpoint import endpoint_at
+from qwenq.evals.endpoint import open_served
 from qwenq.http import (
     ATTEMPTS,
     FIRST_PAUSE,
@@ -95,7 +95,7 @@ def test_a_refused_first_connection_is_an_error_at_once(waits: list[float]) -> N
         reserved.bind(("127.0.0.1", 0))  # it does not listen
         url = f"http://127.0.0.1:{reserved.getsockname()[1]}/v1"
         with pytest.raises(QwenqError, match="no server answers: Connection refused") as caught:
-            endpoint_at(url, "big/model", None)
+            open_served(url, "big/model", None)
     assert caught.value.where == url
     assert "has started" in str(caught.value.hint)
     assert waits == []
@@ -105,7 +105,7 @@ def test_a_server_that_has_answered_once_is_waited_for(waits: list[float]) -> No
     said: list[str] = []
     with Server() as running:
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
-        endpoint = endpoint_at(running.url, None, None, listener=notices_to(said))
+        endpoint = open_served(running.url, None, None, listener=notices_to(said))
         running.shutdown()
     with pytest.raises(QwenqError, match=f"{ATTEMPTS} attempts failed, the last: Connection refused"):
         endpoint.ask(chat("one"))

@@ -15,7 +15,6 @@ from qwenq import stopping
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.answer_log import read_answer_log
 from qwenq.evals.endpoint import CONCURRENCY
-from qwenq.evals.model import RemoteModel
 from qwenq.evals.rows import rows_of
 from qwenq.evals.run import TaskPlan, answer
 from qwenq.evals.task import Choose, DataSource, Item, Judgement, Score, Write
@@ -31,7 +30,7 @@ class Shout:
     def items(self, *_: Any) -> list[Item]:
         return [Item(f"shout/{n}", None, {"q": f"word{n}"}) for n in range(6)]
 
-    def request(self, item: Item) -> Write | Choose:
+    def request(self, item: Item, _: int | None = None) -> Write | Choose:
         return chat(item.data["q"])
 
     def judge(self, item: Item, found: Any) -> Judgement:
@@ -62,7 +61,7 @@ class Quiet:
 def ask(server: Server, run: Path, task: Shout) -> tuple[Any, Quiet]:
     listener = Quiet()
     plan = TaskPlan(task, task.items(), source=DataSource())  # type: ignore[arg-type]
-    return answer(RemoteModel(at(server, concurrency=1)), plan, run, listener), listener
+    return answer(at(server, concurrency=1), plan, run, listener), listener
 
 
 def test_a_run_that_broke_goes_on_and_asks_nothing_twice(server: Server, tmp_path: Path) -> None:
@@ -93,7 +92,7 @@ def test_after_sigterm_what_was_asked_is_recorded_and_no_more_asked(server: Serv
     server.pause = 0.05  # the third is under way when the second has been judged
     plan = TaskPlan(task, task.items(), source=DataSource())  # type: ignore[arg-type]
     with pytest.raises(stopping.Terminated):
-        answer(RemoteModel(at(server, concurrency=1)), plan, tmp_path, listener)  # type: ignore[arg-type]
+        answer(at(server, concurrency=1), plan, tmp_path, listener)  # type: ignore[arg-type]
     (file,) = (tmp_path / "records").glob("*.jsonl")
     assert [record.id for record in read_answer_log(file)] == ["shout/0", "shout/1", "shout/2"]
     assert len(server.seen) == 3
@@ -135,7 +134,7 @@ def test_answers_cut_by_the_server_are_reported(
 
 def test_continuations_of_a_chat_are_refused_before_anything_is_asked(server: Server, tmp_path: Path) -> None:
     class Chat(Shout):
-        def request(self, item: Item) -> Choose:
+        def request(self, item: Item, _: int | None = None) -> Choose:
             return Choose(({"role": "user", "content": item.data["q"]},), ("A", "B"))
 
     with pytest.raises(UsageError, match="scores continuations of a chat"):
@@ -144,10 +143,10 @@ def test_continuations_of_a_chat_are_refused_before_anything_is_asked(server: Se
 
 
 def test_rows_of_a_served_model_have_no_weights_fingerprint(server: Server) -> None:
-    served = RemoteModel(at(server))
+    served = at(server)
     assert (served.model.name, served.model.precision) == ("model", "served")
     assert served.model.fingerprint.startswith("endpoint:")
-    assert served.model.fingerprint != RemoteModel(at(server, model="other")).model.fingerprint
+    assert served.model.fingerprint != at(server, model="other").model.fingerprint
     assert not served.quantised
     served.unload()
 
@@ -162,13 +161,13 @@ def test_two_served_models_are_compared_item_by_item(
 ) -> None:
     """Of one family, also where a quantised one is served under a name of its own."""
     for folder, model in (("before", "model"), ("after", named)):
-        served = RemoteModel(at(server, model=model))
+        served = at(server, model=model)
         plan = TaskPlan(Shout(), Shout().items(), source=DataSource())  # type: ignore[arg-type]
         answers = answer(served, plan, tmp_path / folder, Quiet())  # type: ignore[arg-type]
         if folder == "after":
             wrong = [(item, replace(verdict, correct=False)) for item, verdict in answers.judged]
             answers = replace(answers, judged=wrong)
-        for row in rows_of(served, plan, answers, None, {"dtype": served.how.dtype}):
+        for row in rows_of(served, plan, answers, None, {"dtype": served.settings["dtype"]}):
             append_row(tmp_path / folder, row)
     ran = Shell("compare", monkeypatch, capsys)(tmp_path / "before", tmp_path / "after")
     assert ran.code == 1, ran.err

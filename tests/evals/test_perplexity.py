@@ -13,7 +13,6 @@ from models.plain_qwen_v1 import MemorySource, forward, random_tensors, small_co
 from runtime.small_models import small_model
 
 from qwenq.errors import OutOfMemoryError, UsageError
-from qwenq.evals.model import LoadOptions
 from qwenq.evals.perplexity import (
     METRIC,
     ScoredText,
@@ -54,7 +53,7 @@ def contender_of(checkpoint: Checkpoint) -> Any:
     return SimpleNamespace(
         checkpoint=checkpoint,
         model=Model("Tiny", "sha256:tiny", "fp32", "Tiny"),
-        how=LoadOptions("cpu", "float32", attention="sdpa"),
+        settings={"device": "cpu", "dtype": "float32", "attention": "sdpa", "kernel": "auto"},
         engine=load(checkpoint, device="cpu", dtype="float32", attention="sdpa"),
     )
 

@@ -74,11 +74,11 @@ def test_rows_of_a_check_are_those_of_the_manifest() -> None:
     }  # fmt: skip
     calibration = {"source": "self", "tokens": "abc"}
     manifest = {"check": check, "calibration": calibration, "made_by": "qwenq 1", "recipe": {}}
-    kl, same, ratio = _check_rows(manifest, Model("m", "f", "int4", "m"), "qwenq quantize m")
+    kl, same, ratio = _check_rows(manifest, Model("m", "f", "int4", "m"), "m-int4")
     assert (kl.metric, kl.value, kl.low, kl.high, kl.n) == ("kl", 0.1, 0.08, 0.12, 504)
-    assert same.details == {"command": "qwenq quantize m"}
+    assert same.details == {"command": "qwenq quantize --out m-int4"}
     assert kl.details == {
-        "command": "qwenq quantize m",
+        "command": "qwenq quantize --out m-int4",
         "modules": check["modules"],
         "positions": [16.5, 48.0], "values": [0.15, 0.05], "counts": [256, 248],
         "lows": [0.1, None], "highs": [0.2, None],

@@ -262,9 +262,7 @@ def test_an_interrupt_ends_the_run_at_once(sandbox: Sandbox) -> None:
 
 
 def test_a_sandbox_that_does_not_start_is_no_verdict() -> None:
-    broken = Sandbox(
-        "broken", True, lambda command, limits: [sys.executable, "-c", "raise SystemExit('no')"], "/"
-    )
+    broken = Sandbox("broken", lambda command, limits: [sys.executable, "-c", "raise SystemExit('no')"], "/")
     with pytest.raises(QwenqError, match="the sandbox did not start: no"):
         run_programs([Program("good", GOOD, ("double",), TESTS)], sandbox=broken)
 
@@ -285,7 +283,6 @@ def test_without_any_sandbox_it_refuses_and_says_the_ways_out(monkeypatch: pytes
 
 def test_unsafe_is_only_by_wish_and_named() -> None:
     sandbox = find_sandbox(unsafe=True)
-    assert not sandbox.isolated
     assert "--unsafe-code" in sandbox.implementation
     assert outcome(sandbox, GOOD).passed
     assert not outcome(sandbox, FORGED["ends well"]).passed
@@ -293,7 +290,7 @@ def test_unsafe_is_only_by_wish_and_named() -> None:
 
 
 def test_a_leaky_sandbox_is_not_used() -> None:
-    leaky = Sandbox("leaky", True, find_sandbox(unsafe=True).wrap, str(Path(__file__).parents[2]))
+    leaky = Sandbox("leaky", find_sandbox(unsafe=True).wrap, str(Path(__file__).parents[2]))
     with pytest.raises(UnsupportedError, match="it does not confine"):
         run._try(leaky)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from evals.benchmark_data import write_ceval_test, write_gsm8k, write_humaneval, write_mmlu
+from evals.benchmark_data import write_gsm8k, write_humaneval, write_mmlu
 from evals.test_run import FLOAT32, Silent
 from tiny_model import write_tiny_model
 
@@ -20,7 +20,6 @@ from qwenq.evals.run import TaskPlan, make_plan
 from qwenq.evals.sandbox.run import find_sandbox
 from qwenq.evals.suite import check_solutions, evaluate
 from qwenq.evals.task import DataSource, Item
-from qwenq.evals.tasks import ceval
 from qwenq.evals.tasks.registry import get_task
 from qwenq.recipe import EvalRecipe
 from qwenq.results import Row
@@ -88,24 +87,6 @@ def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def run(tiny: Path, folder: Path, wanted: EvalRecipe, batch: int | None = None) -> list[Row]:
     return evaluate([open_eval_model(str(tiny), FLOAT32)], wanted, folder, Silent(), batch=batch)
-
-
-def test_no_submission_overwrites_that_of_another_protocol_nor_a_part_the_whole(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    data = str(write_ceval_test(tmp_path / "data"))
-    monkeypatch.setattr(ceval, "TEST", replace(ceval.TEST, total=5))
-    both = EvalRecipe(("ceval-test",), "card", ("law", "logic"), shots=0, data=data)
-    for wanted in (both, replace(both, protocol="base"), replace(both, protocol="base", limit=1)):
-        run(tiny, tmp_path / "run", wanted)
-    files = sorted(path.name for path in (tmp_path / "run").glob("ceval-submission.*"))
-    assert [re.sub("[0-9a-f]{12}", "#", name) for name in files] == [
-        "ceval-submission.Tiny.fp32.ceval-test.base.#.json",
-        "ceval-submission.Tiny.fp32.ceval-test.base.#.part.json",
-        "ceval-submission.Tiny.fp32.ceval-test.card.#.json",
-    ]
-    counts = [sum(map(len, json.loads((tmp_path / "run" / name).read_text()).values())) for name in files]
-    assert counts == [5, 2, 5]
 
 
 def test_rows_name_a_batch_where_all_was_asked_in_it(tiny: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,7 @@ from evals.columns_data import write_lines
 
 from qwenq.errors import DataError
 from qwenq.evals.task import Choose, Chosen, DataSource, Item, Judgement, Task, Write, Written, score_all
-from qwenq.evals.tasks import ceval
-from qwenq.evals.tasks.choices import closest_option, judge_choice, lettered
+from qwenq.evals.tasks.choices import judge_choice, lettered
 from qwenq.evals.tasks.data import Dataset
 from qwenq.evals.tasks.files import Row
 from qwenq.evals.tasks.registry import get_task
@@ -190,44 +188,6 @@ def test_micro_and_macro_averages() -> None:
     assert main.categories == {"stem": 1.0, "social science": 0.0, "humanities": 0.25, "hard": 1.0}
     assert score_all([(ITEM, Judgement(True, "B"))])[0].value == 1.0
     assert BASE.scores([]) == []
-
-
-def test_the_leaderboard_file() -> None:
-    task = get_task("ceval-test", "card")
-    unanswered = Item("law/0", "law", {key: value for key, value in ZH.items() if key != "answer"})
-    judgement = task.judge(unanswered, said("答案是C"))
-    assert not judgement.correct and not judgement.known
-    assert CARD.judge(ITEM, said("D")).known
-    assert task.scores([(unanswered, judgement)]) == []
-    assert ceval.submission([(unanswered, judgement)]) == {"law": {"3": "C"}}
-
-
-def test_the_option_most_like_a_text_is_that_of_thefuzz() -> None:
-    process = pytest.importorskip("thefuzz.process")
-    drawn = random.Random(0)
-    words = [
-        "the",
-        "of",
-        "Münster",
-        "café",
-        "×2",
-        "50%",
-        "(x+y)",
-        "北京",
-        "上海，",
-        "。",
-        "1,234",
-        "NaN",
-        "None",
-    ]
-    words += ["naïve", "re-entry", "\n", "\t", "A", "B", ""]
-    for _ in range(3000):
-        options = [" ".join(drawn.choices(words, k=drawn.randint(1, 5))) for _ in range(4)]
-        text = " ".join(drawn.choices(words, k=drawn.randint(0, 30)))
-        found = process.extractOne(text, options)
-        place = closest_option(text, options)
-        assert (found is None) == (place is None)
-        assert found is None or options[place] == found[0], (text, options)  # type: ignore[index]
 
 
 def science(count: int) -> dict[str, str]:

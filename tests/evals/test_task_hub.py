@@ -153,7 +153,7 @@ def test_nobody_there_is_one_error_at_once_with_both_ways_out(tmp_path: Path) ->
     for one in found:
         assert one["error"] == "DataError" and f"{address} could not be reached" in one["text"]
         assert "either connect to the hub" in one["text"] and "--data DIR" in one["text"]
-    assert ["--sample" in one["text"] for one in found] == [True, False]
+    assert all("--sample" in one["text"] for one in found)
     assert "Retrying" not in said
     assert time.monotonic() - begin < 25  # six attempts of each, as downloads make, take over a minute
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -139,30 +138,6 @@ def test_a_solution_named_like_a_builtin_and_tests_with_imports(sandbox: Sandbox
     assert made.prelude == "import math"
     assert made.tests == "assert math.isclose(_call_0(), 1 / 3)\nassert set([_call_1()]) == set([2.0])"
     assert run_programs([made], sandbox=sandbox)[0].passed
-
-
-def test_the_sanitized_file_alone_is_said(tmp_path: Path) -> None:
-    (tmp_path / "mbpp").mkdir()
-    rows = [
-        {"prompt": "p", "task_id": n, "code": "def f(): return 1", "test_imports": ["import math"]}
-        | {"test_list": ["assert f() == 1"], "source_file": "x"}
-        for n in (2, 3, 4, *range(11, 11 + 257))
-    ]
-    (tmp_path / "mbpp" / "sanitized-mbpp.json").write_text(json.dumps(rows))
-    found = BASE.items(DataSource(tmp_path))
-    assert len(found) == 257 and found[0].data["setup"] == "import math"
-    assert "not comparable" in BASE.notes(found)[0]
-
-
-def test_the_hub_gives_the_same_items(
-    items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def rows(name: str, config: str, split: str) -> list[dict[str, Any]]:
-        numbers = range(1, 11) if split == "prompt" else range(11, 511)
-        return [task(n, **(NODE if n == 11 else {})) for n in numbers]
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=rows))
-    assert BASE.items(DataSource()) == items
 
 
 @pytest.mark.parametrize(

@@ -36,4 +36,4 @@ def problem(
 
 def usual(**changes: Any) -> Settings:
     """The recipe's defaults, Int4, groups of 32; ``changes`` go over them."""
-    return replace(Settings.from_recipe(QuantizeRecipe(bits=4), group_size=32), **changes)
+    return replace(Settings.from_recipe(QuantizeRecipe(bits=4)), **{"group_size": 32, **changes})

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import problem
 
+from qwenq.compute.grid import Grid, Rounded, search_grid
 from qwenq.gptq.coordinate_descent import descend
-from qwenq.gptq.grid import Grid, Rounded, search_grid
 from qwenq.gptq.solver import DampedHessian, damp_hessian, gptq, order_by_diagonal, output_error
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from problems import problem, usual
 
+from qwenq.compute.grid import Rounded
 from qwenq.errors import QuantisationError
 from qwenq.gptq import linears, solver
-from qwenq.gptq.grid import Rounded
 from qwenq.gptq.linears import quantise_group
 
 USUAL = usual()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from tiny_families import write_calibration, write_family
 from tiny_published import transformers_of, write_dequantised, write_published
 from torch.nn import functional
 
+from qwenq.compute.grid import search_grid
 from qwenq.errors import UsageError
 from qwenq.gptq import mixed_bits
-from qwenq.gptq.grid import search_grid
 from qwenq.gptq.mixed_bits import Group, choose_bits, groups_of, measure, sample_of
 from qwenq.gptq.settings import Settings
 from qwenq.models.blocks import BlockwiseDecoder
@@ -68,7 +69,7 @@ def test_a_coarse_count_of_bytes_stays_within_the_size(monkeypatch: pytest.Monke
 
 def decoder_and_groups(model: Path) -> tuple[BlockwiseDecoder, Settings, list[Group]]:
     decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), torch.float32)
-    settings = Settings.from_recipe(QuantizeRecipe(), group_size=32)
+    settings = replace(Settings.from_recipe(QuantizeRecipe()), group_size=32)
     return decoder, settings, groups_of(decoder, settings)
 
 

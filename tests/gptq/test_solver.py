@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from oracle import algorithm_1
 from problems import Problem, problem
 
+from qwenq.compute.grid import Grid, search_grid
 from qwenq.errors import UsageError
-from qwenq.gptq.grid import Grid, search_grid
 from qwenq.gptq.solver import gptq, inverse_factor, order_by_diagonal, output_error, quantize_weight
 
 

@@ -96,7 +96,7 @@ def installed(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     monkeypatch.setenv("QWENQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(bundled, "find_gguf", lambda: tiny)
     monkeypatch.setattr(bundled, "_write_licence", lambda folder: None)
-    return tmp_path / "cache" / "models"
+    return tmp_path / "cache" / "models" / f"layout-{bundled._LAYOUT}"
 
 
 def test_every_weight_comes_back_exactly(installed: Path, weights: dict[str, np.ndarray[Any, Any]]) -> None:
@@ -143,7 +143,7 @@ def test_a_cache_that_was_swept_is_made_again(installed: Path, name: str) -> Non
 def test_of_two_processes_the_first_to_finish_names_it(
     installed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = installed / f"{bundled.NAME}-{bundled._LAYOUT}"
+    target = installed / bundled.NAME
     convert = bundled.convert
 
     def while_another_finishes(file: Path, folder: Path) -> None:

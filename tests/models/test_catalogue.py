@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from qwenq.errors import UsageError
 from qwenq.models import catalogue
 from qwenq.models.qwen_v1 import V1_KEY
+from qwenq.published import published_of
 
 ALL = catalogue.names()
 
@@ -125,18 +126,18 @@ def test_each_name_has_its_own_hub_id() -> None:
 
 
 def test_published_rows() -> None:
-    rows = {row.precision: row for row in catalogue.published("qwen-1.8b-chat")}
+    rows = {row.precision: row for row in published_of("qwen-1.8b-chat")}
     assert list(rows) == ["FP32", "BF16", "Int8", "Int4"]
     assert rows["Int4"].accuracy == {"mmlu": 42.9, "ceval": 52.8, "gsm8k": 31.2, "humaneval": 25.0}
     assert rows["FP32"].speed["plain"] == [52.28, 44.95]
     assert rows["BF16"].memory_gib == [4.23, 6.48]
     assert "A100" in rows["Int8"].hardware
-    assert catalogue.published("qwen3-8b") == []
-    assert len(catalogue.published("qwen-7b-chat")) == len(catalogue.published("qwen-14b-chat")) == 3
+    assert published_of("qwen3-8b") == []
+    assert len(published_of("qwen-7b-chat")) == len(published_of("qwen-14b-chat")) == 3
 
 
 def test_every_published_row_belongs_to_an_entry() -> None:
-    known = [row for name in ALL for row in catalogue.published(name)]
+    known = [row for name in ALL for row in published_of(name)]
     assert len(known) == 4 + 3 + 3 + 3
     for row in known:
         assert min(row.accuracy.values()) > 0 and max(row.accuracy.values()) < 100

@@ -178,17 +178,6 @@ def test_settings_that_are_not_those_of_the_weights_are_refused(wrong: QuantConf
         validate_quantised(MemorySource(packed_model(QuantConfig(4, 32))), wrong)
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize(("stored", "tagged"), [("gptq_v2", "gptq"), ("gptq", "gptq_v2")])
-def test_zero_points_of_the_other_format_are_recognised(
-    bits: int, stored: CheckpointFormat, tagged: CheckpointFormat
-) -> None:
-    quant = QuantConfig(bits, 32, checkpoint_format=tagged)
-    with pytest.raises(ModelError, match=f"stored as {stored}") as raised:
-        validate_quantised(MemorySource(packed_model(quant, stored)), quant)
-    assert f'"checkpoint_format": "{stored}"' in str(raised.value)
-
-
 def test_asymmetric_zero_points_under_a_symmetric_tag_are_refused() -> None:
     tensors = packed_model(QuantConfig(4, 32, sym=False))
     with pytest.raises(ModelError, match="zero points run from"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -60,7 +58,6 @@ def make_two_shards(hub: Hub) -> None:
         "model-00002-of-00002.safetensors",
         "tokenizer.json",
         pytest.param("model.safetensors", marks=pytest.mark.slow),
-        pytest.param("config.json", marks=pytest.mark.slow),
     ],
 )
 def test_what_a_broken_download_left_is_never_taken_for_the_model(
@@ -82,26 +79,3 @@ def test_what_a_broken_download_left_is_never_taken_for_the_model(
     hub.status = 200
     whole = Path(str(client(hub, tmp_path)["folder"]))
     assert (whole / file).read_bytes() == hub.files[file]
-
-
-@pytest.mark.parametrize("lost", ["config.json", "model-00001-of-00002.safetensors", "the index and a shard"])
-def test_what_another_program_left_is_judged_by_what_its_files_say(
-    hub: Hub, tmp_path: Path, lost: str
-) -> None:
-    make_two_shards(hub)
-    folder = Path(str(client(hub, tmp_path)["folder"]))
-    gone = ["model.safetensors.index.json", "model-00001-of-00002.safetensors"] if " " in lost else [lost]
-    for name in gone:
-        (folder / name).unlink()
-    shutil.rmtree(folder.parents[1] / "trees")  # older versions of the library keep no list
-    answer = client(hub, tmp_path, HF_HUB_OFFLINE="1")
-    assert answer.get("error") == "HubError", answer
-    assert "not whole" in str(answer["text"])
-
-
-def test_a_file_of_the_cache_that_was_cut_is_not_a_model(hub: Hub, tmp_path: Path) -> None:
-    folder = Path(str(client(hub, tmp_path)["folder"]))
-    shutil.rmtree(folder.parents[1] / "trees")
-    os.truncate((folder / "model.safetensors").resolve(), len(WEIGHTS) // 2)
-    answer = client(hub, tmp_path, HF_HUB_OFFLINE="1")
-    assert "cut off" in str(answer["text"])

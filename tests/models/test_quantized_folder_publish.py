@@ -44,4 +44,4 @@ def test_files_put_into_the_output_folder_meanwhile_are_kept(tmp_path: Path, kin
 def test_the_root_is_refused_as_output_folder() -> None:
     clean_up_after_kill(Path("/"), {}, "")
     with pytest.raises(UsageError, match="a disk is mounted here"):
-        require_free(Path("/"))
+        require_free(Path("/"), "--out")

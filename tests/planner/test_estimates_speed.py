@@ -6,6 +6,7 @@ import pytest
 
 from qwenq.models import catalogue
 from qwenq.planner.estimates import Gpu, gpu, speed_bound, weight_bytes_per_step
+from qwenq.published import published_of
 
 ONE_TB = Gpu("test", "test", 80, 1000, "test")
 
@@ -42,7 +43,7 @@ def test_published_speeds_stay_below_the_bound() -> None:
     a100 = gpu("a100-80g")
     for model in ("qwen-1.8b-chat", "qwen-7b-chat", "qwen-14b-chat"):
         shape = catalogue.entry(model).shape
-        for row in catalogue.published(model):
+        for row in published_of(model):
             bits = int(row.precision[3:]) if row.precision.startswith("Int") else None
             dtype = {"FP32": "float32", "BF16": "bfloat16"}.get(row.precision, "float16")
             weights = shape.bytes(dtype) if bits is None else shape.quantised_bytes(bits, 128)

@@ -7,28 +7,55 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import torch
 
 from qwenq.models import catalogue
 from qwenq.planner.estimates import gpu, quantisation_operations, quantisation_seconds
 from qwenq.planner.plan import PlanOptions, find_model, make_plan
 from qwenq.planner.tables import answer
+from qwenq.quantization import product_rate
 
 REPORTS = Path(__file__).resolve().parents[2] / "reports"
 
 
+def measured(name: str) -> float:
+    """Seconds of the layers, the median of a report's runs."""
+    rows = json.loads((REPORTS / "benchmarks" / name).read_text())["rows"]
+    return median(row["phases_s"]["layers"] for row in rows if row["tool"] == "qwenq")
+
+
 def test_a_whole_run_on_a_cpu_took_about_as_long() -> None:
-    report = json.loads((REPORTS / "benchmarks" / "quantize.json").read_text())
-    measured = median(row["phases_s"]["layers"] for row in report["rows"] if row["tool"] == "qwenq")
     estimated = quantisation_seconds(catalogue.entry(catalogue.BUNDLED).shape, 32 * 512)
-    assert estimated == pytest.approx(measured, rel=0.15)
+    assert estimated == pytest.approx(measured("quantize.json"), rel=0.15)
+
+
+def test_another_shape_on_another_cpu_in_another_dtype_takes_as_long_as_a_timed_product_says() -> None:
+    """That CPU's products were not timed: the smaller model says how fast they are."""
+
+    def estimated(name: str, tokens: int, rate: float) -> float:
+        return quantisation_seconds(catalogue.entry(name).shape, tokens, rates=(rate, rate)) or 0.0
+
+    rate = 1e9 * estimated("smollm2-135m-instruct", 32 * 512, 1e9) / measured("quantize_xeon.json")
+    large = estimated("qwen2.5-0.5b-instruct", 24 * 512, rate)
+    assert large == pytest.approx(measured("quantize_qwen.json"), rel=0.25)
+
+
+def test_without_asymmetric_calibration_the_text_is_read_once() -> None:
+    shape = catalogue.entry(catalogue.BUNDLED).shape
+    once, twice = (quantisation_operations(shape, 10**6, asymmetric=wanted) for wanted in (False, True))
+    assert once[0] < 0.5 * twice[0] and once[1] == twice[1]
+
+
+def test_a_product_is_timed() -> None:
+    assert 1e8 < product_rate(torch.float32) < 1e14
 
 
 def test_layers_on_a_gpu_took_about_as_long() -> None:
     rows = json.loads((REPORTS / "gpu" / "quantize.json").read_text())["rows"]
-    (measured,) = (median(row["layer_seconds"]) for row in rows if row["shape"] == "Qwen2.5-7B")
+    (layer,) = (median(row["layer_seconds"]) for row in rows if row["shape"] == "Qwen2.5-7B")
     shape = catalogue.entry("qwen2.5-7b-instruct").shape
     estimated = quantisation_seconds(shape, 128 * 2048, gpu("h200"))
-    assert estimated == pytest.approx(measured * shape.layers, rel=0.02)
+    assert estimated == pytest.approx(layer * shape.layers, rel=0.02)
 
 
 def test_an_expert_is_solved_whole_and_sees_its_share_of_the_text() -> None:

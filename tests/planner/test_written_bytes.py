@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from tiny_families import write_family
 from tiny_published import FAMILIES, fused, rewrite, with_draft_head, write_published
 
-from qwenq.errors import UnsupportedError
 from qwenq.planner.plan import PlanOptions, find_model, make_plan
 
 
@@ -49,9 +48,6 @@ def test_planned_bytes_are_those_written(
     full, int4 = plan.precisions
     assert full.bytes == tensor_bytes(model)
     assert int4.bytes == tensor_bytes(run(model, tmp_path / "out", group_size=32).folder)
-    assert plan.padding is not None
-    padded = run(model, tmp_path / "padded", group_size=32, pad_ffn=plan.padding.to)
-    assert plan.padded_bytes["Int4"] == tensor_bytes(padded.folder)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -83,31 +79,6 @@ def test_a_tower_of_unknown_size_is_named(tmp_path: Path, change: Any) -> None:
     (model / "config.json").write_text(json.dumps(config | {"vision_config": tower}))
     plan = make_plan(find_model(str(model)), PlanOptions(group_size=32))
     assert (plan.copied_bytes, plan.copied_note) == (0, "the vision tower is copied, too, and not counted")
-
-
-@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_vl"])
-def test_planned_bytes_of_a_padded_hybrid(tmp_path: Path, family: str) -> None:
-    model = write_published(tmp_path / "m", family)
-    plan = make_plan(find_model(str(model)), PlanOptions(bits=(4,), group_size=32))
-    assert plan.padding is not None
-    padded = run(model, tmp_path / "padded", group_size=32, pad_ffn=plan.padding.to)
-    assert plan.padded_bytes["Int4"] == tensor_bytes(padded.folder)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes", "why"),
-    [
-        ("qwen3_moe", {}, "a mixture of experts is not padded"),
-        ("qwen3_5_text", {"mtp_num_hidden_layers": 1}, "draft layers"),
-    ],
-)
-def test_what_is_not_padded_is_refused(
-    tmp_path: Path, family: str, changes: dict[str, Any], why: str
-) -> None:
-    model = write_published(tmp_path / "m", family, **changes)
-    assert make_plan(find_model(str(model)), PlanOptions(group_size=32)).padding is None
-    with pytest.raises(UnsupportedError, match=why):
-        run(model, tmp_path / "padded", group_size=32, pad_ffn=128)
 
 
 def test_planned_bytes_of_fused_experts(tmp_path: Path) -> None:

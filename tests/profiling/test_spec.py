@@ -109,7 +109,7 @@ def quantised(base: Path, out: Path, origin: dict[str, str]) -> None:
 
 def test_the_bundled_model_has_one_name_by_any_path(tmp_path: Path) -> None:
     """By its folder in the cache, too, and for what was made from that: as in evaluations."""
-    cached = write_family(tmp_path / "SmolLM2-135M-Instruct-1")
+    cached = write_family(tmp_path / NAME)
     quantised(cached, tmp_path / "mine", {"model": str(cached)})
     found = subjects_of([str(cached), str(tmp_path / "mine")], ["bf16", "int4"])
     assert {each.model.family for each in found.subjects} == {NAME}

@@ -136,12 +136,12 @@ def test_groups_that_gpus_cannot_share_are_named_with_a_remedy(tmp_path: Path) -
     folder = quantised(tmp_path, "qwen2", group_size=32)
     (problem,) = verdict(folder, "vllm", 2).problems
     assert problem.reason == "the 96 inputs of down_proj in groups of 32 cannot be split among 2 GPUs"
-    assert problem.remedy == "use --pad-ffn, or fewer GPUs"
+    assert problem.remedy == "use fewer GPUs"
     wide = replace(folder, modules={n: replace(m, columns=m.columns * 2) for n, m in folder.modules.items()})
     assert verdict(wide, "vllm", 2).loads
     (problem,) = verdict(changed(wide, "down_proj", group_size=64), "vllm", 2).problems
     assert problem.remedy == "use --group-size 32"
-    assert "4 heads are no multiple of 3 GPUs" in reasons(folder, "vllm", 3)
+    assert "4 heads cannot be shared by 3 GPUs" in reasons(folder, "vllm", 3)
     assert len(engine_verdicts(folder, ["transformers"], [1, 2, 4])) == 1  # it splits no model
 
 

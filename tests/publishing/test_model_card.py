@@ -13,7 +13,8 @@ from pipeline import run
 from tiny_families import write_family
 
 from qwenq.errors import ModelError
-from qwenq.publishing.model_card import Measured, quantize_command, write_model_card
+from qwenq.publishing.model_card import Measured, write_model_card
+from qwenq.recipe import quantize_command
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +137,14 @@ def test_a_section_without_its_end_is_refused_and_nothing_is_lost(
 def test_the_command_makes_the_folder_again(folder: Path) -> None:
     manifest = edit(folder, base={"model": "Qwen/Qwen3-0.6B"})
     manifest["recipe"]["model"] = "Qwen/Qwen3-0.6B"
-    command = quantize_command(manifest, folder.name)
+    command = quantize_command(manifest["recipe"], folder.name)
     assert command.startswith("qwenq quantize Qwen/Qwen3-0.6B --calibration calibration.safetensors")
     assert "--damp 0.2" in command
     assert "--asym" in command
     assert "--bits" not in command
-    manifest["recipe"]["quantize"] |= {"module_bits": {"self_attn": 8}, "refine": False}  # its older name
-    assert "--module-bits self_attn=8" in quantize_command(manifest, folder.name)
-    assert "--no-coordinate-descent" in quantize_command(manifest, folder.name)
+    manifest["recipe"]["quantize"] |= {"module_bits": {"self_attn": 8}, "coordinate_descent": False}
+    assert "--module-bits self_attn=8" in quantize_command(manifest["recipe"], folder.name)
+    assert "--no-coordinate-descent" in quantize_command(manifest["recipe"], folder.name)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"base": {}}'])

@@ -103,34 +103,6 @@ def test_v2_takes_the_package_where_it_is_installed(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("hopper")
-@pytest.mark.parametrize("span", SPANS)
-def test_v1_takes_the_package_where_it_is_installed(monkeypatch: pytest.MonkeyPatch, span: str) -> None:
-    """Version 1 counts its causal mask from the first key, and has as many key heads as query heads."""
-
-    def flash_attn_unpadded_func(
-        q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, q_most: int, k_most: int,
-        dropout_p: float, causal: bool,
-    ) -> Tensor:  # fmt: skip
-        assert q.shape[1] == k.shape[1] == v.shape[1]
-        assert q_ends[-1] == len(q) and k_ends[-1] == len(k) and dropout_p == 0.0
-        mixed = torch.empty_like(q)
-        for row in range(len(q_ends) - 1):
-            a, b, c, e = (int(x) for x in (*q_ends[row : row + 2], *k_ends[row : row + 2]))
-            assert b - a == q_most and e - c == k_most
-            scores = torch.einsum("qhd,khd->hqk", q[a:b].float(), k[c:e].float()) * q.shape[-1] ** -0.5
-            if causal:
-                hidden = torch.ones(b - a, e - c, dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(hidden, float("-inf"))
-            mixed[a:b] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[c:e].float()).to(q.dtype)
-        return mixed
-
-    install(monkeypatch, "1.0.9", flash_attn_unpadded_func=flash_attn_unpadded_func)
-    backend = attention_backend("v1", CUDA, torch.bfloat16)
-    assert backend.implementation == "flash-attn 1.0.9"
-    assert error(backend, torch.bfloat16, (6, 2), 24, *SPANS[span]) < 2e-2
-
-
-@pytest.mark.usefixtures("hopper")
 def test_without_the_package_v2_is_torchs_flash_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flash, "package_version", lambda name: None)
     backend = attention_backend("v2", CUDA, torch.bfloat16)

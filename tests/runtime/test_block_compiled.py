@@ -257,5 +257,5 @@ def test_states_of_another_size_are_refused_before_c_sees_them() -> None:
     convolution, recurrent = cache.states[0]
     for wrong in ((convolution[:, 1:], recurrent), (convolution, recurrent.bfloat16())):
         cache.states[0] = wrong
-        with pytest.raises(ValueError, match=r"states .* do not fit"):
+        with pytest.raises(ValueError, match=r"states of a .*, not contiguous"):
             engine.decode(torch.tensor([1]), cache)

@@ -26,7 +26,7 @@ def logits_of(engine: FastEngine) -> torch.Tensor:
     """Of ragged prompts behind a shared beginning, and of more behind them."""
     shared = engine.new_cache(1, 33)
     engine.prefill([random_ids(33)], shared)
-    cache = shared.fork(3, 130)
+    cache = shared.take([0] * 3, 130)
     first = engine.prefill([random_ids(n, n) for n in (40, 1, 17)], cache)
     every = engine.logits([random_ids(n, 2 * n) for n in (5, 30, 12)], cache)
     return torch.cat([first, *every])

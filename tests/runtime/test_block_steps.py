@@ -78,18 +78,12 @@ def test_grouped_is_for_the_cpu() -> None:
         attention_backend("grouped", torch.device("cuda"), torch.bfloat16)
 
 
-@pytest.mark.parametrize("faster", [True, False])
-def test_best_measures_whole_steps_and_takes_the_faster(
-    faster: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_takes_grouped_steps_on_a_cpu() -> None:
     """What a step around ``grouped`` saves lies outside attention: measured alone, that would not show it."""
     model, checkpoint = small_model("qwen3")
-    monkeypatch.setattr(
-        "qwenq.runtime.decoder._milliseconds",
-        lambda decoder: 1.0 if decoder.has_step_layout is faster else 2.0,
-    )
     engine = load(checkpoint, device="cpu", dtype="float32", attention="best")
-    assert ("decode grouped (whole steps: 1.0 ms; with " in engine.implementation) is faster
+    assert ", decode grouped (" in engine.implementation
+    assert "decode steps compiled for this CPU" in engine.implementation
     ids = random_ids(12)
     cache = engine.new_cache(1, 16)
     engine.prefill([ids[:10]], cache)

@@ -114,21 +114,12 @@ def test_at_least_one_row_is_kept() -> None:
     assert cache.batch == 2
 
 
-def test_only_one_row_forks() -> None:
-    with pytest.raises(UsageError, match="2 rows"):
-        small_cache(2).fork(3, 8)
-    single = small_cache(1)
-    single.advance([9])
-    with pytest.raises(UsageError, match="fits"):
-        single.fork(3, 8)
-
-
-def test_a_fork_is_independent() -> None:
+def test_rows_that_are_taken_are_copies() -> None:
     cache = small_cache(1)
     ones = torch.ones(1, 2, 3, 4)
     cache.write(0, ones, ones, cache.span([3]))
     cache.advance([3])
-    copy = cache.fork(2, 5)
+    copy = cache.take([0, 0], 5)
     copy.keys[0].zero_()
     assert cache.keys[0][:, :, :3].eq(1).all()
     assert copy.values[0][:, :, :3].eq(1).all()

@@ -97,7 +97,7 @@ def test_forked_prefix(engine: str) -> None:
     prefix, ends = random_ids(33), [random_ids(n, n) for n in (1, 8, 3)]
     shared = runner.new_cache(1, 33)
     runner.prefill([prefix], shared)
-    for found, end in zip(runner.logits(ends, shared.fork(3, 41)), ends, strict=True):
+    for found, end in zip(runner.logits(ends, shared.take([0] * 3, 41)), ends, strict=True):
         assert_close(found, reference_logits(model, prefix + end)[33:])
     assert shared.lengths == [33]
 

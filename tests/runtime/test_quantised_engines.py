@@ -164,7 +164,7 @@ def test_zero_points_of_the_other_format_are_found_by_their_value(
     checkpoint = quantised_model("qwen3", replace(INT4, checkpoint_format=stored))
     quant = {**checkpoint.config["quantization_config"], "checkpoint_format": claimed}
     changed = replace(checkpoint, config={**checkpoint.config, "quantization_config": quant})
-    with pytest.raises(ModelError, match=f"stored as {stored} does"):
+    with pytest.raises(ModelError, match="zero points run from"):
         load(changed, device="cpu", dtype="bfloat16", engine=engine)
 
 

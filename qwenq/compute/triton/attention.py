@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.compute.gpu import bound, multiprocessors, power_of_2
+from qwenq.compute.gpu import bound, multiprocessors
 from qwenq.compute.triton.support import LOG2E, product
 
 # Run FlashAttention as first published: Dao et al., arXiv 2205.14135, Algorithm 1, the forward pass.
@@ -87,8 +87,8 @@ def flash_v1(queries: Tensor, keys: Tensor, values: Tensor, positions: Tensor) -
     batch, heads, tokens, d = queries.shape
     shared, end = keys.shape[1:3]
     queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys, values))
-    block_d = max(16, power_of_2(d))
-    rows, columns = min(64, max(16, power_of_2(tokens))), 64 if block_d <= 128 else 32
+    block_d = max(16, triton.next_power_of_2(d))
+    rows, columns = min(64, max(16, triton.next_power_of_2(tokens))), 64 if block_d <= 128 else 32
     mixed = queries.new_zeros((batch, heads, tokens, d), dtype=torch.float32)  # line 2
     row_sum = mixed.new_zeros((batch, heads, tokens))
     row_max = torch.full_like(row_sum, float("-inf"))
@@ -202,7 +202,7 @@ def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
     queries, keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (queries, keys, values))
     slots = run_length(end, batch * shared, multiprocessors(queries.device))
     runs = triton.cdiv(end, slots)
-    block_d = max(16, power_of_2(d))
+    block_d = max(16, triton.next_power_of_2(d))
     parts = queries.new_empty((batch, heads, runs, d), dtype=torch.float32)
     logs = parts.new_empty((batch, heads, runs))
     mixed = queries.new_empty((batch, heads, 1, d))
@@ -210,13 +210,13 @@ def split_decode(queries: Tensor, keys: Tensor, values: Tensor, positions: Tenso
         _attend_run[(runs, batch * shared)](
             queries, keys, values, parts, logs, positions, d**-0.5 * LOG2E, shared, runs, end,
             *(*queries.stride()[:2], *keys.stride()[:3], *values.stride()[:3]),
-            GROUP=group, ROWS=max(16, power_of_2(group)),  # the fewest that tensor cores take
+            GROUP=group, ROWS=max(16, triton.next_power_of_2(group)),  # the fewest that tensor cores take
             D=d, BLOCK_D=block_d, BLOCK=_BLOCK, BLOCKS=slots // _BLOCK,
             num_warps=4, STAGES=stages(block_d),
         )  # fmt: skip
         _join_runs[(batch * heads,)](
             parts, logs, mixed, positions, heads, runs, end,
-            D=d, BLOCK_D=block_d, RUNS=power_of_2(runs), SLOTS=slots, num_warps=4,
+            D=d, BLOCK_D=block_d, RUNS=triton.next_power_of_2(runs), SLOTS=slots, num_warps=4,
         )  # fmt: skip
     return mixed
 
@@ -232,4 +232,4 @@ def run_length(end: int, groups: int, processors: int) -> int:
     A power of two, because a kernel is built for each.
     """
     wanted = end * groups / (2 * processors)
-    return min(max(power_of_2(int(wanted)), _BLOCK), 1024)
+    return int(min(max(triton.next_power_of_2(int(wanted)), _BLOCK), 1024))

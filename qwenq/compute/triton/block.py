@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.compute.gpu import power_of_2
-
 _FFN_BLOCK = 1024  # features of the gated activation for one program
 
 
@@ -88,7 +86,7 @@ def add_norm(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     with torch.cuda.device_of(x):
         _add_norm[(rows,)](
             x, x if y is None else y, weight, normed, eps,
-            HIDDEN=hidden, BLOCK=power_of_2(hidden), ADD=y is not None, num_warps=8,
+            HIDDEN=hidden, BLOCK=triton.next_power_of_2(hidden), ADD=y is not None, num_warps=8,
         )  # fmt: skip
     return normed
 
@@ -124,7 +122,7 @@ def rotate_and_store(
         _rotate_and_store[(batch, heads + 2 * shared)](
             qkv, qkv if norm is None else norm, *rotation, qkv if scales is None else scales, positions,
             q, keys, values, eps, *keys.stride()[:3], *values.stride()[:3],
-            HEADS=heads, SHARED=shared, D=d, BLOCK=power_of_2(d),
+            HEADS=heads, SHARED=shared, D=d, BLOCK=triton.next_power_of_2(d),
             NORM=norm is not None, SCALED=scales is not None, num_warps=1,
         )  # fmt: skip
     return q

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from qwenq.compute.gpu import multiprocessors, power_of_2
+from qwenq.compute.gpu import multiprocessors
 from qwenq.compute.triton.support import product
 
 # Multiply one row by packed integers, as a decode step does: few instructions a weight, at memory's speed.
@@ -110,7 +110,7 @@ def multiply_row(
 def plan_row(words: int, outputs: int, processors: int) -> tuple[int, int, int, int, int]:
     """Return words, outputs and warps of a block, steps, splits of the inputs: no processor is to be idle."""
     most, width, warps = _WIDE if outputs >= 2 * _WIDE[1] * processors else _NARROW
-    block = min(most, power_of_2(words))
+    block = min(most, triton.next_power_of_2(words))
     blocks = -(-words // block)
     splits, programs = 1, -(-outputs // width)
     while programs * splits * 2 <= processors and splits * 2 <= min(blocks, 8):

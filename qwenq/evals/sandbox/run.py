@@ -94,14 +94,13 @@ class Sandbox:
     """A way to start a confined process."""
 
     implementation: str  # its name and version, for the records
-    isolated: bool  # False for ``--unsafe-code``
     wrap: Wrap  # a Python command line → the command that runs it confined
     package_root: str  # the process's path to ``qwenq/evals/sandbox/inside``
 
-    def command(self, role: str, limits: str, scratch: Limits, *more: str) -> list[str]:
+    def command(self, role: str, limits: Limits, *more: str) -> list[str]:
         """Return the command of the process in this role (``inside.__main__``)."""
-        module = _INSIDE.replace("/", ".")
-        return self.wrap([_python(), "-s", "-S", "-B", "-P", "-m", module, role, limits, *more], scratch)
+        arguments = ["-m", _INSIDE.replace("/", "."), role, json.dumps(asdict(limits)), *more]
+        return self.wrap([*_python(), *arguments], limits)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -116,7 +115,7 @@ def find_sandbox(unsafe: bool = False) -> Sandbox:
     """
     if unsafe:
         kept = "limits and system-call filter" if filterable() else "limits"
-        return Sandbox(f"none (--unsafe-code; {kept} only)", False, lambda c, _: c, str(_PACKAGE_ROOT))
+        return Sandbox(f"none (--unsafe-code; {kept} only)", lambda c, _: c, str(_PACKAGE_ROOT))
     reasons = []
     for name, make in (("bubblewrap", _bubblewrap), ("Linux namespaces", _namespaces)):
         try:
@@ -152,20 +151,20 @@ def _bubblewrap() -> Sandbox:
             options += ["--dev-bind", device, device]
         return [program, *options, "--remount-ro", "/", "--chdir", "/tmp", "--", *command]  # noqa: S108
 
-    return Sandbox(version or "bubblewrap", True, wrap, "/inside")
+    return Sandbox(version or "bubblewrap", wrap, "/inside")
 
 
 def _namespaces() -> Sandbox:
     def wrap(command: list[str], limits: Limits) -> list[str]:
         plan = {"visible": _visible(), "links": _links(), "devices": _DEVICES, "scratch": limits.scratch}
-        return [_python(), "-s", "-S", "-B", "-P", namespaces.__file__, json.dumps(plan), *command]
+        return [*_python(), namespaces.__file__, json.dumps(plan), *command]
 
-    return Sandbox(f"Linux namespaces ({os.uname().release})", True, wrap, "/inside")
+    return Sandbox(f"Linux namespaces ({os.uname().release})", wrap, "/inside")
 
 
-def _python() -> str:
+def _python() -> list[str]:
     """Return the interpreter itself, not a virtual environment's link to it, whose packages stay outside."""
-    return os.path.realpath(getattr(sys, "_base_executable", sys.executable))
+    return [os.path.realpath(getattr(sys, "_base_executable", sys.executable)), "-s", "-S", "-B", "-P"]
 
 
 def _visible() -> list[tuple[str, str]]:
@@ -176,7 +175,7 @@ def _visible() -> list[tuple[str, str]]:
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # not a virtual environment's
     python = [sysconfig.get_path(name, vars=base) for name in ("stdlib", "platstdlib")]
     python += [str(library) for library in Path(sys.base_prefix, "lib").glob("lib*.so*")]
-    wanted = [*folders, _python(), *python, "/etc/ld.so.cache"]
+    wanted = [*folders, _python()[0], *python, "/etc/ld.so.cache"]
     shown: list[str] = []
     for path in wanted:
         if Path(path).exists() and not any(Path(path).is_relative_to(folder) for folder in shown):
@@ -277,8 +276,10 @@ def run_programs(
 
 def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Event) -> Outcome:
     """Run one program: start both sides, wait for the verdict, end both."""
-    with ExitStack() as stack:
-        solution, tests, complaints = _start(program, sandbox, limits, stack)
+    with tempfile.TemporaryFile() as job, tempfile.TemporaryFile() as complaints, ExitStack() as stack:
+        job.write(json.dumps(asdict(program)).encode())
+        job.seek(0)
+        solution, tests = _start(sandbox, limits, job, complaints, stack)
         lines = _Lines(cast(IO[bytes], tests.stdout), stop)
         if lines.next(_START_SECONDS) is None:
             complaints.seek(0)
@@ -296,26 +297,21 @@ def _run(program: Program, sandbox: Sandbox, limits: Limits, stop: threading.Eve
 
 
 def _start(
-    program: Program, sandbox: Sandbox, limits: Limits, stack: ExitStack
-) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes], IO[bytes]]:
-    """Start both processes, which end with the stack; return them and the file of their sandboxes' errors."""
+    sandbox: Sandbox, limits: Limits, job: IO[bytes], complaints: IO[bytes], stack: ExitStack
+) -> tuple[subprocess.Popen[bytes], subprocess.Popen[bytes]]:
+    """Start both processes, which end with the stack; ``complaints`` takes their sandboxes' errors."""
     ours, theirs = (stack.enter_context(end) for end in socket.socketpair())
-    complaints, job = stack.enter_context(_file()), stack.enter_context(_file())
-    content = {"solution": program.solution, "prelude": program.prelude, "tests": program.tests}
-    job.write(json.dumps({**content, "entry_points": program.entry_points}).encode())
-    job.seek(0)
-    bounds = json.dumps(asdict(limits))
     common: dict[str, Any] = {"stderr": complaints, "env": sandbox.environment, "cwd": "/"}
     common["start_new_session"] = True  # Ctrl-C is for this process; these are ended by it
     solution = subprocess.Popen(
-        sandbox.command("solution", bounds, limits),
+        sandbox.command("solution", limits),
         stdin=theirs.fileno(),
         stdout=subprocess.DEVNULL,
         **common,
     )
     stack.callback(_end, solution)
     tests = subprocess.Popen(
-        sandbox.command("tests", bounds, limits, str(ours.fileno())),
+        sandbox.command("tests", limits, str(ours.fileno())),
         stdin=job,
         stdout=subprocess.PIPE,
         pass_fds=(ours.fileno(),),
@@ -324,11 +320,7 @@ def _start(
     stack.callback(_end, tests)
     ours.close()
     theirs.close()
-    return solution, tests, complaints
-
-
-def _file() -> IO[bytes]:
-    return tempfile.TemporaryFile()
+    return solution, tests
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -1,8 +1,7 @@
-"""Ask C-Eval: 52 Chinese subjects, four options; 1,346 questions with answers, 12,342 without (Huang et al.).
+"""Ask C-Eval: 52 Chinese subjects, four options, 1,346 questions of the val split (Huang et al. 2023).
 
-Sources of the protocols: ``evaluate_chat_ceval.py`` and ``evaluate_ceval.py`` of QwenLM/Qwen. ``ceval``
-scores the val split, as the cards do. ``ceval-test`` answers the test split, whose answers are not published:
-it has no score, but a file for the leaderboard (`submission`).
+Sources of the protocols: ``evaluate_chat_ceval.py`` and ``evaluate_ceval.py`` of QwenLM/Qwen. As there, the
+val split is scored: the answers of the test split are not published.
 
 Difference from the scripts, as in MMLU: options are text, and an empty option is not searched for.
 """
@@ -10,15 +9,13 @@ Difference from the scripts, as in MMLU: options are text, and an empty option i
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from qwenq.errors import DataError
-from qwenq.evals.task import Item, Judged, Judgement, Task, Written, score_all
+from qwenq.evals.task import Item, Judgement, Task, Written, score_all
 from qwenq.evals.tasks.choices import COLUMNS, judge_choice, judge_text, letter_item, options_by_length
 from qwenq.evals.tasks.data import Dataset, subjects_of
-from qwenq.evals.tasks.files import AnyPath, Row, read_csv
+from qwenq.evals.tasks.files import read_csv
 
 QUESTION = "问题：{question}\n{options}\n答案："
 CARD: dict[str, Any] = {"protocol": "card", "version": 2, "question": "{question}\n\n{options}\n"}
@@ -54,7 +51,7 @@ PATTERNS = tuple(
 LONG = 4  # a part of the question longer than this is removed from the answer
 
 COUNTS, CATEGORIES = subjects_of("ceval")
-"""Of the val split: 1,346 questions."""
+IDENTIFIED = ("id", *COLUMNS)
 
 
 def judge_chat(item: Item, answer: Written) -> Judgement:
@@ -71,59 +68,21 @@ def judge_chat(item: Item, answer: Written) -> Judgement:
     return judge_text(item, text, PATTERNS)
 
 
-def submission(judged: Judged) -> dict[str, dict[str, str]]:
-    """Return answers to the test split in the leaderboard's layout: ``{subject: {id: letter}}``."""
-    answers: dict[str, dict[str, str]] = {}
-    for item, judgement in judged:
-        if judgement.extracted is None or item.subject is None:
-            raise DataError("an item has no answer, and the leaderboard needs all of them", where=item.id)
-        answers.setdefault(item.subject, {})[item.data["id"]] = judgement.extracted
-    return answers
-
-
-def read_table(path: AnyPath) -> list[Row]:
-    """Return the rows of a file; some copies have an empty column of answers where there are none."""
-    columns = ("id", *(COLUMNS[:-1] if path.name.endswith("_test.csv") else COLUMNS))
-    return read_csv(path, columns, header=True, optional=("explanation", "answer", ""))
-
-
-def make(row: Row, subject: str | None, *, answered: bool) -> Item:
-    """Return the item of a row; of the test split only the examples have an answer."""
-    columns = ("id", *COLUMNS) if answered or row.data.get("answer") else ("id", *COLUMNS[:-1])
-    return letter_item(row, subject, columns)
-
-
-VAL = Dataset(
+CEVAL = Dataset(
     name="ceval",
-    make=partial(make, answered=True),
+    make=partial(letter_item, columns=IDENTIFIED),
     counts=COUNTS,
     hub="ceval/ceval-exam",
     config="{subject}",
     files=("{split}/{subject}_{split}.csv",),
-    read=read_table,
+    read=partial(read_csv, columns=IDENTIFIED, header=True),
     split="val",
-    sampled=True,
 )
-TEST = replace(
-    VAL,
-    name="ceval-test",
-    folder="ceval",
-    split="test",
-    make=partial(make, answered=False),
-    counts=dict.fromkeys(COUNTS),
-    total=12342,
-)
-_val = partial(
+_task = partial(
     Task,
     name="ceval",
-    load=VAL.load,
+    load=CEVAL.load,
     subjects=COUNTS,
     average=partial(score_all, macro=True, categories=CATEGORIES),
 )
-_test = partial(Task, name="ceval-test", load=TEST.load, subjects=COUNTS, average=lambda judged: [])
-PROTOCOLS: tuple[Task, ...] = (
-    _val(**CARD, judge=judge_chat),
-    _val(**BASE),
-    _test(**CARD, judge=judge_chat),
-    _test(**BASE),
-)
+PROTOCOLS: tuple[Task, ...] = (_task(**CARD, judge=judge_chat), _task(**BASE))

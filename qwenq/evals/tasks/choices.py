@@ -13,18 +13,17 @@ COLUMNS = ("question", "A", "B", "C", "D", "answer")
 _NOT_ASCII_LATIN = dict.fromkeys(range(128, 256))
 
 
-def lettered(question: str, options: Sequence[str], answer: str | None, where: str) -> dict[str, str]:
-    """Return a checked row with each option under its letter; without an answer where none is published."""
+def lettered(question: str, options: Sequence[str], answer: str, where: str) -> dict[str, str]:
+    """Return a checked row with each option under its letter."""
     letters = LETTERS[: len(options)]
     require_text(question, "question", where)
-    if len(options) > len(LETTERS) or answer not in (*letters, None):
+    if len(options) > len(LETTERS) or answer not in letters:
         raise DataError(
             f"the answer is {answer!r} of {len(options)} options",
             where=where,
             hint=f"it has to be the letter of one of at most {len(LETTERS)} options",
         )
-    found = {"question": question, **dict(zip(letters, options, strict=True))}
-    return found if answer is None else {**found, "answer": answer}
+    return {"question": question, **dict(zip(letters, options, strict=True)), "answer": answer}
 
 
 def letter_item(row: Row, subject: str | None, columns: Sequence[str] = COLUMNS) -> Item:
@@ -33,7 +32,7 @@ def letter_item(row: Row, subject: str | None, columns: Sequence[str] = COLUMNS)
     named = {names[name]: str(value) if name == "id" else value for name, value in row.data.items()}
     found = text_columns(Row(named, row.where), columns)
     options = [found[letter] for letter in letters_of(found)]
-    return Item("", subject, found | lettered(found["question"], options, found.get("answer"), row.where))
+    return Item("", subject, found | lettered(found["question"], options, found["answer"], row.where))
 
 
 def judge_choice(item: Item, answer: Chosen) -> Judgement:
@@ -41,10 +40,9 @@ def judge_choice(item: Item, answer: Chosen) -> Judgement:
 
     Of equal ones the first counts, as in ``numpy.argmax``, which both originals use.
     """
-    gold = item.data.get("answer")  # a split without answers has none
-    also = {"published": _likeliest(item, answer.published) == gold} if gold and answer.published else {}
-    letter = _likeliest(item, answer.logprobs)
-    return Judgement(letter == gold, letter, also=also, known=bool(gold))
+    gold, letter = item.data["answer"], _likeliest(item, answer.logprobs)
+    also = {"published": _likeliest(item, answer.published) == gold} if answer.published else {}
+    return Judgement(letter == gold, letter, also=also)
 
 
 def judge_loglikelihood(item: Item, answer: Chosen) -> Judgement:
@@ -63,15 +61,15 @@ def judge_text(item: Item, text: str, patterns: Iterable[Pattern[str]]) -> Judge
 
     In the text, options' texts are already replaced by their letters; of a pattern it is group 1.
     """
-    gold, letters = item.data.get("answer"), letters_of(item.data)
+    gold, letters = item.data["answer"], letters_of(item.data)
     for pattern in patterns:
         if match := pattern.search(text):
-            return Judgement(match.group(1) == gold, match.group(1), known=bool(gold))
+            return Judgement(match.group(1) == gold, match.group(1))
     place = closest_option(text, [item.data[letter] for letter in letters])
     if place is None:
         return Judgement(False, None, note="the answer has nothing in common with any option")
     note = "no letter in the answer: the option most like its text"
-    return Judgement(letters[place] == gold, letters[place], note=note, known=bool(gold))
+    return Judgement(letters[place] == gold, letters[place], note=note)
 
 
 def closest_option(text: str, options: Sequence[str]) -> int | None:

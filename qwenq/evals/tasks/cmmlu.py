@@ -28,7 +28,7 @@ CMMLU = Dataset(
     hub="lmlmcat/cmmlu",
     hub_file="cmmlu_v1_0_1.zip",
     files=("{split}/{subject}.csv",),
-    read=partial(read_csv, columns=("Question", *LETTERS[:4], "Answer"), header=True, optional=("",)),
+    read=partial(read_csv, columns=("Question", *LETTERS[:4], "Answer"), header=True),
     least=100,
 )
 _task = partial(

@@ -48,7 +48,6 @@ class Dataset:
     total: int | None = None  # of all subjects, where the numbers by subject are unknown
     numbered_as_a_whole: bool = False  # an item's number is that of its row in the file, not in its subject
     least: int = 1  # rows that every subject has; a file with fewer is truncated
-    sampled: bool = False  # whether the sample suite has it
     folder: str = ""  # below that of ``--data``; empty: its name
 
     def load(self, source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
@@ -104,7 +103,7 @@ class Dataset:
                 expected = published[subject]
                 where = places.get(subject, f"{self.name}, {subject}")
                 check_count(count, expected or self.least, where, more=expected is None)
-            if self.total is not None and (not apart or len(there) == len(self.counts)):
+            if self.total is not None:
                 check_count(total, self.total, self.name)
         return items
 
@@ -136,7 +135,7 @@ class Dataset:
         template = folder and self._original(folder, split)
         root: AnyPath | None = folder
         if not template and self.hub_file and (folder is None or (folder / self.hub_file).exists()):
-            file = folder / self.hub_file if folder else fetch_hub_file(self.hub, self.hub_file, self.sampled)
+            file = folder / self.hub_file if folder else fetch_hub_file(self.hub, self.hub_file)
             root = _opened(file) if file.suffix == ".zip" else file.parent
         elif not template and (folder is None or next(folder.rglob("*.parquet"), None)):
             yield from self._from_hub(split, subjects, folder)
@@ -160,7 +159,7 @@ class Dataset:
             named = f"{self.hub}, {subject}" if subject else self.hub
             for part in split.split("+"):
                 where = f"{copy or f'hub dataset {named}'}, split {part}"
-                records = read_hub(self.hub, config, part, sampled=self.sampled, copy=copy)
+                records = read_hub(self.hub, config, part, copy=copy)
                 yield from (
                     (subject, Row(record, f"{where}, row {number}"))
                     for number, record in enumerate(records, 1)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from qwenq import stopping
 from qwenq.errors import DataError
+from qwenq.models.hub import network_errors
 
 LARGEST = 64_000_000  # bytes
 AnyPath = Path | zipfile.Path
@@ -39,16 +40,13 @@ class Row(NamedTuple):
         return self.where.rpartition(", ")[0] or self.where
 
 
-def read_csv(
-    path: AnyPath, columns: Sequence[str], *, header: bool, optional: Sequence[str] | None = ()
-) -> list[Row]:
+def read_csv(path: AnyPath, columns: Sequence[str], *, header: bool) -> list[Row]:
     """Return the rows of a CSV file; every value is text.
 
     Args:
         path: UTF-8, with or without a byte-order mark.
-        columns: their names, in order where the file has no header.
+        columns: their names, in order where the file has no header; a file with one may have more.
         header: whether the first line has to name the columns; if not, it may, as some copies have one.
-        optional: further columns that the file may have; None: any.
     """
     reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
     names, rows = list(columns), list[Row]()
@@ -57,7 +55,7 @@ def read_csv(
         for values in reader:
             where, line = f"{path}, line {line + 1}", reader.line_num
             if first and (header or _names_columns(values, columns)):
-                names = _header(values, columns, optional if header else None, where)
+                names = _header(values, columns, where)
             elif values:
                 if len(values) != len(names):
                     raise DataError(
@@ -154,14 +152,11 @@ def _names_columns(values: Sequence[str], columns: Sequence[str]) -> bool:
     )
 
 
-def _header(
-    header: Sequence[str], columns: Sequence[str], optional: Sequence[str] | None, where: str
-) -> list[str]:
-    """Return the names of a header's columns, known ones in our spelling; refuse others than these."""
+def _header(header: Sequence[str], columns: Sequence[str], where: str) -> list[str]:
+    """Return the names of a header's columns, known ones in our spelling; each of these has to be there."""
     known = {name.casefold(): name for name in columns} | {str(n): name for n, name in enumerate(columns)}
     names = [known.get(name.strip().casefold(), name.strip()) for name in header]
-    counted = [name for name in names if optional is not None or name in columns]
-    if {*columns} - {*names} or {*counted} - {*columns, *(optional or ())} or len({*counted}) < len(counted):
+    if any(names.count(name) != 1 for name in columns):
         raise DataError(
             f"the columns are {', '.join(names)}", where=where, hint=f"they should be {', '.join(columns)}"
         )
@@ -234,21 +229,20 @@ def _some(rows: list[Row], path: object) -> list[Row]:
 # Read data sets of the hub that load without remote code, their copies, or single files.
 
 
-_CONNECT = "either connect to the hub, or put the files into a folder and name it: --data DIR"
-_NEITHER = "; --sample needs neither, but is not the benchmark"
+_WAYS = (
+    "either connect to the hub, or put the files into a folder and name it: --data DIR; for a try, --sample "
+    "has a few questions in the form of mmlu, ceval, gsm8k and humaneval"
+)
 _TIMEOUT = 10.0  # seconds
 
 
-def read_hub(
-    dataset: str, config: str | None, split: str, *, sampled: bool, copy: Path | None
-) -> list[dict[str, Any]]:
+def read_hub(dataset: str, config: str | None, split: str, *, copy: Path | None) -> list[dict[str, Any]]:
     """Return all rows of one split, in its order, through the ``datasets`` library.
 
     Args:
         dataset: ``owner/name``; not one with a script (since datasets 4).
         config: one of its configurations; None where it has only one.
         split: such as ``test``.
-        sampled: whether the sample suite has this benchmark, too.
         copy: a folder with the set's parquet files, as downloaded; None: the hub.
     """
     if copy is not None:
@@ -256,17 +250,16 @@ def read_hub(
     import datasets
 
     where = f"hub dataset {dataset}{f', {config}' if config else ''}, split {split}"
-    ways = _CONNECT + (_NEITHER if sampled else "")
     # What it raises where a set is unreachable, missing, refused, damaged or not as declared.
     own = getattr(getattr(datasets, "exceptions", None), "DatasetsError", OSError)
     try:
         with _from_the_cache(datasets, why=_unreachable(dataset)):
             rows: Iterable[Any] = datasets.load_dataset(dataset, config, split=split)
             listed = [dict(row) for row in rows]
-    except (OSError, ValueError, RuntimeError, KeyError, own, _http_error()) as error:
-        raise _no_benchmark(error, where, ways) from error
+    except (OSError, ValueError, RuntimeError, KeyError, own, *network_errors()) as error:
+        raise _no_benchmark(error, where) from error
     if not listed:
-        raise DataError("the hub returned no rows", where=where, hint=ways)
+        raise DataError("the hub returned no rows", where=where, hint=_WAYS)
     return listed
 
 
@@ -309,28 +302,28 @@ def _copied_files(folder: Path, config: str | None, split: str) -> list[Path]:
     return files
 
 
-def fetch_hub_file(dataset: str, name: str, sampled: bool) -> Path:
+def fetch_hub_file(dataset: str, name: str) -> Path:
     """Return one file of a hub dataset, downloaded or from the cache; errors as `read_hub`'s."""
     from huggingface_hub import hf_hub_download
 
     where = f"hub dataset {dataset}, {name}"
-    ways = _CONNECT + (_NEITHER if sampled else "")
     why = _unreachable(dataset)
+    broken: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError, *network_errors())
     try:
         found = hf_hub_download(dataset, name, repo_type="dataset", local_files_only=why is not None)
-    except (OSError, ValueError, RuntimeError, _http_error()) as error:
-        raise _no_benchmark(why or error, where, ways) from error
+    except broken as error:
+        raise _no_benchmark(why or error, where) from error
     return Path(found)
 
 
-def _no_benchmark(error: Exception, where: str, ways: str) -> BaseException:
+def _no_benchmark(error: Exception, where: str) -> BaseException:
     """Return the error to raise; a stop (SIGTERM) behind it comes first."""
     if (stop := stopping.behind(error)) is not None:
         return stop
     hidden = type(error).__name__ == "DatasetGenerationError"  # its text lacks the reason
     found = error.__cause__ if hidden and error.__cause__ is not None else error
     reason = str(found).strip().splitlines() or [type(found).__name__]
-    return DataError(f"the benchmark could not be loaded from the hub: {reason[0]}", where=where, hint=ways)
+    return DataError(f"the benchmark could not be loaded from the hub: {reason[0]}", where=where, hint=_WAYS)
 
 
 class _UnreachableError(OSError):
@@ -348,20 +341,14 @@ def _unreachable(dataset: str) -> _UnreachableError | None:
 
     if constants.is_offline_mode():
         return None
+    broken: tuple[type[Exception], ...] = (OSError, *network_errors())
     try:
         HfApi().dataset_info(dataset, timeout=_TIMEOUT)
     except HfHubHTTPError:
         return None  # it answers; the download has the better error
-    except (OSError, _http_error()) as error:
+    except broken as error:
         return _UnreachableError(f"{constants.ENDPOINT} could not be reached: {error}")
     return None
-
-
-def _http_error() -> type[Exception]:
-    """Return the base error of the hub's HTTP library, which is httpx or a successor."""
-    from huggingface_hub.errors import HfHubHTTPError
-
-    return next(base for base in HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")
 
 
 @contextmanager

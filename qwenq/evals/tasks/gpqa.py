@@ -103,7 +103,7 @@ GPQA = Dataset(
     hub="Idavidrein/gpqa",  # gated; its file is read: ``datasets`` turns an answer ``None`` into nothing
     hub_file="gpqa_diamond.csv",
     files=("gpqa_diamond.csv",),
-    read=partial(read_csv, columns=COLUMNS, header=True, optional=None),
+    read=partial(read_csv, columns=COLUMNS, header=True),
 )
 _task = partial(Task, name="gpqa-diamond", version=1, load=GPQA.load, subjects=DOMAINS, max_new_tokens=2048)
 PROTOCOLS: tuple[Task, ...] = (

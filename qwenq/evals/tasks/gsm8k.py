@@ -59,7 +59,7 @@ def make(row: Row, _: str | None) -> Item:
     return Item("", None, data)
 
 
-TEST = Dataset(name="gsm8k", make=make, counts={None: 1319}, hub="openai/gsm8k", config="main", sampled=True)
+TEST = Dataset(name="gsm8k", make=make, counts={None: 1319}, hub="openai/gsm8k", config="main")
 TRAIN = replace(TEST, split="train", counts={None: 7473})
 
 

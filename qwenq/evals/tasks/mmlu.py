@@ -91,7 +91,6 @@ MMLU = Dataset(
     config="all",
     files=("{split}/{subject}_{split}.csv",),
     read=partial(read_csv, columns=("question", *LETTERS[:4], "answer"), header=False),
-    sampled=True,
 )
 _task = partial(
     Task, name="mmlu", load=MMLU.load, subjects=COUNTS, average=partial(score_all, categories=CATEGORIES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import UnsupportedError, UsageError
-from qwenq.runtime.attention.flash import FlashV1, Split, flash_v1_package, flash_v2
+from qwenq.runtime.attention.flash import FlashV1, Split, flash_v2
 from qwenq.runtime.attention.plain import Attention, GroupedDecode, Off, Sdpa
 from qwenq.runtime.cache import Span
+from qwenq.runtime.generation import timed
 
 HEADS, HEAD_DIM = 16, 128  # of the measurement: one layer of Qwen-1.8B
 PROMPT, CONTEXT = 512, 2048  # tokens of the prompt, and slots that a decode step reads
@@ -22,34 +22,24 @@ _REPEATS = 3
 class Autotuned:
     """The backends that were fastest for prompts and for decode steps of that device and dtype.
 
-    A decoder with a CPU's ``grouped`` among them measures its whole steps with and without that, as they are
-    what counts, and may call `take_whole_steps`.
-
-    Attributes:
-        seconds: of each candidate, by name: one prompt, one decode step.
+    On a CPU steps are those of ``grouped``, unmeasured: what it saves lies in the step around attention.
     """
 
     name = "best"
 
     def __init__(self, candidates: Sequence[Attention], device: torch.device, dtype: torch.dtype) -> None:
-        sizes = (PROMPT, PROMPT), (1, CONTEXT)
-        self.seconds = {
-            each.name: tuple(_measure(each, *size, device, dtype) for size in sizes) for each in candidates
-        }
-        self.has_grouped = GroupedDecode.name in self.seconds
-        self._prefill, self._decode = (
-            min(candidates, key=lambda each: self.seconds[each.name][which]) for which in range(2)
+        def fastest(among: Sequence[Attention], tokens: int, end: int) -> Attention:
+            return min(among, key=lambda each: _measure(each, tokens, end, device, dtype))
+
+        grouped = [each for each in candidates if isinstance(each, GroupedDecode)]
+        self._prefill = fastest(candidates, PROMPT, PROMPT)
+        self._decode = grouped[0] if grouped else fastest(candidates, 1, CONTEXT)
+        self.has_step_layout = bool(grouped)
+        self.implementation = (
+            f"fastest measured at load among {', '.join(each.name for each in candidates)}: "
+            f"prefill {self._prefill.name} ({self._prefill.implementation}), "
+            f"decode {self._decode.name} ({self._decode.implementation})"
         )
-        self.implementation = self._describe(f"{self._decode.name} ({self._decode.implementation})")
-
-    def take_whole_steps(self, milliseconds: float, otherwise: float) -> None:
-        """Note that decode steps are whole ones around ``grouped``, with the times of both ways."""
-        measured = f"{milliseconds:.1f} ms; with {self._decode.name} {otherwise:.1f} ms"
-        self.implementation = self._describe(f"{GroupedDecode.name} (whole steps: {measured})")
-
-    def _describe(self, decode: str) -> str:
-        chosen = f"prefill {self._prefill.name} ({self._prefill.implementation}), decode {decode}"
-        return f"fastest measured at load among {', '.join(self.seconds)}: {chosen}"
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
         """See `Attention`."""
@@ -58,24 +48,12 @@ class Autotuned:
 
 
 def _measure(attention: Attention, tokens: int, end: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the seconds of one call, the shortest of a few after a first that builds what is built."""
+    """Return the seconds of one call, the shortest of a few."""
     queries = torch.zeros(1, HEADS, tokens, HEAD_DIM, device=device, dtype=dtype)
     keys = torch.zeros(1, HEADS, end, HEAD_DIM, device=device, dtype=dtype)
     positions = torch.arange(end - tokens, end, device=device).unsqueeze(0)
     span = Span(positions, end - tokens, end, causal=tokens == end, mask=None)
-    seconds = []
-    for _ in range(_REPEATS + 1):
-        _wait(device)
-        start = time.perf_counter()
-        attention(queries, keys, keys, span)
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return min(timed(lambda: attention(queries, keys, keys, span), device, _REPEATS))
 
 
 class Availability(NamedTuple):
@@ -134,15 +112,9 @@ def available(device: torch.device, dtype: torch.dtype) -> list[Availability]:
     return [*found, Availability("best", f"the fastest of {names}, measured at load", None)]
 
 
-def _v1(device: torch.device, dtype: torch.dtype) -> Attention:
-    """Return the package of version 1 where it is installed, else our kernel."""
-    package = flash_v1_package() if device.type == "cuda" else None
-    return package or FlashV1(device, dtype)
-
-
 _BUILDERS: dict[str, Callable[[torch.device, torch.dtype], Attention]] = {
     "v2": flash_v2,
-    "v1": _v1,
+    "v1": FlashV1,
     "off": lambda *_: Off(),
     "sdpa": lambda *_: Sdpa(),
     "split": Split,

@@ -1,10 +1,9 @@
-"""Compute attention by flash kernels on GPUs: ``v2`` and ``v1`` of packages, our own ``v1`` and ``split``."""
+"""Compute attention by flash kernels on GPUs: ``v2`` of a package or torch, our own ``v1`` and ``split``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module, metadata
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,10 +13,10 @@ from qwenq.compute.gpu import triton_label
 from qwenq.runtime.attention.plain import attend, refused
 from qwenq.runtime.cache import Span
 
-# Run FlashAttention of packages and of torch behind `Attention`: ``v2``, and ``flash-attn`` 1.
+# Run FlashAttention-2 of the package or of torch behind `Attention`: ``v2``.
 #
 # Such a kernel has one mask: none, or causal with the last query at the last key; other passes are
-# several calls. FlashAttention-2: Dao, arXiv 2307.08691. FlashAttention: Dao et al., arXiv 2205.14135.
+# several calls. FlashAttention-2: Dao, arXiv 2307.08691.
 
 
 FlashKernel = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
@@ -94,8 +93,7 @@ def flash_v2(device: torch.device, dtype: torch.dtype) -> Flash:
     check_flash("v2", device, dtype)
     version = package_version("flash-attn")
     if version is not None and version.startswith("2."):
-        function = _import_flash("v2").flash_attn_func
-        return Flash("v2", f"flash-attn {version}", _with_tokens_first(function))
+        return Flash("v2", f"flash-attn {version}", _package_kernel())
     if not torch.backends.cuda.is_flash_attention_available():
         raise refused(
             "v2",
@@ -104,33 +102,6 @@ def flash_v2(device: torch.device, dtype: torch.dtype) -> Flash:
         )
     label = f"torch {torch.__version__} SDPA, flash kernel (FlashAttention-2)"
     return Flash("v2", label, _torch_flash, _torch_step)
-
-
-def flash_v1_package() -> Flash | None:
-    """Return the ``flash-attn`` 1 package, or None where it is not installed.
-
-    Its causal mask counts from the first key, and its heads do not share keys; both are provided here.
-    """
-    version = package_version("flash-attn")
-    if version is None or not version.startswith(("0.", "1.")):
-        return None
-    function = _import_flash("v1", "flash_attn.flash_attn_interface").flash_attn_unpadded_func
-
-    def kernel(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
-        batch, heads, tokens, d = queries.shape
-        end = keys.shape[2]
-        if causal and tokens < end:  # queries in front whose results are dropped bring the rest to its place
-            queries = torch.cat([queries.new_zeros(batch, heads, end - tokens, d), queries], dim=2)
-        group = heads // keys.shape[1]
-        packed = [_packed(x) for x in (queries, _repeated(keys, group), _repeated(values, group))]
-        ends = [
-            torch.arange(batch + 1, dtype=torch.int32, device=queries.device) * n
-            for n in (queries.shape[2], end)
-        ]
-        mixed: Tensor = function(*packed, *ends, queries.shape[2], end, 0.0, causal=causal)
-        return mixed.view(batch, -1, heads, d).transpose(1, 2)[:, :, -tokens:]  # [b, heads, tokens, d]
-
-    return Flash("v1", f"flash-attn {version}", kernel)
 
 
 def check_flash(name: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -163,15 +134,22 @@ def package_version(name: str) -> str | None:
         return None
 
 
-def _import_flash(name: str, module: str = "flash_attn") -> ModuleType:
+def _package_kernel() -> FlashKernel:
     try:
-        return import_module(module)
+        function: Callable[..., Tensor] = import_module("flash_attn").flash_attn_func
     except (ImportError, OSError) as error:
         raise refused(
-            name,
+            "v2",
             f"flash-attn is installed but cannot be imported: {error}",
-            "install a build for this torch, or remove it (v2 then runs torch's own, v1 ours)",
+            "install a build for this torch, or remove it: torch's own then runs",
         ) from error
+
+    def kernel(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
+        # flash-attn wants [b, tokens, heads, d]; it takes any strides but the last.
+        moved = (x.transpose(1, 2) for x in (queries, keys, values))
+        return function(*moved, causal=causal).transpose(1, 2)
+
+    return kernel
 
 
 def _torch_flash(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
@@ -191,23 +169,6 @@ def _torch_step(queries: Tensor, keys: Tensor, values: Tensor, length: Tensor) -
         *moved, *ends, tokens, slots, 0.0, False, False, scale=queries.shape[-1] ** -0.5, seqused_k=length
     )[0]
     return mixed.transpose(0, 1)
-
-
-def _with_tokens_first(function: Callable[..., Tensor]) -> FlashKernel:
-    def kernel(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Tensor:
-        # flash-attn wants [b, tokens, heads, d]; it takes any strides but the last.
-        moved = (x.transpose(1, 2) for x in (queries, keys, values))
-        return function(*moved, causal=causal).transpose(1, 2)
-
-    return kernel
-
-
-def _repeated(x: Tensor, times: int) -> Tensor:
-    return x if times == 1 else x.repeat_interleave(times, dim=1)
-
-
-def _packed(x: Tensor) -> Tensor:
-    return x.transpose(1, 2).flatten(0, 1).contiguous()  # [b · tokens, heads, d]
 
 
 # Run our Triton kernels behind `Attention`: FlashAttention as first published, and split-KV decoding.

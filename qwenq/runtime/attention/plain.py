@@ -120,6 +120,7 @@ class GroupedDecode:
     """``compute.attention`` for prompts; for the one query of a decode step, products in float32."""
 
     name = "grouped"
+    has_step_layout = True  # whether the fast engine's decode steps read the cache in their layout
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         if device.type != "cpu":

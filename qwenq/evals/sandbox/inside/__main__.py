@@ -6,7 +6,7 @@ import json
 import os
 import sys
 
-from qwenq.evals.sandbox.inside.confine import filterable, limit, refuse_calls
+from qwenq.evals.sandbox.inside.confine import confine
 from qwenq.evals.sandbox.inside.solution import serve
 from qwenq.evals.sandbox.inside.tests import examine
 from qwenq.evals.sandbox.inside.wire import Broken, receive
@@ -17,8 +17,8 @@ def main() -> None:
     role, limits = sys.argv[1], json.loads(sys.argv[2])
     if role == "solution":
         channel = os.dup(0)
-        _silence(0, 1, 2)
-        _confine(limits)
+        _silence()
+        confine(limits)
         try:
             serve(channel)
         except Broken:
@@ -28,24 +28,18 @@ def main() -> None:
     job = json.loads(sys.stdin.buffer.read())
     verdict = os.dup(1)
     receive(channel)  # the other side is ready; an end here means that its sandbox failed
-    _silence(0, 1, 2)
-    _confine(limits)
+    _silence()
+    confine(limits)
     os.write(verdict, b'{"started": true}\n')
     os.write(verdict, json.dumps(examine(job, channel)).encode() + b"\n")
     os._exit(0)
 
 
-def _silence(*descriptors: int) -> None:
+def _silence() -> None:
     nothing = os.open(os.devnull, os.O_RDWR)
-    for descriptor in descriptors:
+    for descriptor in range(3):
         os.dup2(nothing, descriptor)
     os.close(nothing)
-
-
-def _confine(limits: dict[str, float]) -> None:
-    limit(limits)
-    if filterable():
-        refuse_calls()
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ def filterable() -> bool:
     return platform.system() == "Linux" and platform.machine() in _ARCHITECTURES
 
 
-def limit(limits: dict[str, Any]) -> None:
-    """Bound memory, files and processor time of this process, from now on; see ``Limits``."""
+def confine(limits: dict[str, Any]) -> None:
+    """Bound memory, files and processor time of this process by ``Limits``, and filter its system calls."""
     used = sum(os.times()[:2])
     seconds = int(used + limits["seconds"]) + 1
     for what, most in (
@@ -64,9 +64,11 @@ def limit(limits: dict[str, Any]) -> None:
         (resource.RLIMIT_CPU, seconds),  # soft and hard alike: SIGKILL, which nothing catches
     ):
         resource.setrlimit(what, (most, most))
+    if filterable():
+        _refuse_calls()
 
 
-def refuse_calls() -> None:
+def _refuse_calls() -> None:
     """Install the filter for this process and every thread that it starts."""
     program = _program(*_ARCHITECTURES[platform.machine()])
     buffer = ctypes.create_string_buffer(program, len(program))

@@ -6,18 +6,20 @@ import re
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from pipeline import run
 from tiny_published import write_published
 
 from qwenq.models import catalogue
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.shapes import ModelShape
-from qwenq.planner.tensor_parallel import kv_share, padding, possible_splits, split
+from qwenq.planner.plan import split
 from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
 GPUS = (1, 2, 4, 8)
+
+
+def possible_splits(shape: ModelShape, group_size: int) -> tuple[int, ...]:
+    return tuple(count for count in GPUS if split(shape, count, group_size).possible)
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ GPUS = (1, 2, 4, 8)
 def test_group_counts_of_public_models(model: str, groups: int, possible: tuple[int, ...]) -> None:
     shape = catalogue.entry(model).shape
     assert shape.ffn // 128 == groups
-    assert possible_splits(shape, GPUS, 128) == possible
+    assert possible_splits(shape, 128) == possible
 
 
 def test_the_output_projection_has_groups_too() -> None:
@@ -65,39 +67,6 @@ def test_obstacles_are_named() -> None:
 def test_few_key_value_heads_are_repeated() -> None:
     shape = catalogue.entry("qwen2.5-3b-instruct").shape  # 16 heads, 2 key/value heads
     assert "key/value heads" not in str(split(shape, 8, None).obstacles)
-    assert [kv_share(shape, gpus) for gpus in GPUS] == [1, 0.5, 0.5, 0.5]
-
-
-def test_padding_of_the_72b() -> None:
-    """Qwen's own fix: 29568 → 29696, 231 → 232 groups."""
-    shape = catalogue.entry("qwen2.5-72b-instruct").shape
-    found = padding(shape, 128, GPUS)
-    assert found is not None
-    assert (found.ffn, found.to, found.groups_before, found.groups_after) == (29568, 29696, 231, 232)
-    assert (found.possible_before, found.possible_after) == ((1,), GPUS)
-    assert found.parameters == 80 * 3 * 128 * 8192
-
-
-def test_padding_of_the_14b() -> None:
-    found = padding(catalogue.entry("qwen1.5-14b-chat").shape, 128, GPUS)
-    assert found is not None
-    assert (found.to, found.groups_after) == (14336, 112)
-
-
-def test_no_padding_where_it_would_not_help() -> None:
-    assert padding(catalogue.entry("qwen3-8b").shape, 128, GPUS) is None  # fits already
-    assert padding(catalogue.entry("qwen2.5-7b-instruct").shape, 128, GPUS) is None  # 28 heads are in the way
-    assert padding(catalogue.entry("qwen2.5-72b-instruct").shape, -1, GPUS) is None
-
-
-@given(name=st.sampled_from(catalogue.names()), gpus=st.lists(st.integers(1, 8), min_size=1, unique=True))
-def test_padding_only_ever_adds_possibilities(name: str, gpus: list[int]) -> None:
-    shape = catalogue.entry(name).shape
-    found = padding(shape, shape.auto_group_size(), tuple(gpus))
-    if found is not None:
-        assert set(found.possible_before) < set(found.possible_after)
-        assert found.ffn < found.to <= 2 * found.ffn
-        assert found.parameters == shape.layers * 3 * (found.to - found.ffn) * shape.hidden
 
 
 @pytest.mark.parametrize(
@@ -112,7 +81,7 @@ def test_padding_only_ever_adds_possibilities(name: str, gpus: list[int]) -> Non
     ],
 )
 def test_experts_have_groups_of_their_own(model: str, group_size: int, possible: tuple[int, ...]) -> None:
-    assert possible_splits(catalogue.entry(model).shape, GPUS, group_size) == possible
+    assert possible_splits(catalogue.entry(model).shape, group_size) == possible
 
 
 def test_obstacles_of_a_mixture_are_named() -> None:
@@ -127,7 +96,6 @@ def test_obstacles_of_a_mixture_are_named() -> None:
         "512 channels of an expert's down_proj",
         "512 channels of the shared expert's down_proj",
     )
-    assert padding(shape, 128, GPUS) is None
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe"])

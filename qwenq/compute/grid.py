@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from qwenq.compute.columns import storable
 from qwenq.compute.scales import Groups, search_scales
@@ -78,6 +79,28 @@ def search_grid(
         search_scales(Groups(grouped, importance, scales, zeros, bits, sym, weighted=search == "hessian"))
     shape = (rows, width // group_size)
     return Grid(bits, group_size, storable(scales.reshape(shape)), zeros.reshape(shape))
+
+
+def round_to_nearest(
+    weight: Tensor,
+    bits: int,
+    group_size: int,
+    *,
+    sym: bool,
+    search: ScaleSearch = "none",
+    importance: Tensor | None = None,
+) -> Tensor:
+    """Return a weight rounded to the nearest values of its grid, float32 [rows, in].
+
+    Arguments are those of ``search_grid``, except that a group size of -1 is a group for each row, and that
+    without a search the last group may be short.
+    """
+    width = weight.shape[1]
+    size = width if group_size == -1 else group_size
+    padded = functional.pad(weight, (0, -width % size))
+    importance = padded.new_ones(padded.shape[1]) if importance is None else importance
+    grid = search_grid(padded, importance, bits, size, sym=sym, search=search)
+    return grid.values(grid.integers(padded))[:, :width]
 
 
 def _symmetric_range(grouped: Tensor, bits: int) -> tuple[Tensor, Tensor]:

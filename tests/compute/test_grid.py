@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwenq.compute.columns import storable
-from qwenq.gptq.grid import Grid
+from qwenq.compute.grid import Grid, round_to_nearest
 
 
 def grid(bits: int = 4, scale: float = 0.1, zero: float = 8.0, groups: int = 2, rows: int = 3) -> Grid:
@@ -50,3 +50,10 @@ def test_values_are_rounded_to_the_nearest_even_as_the_solver_does() -> None:
     g = grid(scale=1.0, groups=1, rows=1)
     W = torch.tensor([[0.5, 1.5, -0.5, -1.5, 2.5, -100.0, 100.0, 0.0]])
     assert g.integers(W).tolist() == [[8, 10, 8, 6, 10, 0, 15, 8]]
+
+
+def test_a_short_last_group_is_rounded_like_others() -> None:
+    W = torch.randn(4, 40, generator=torch.Generator().manual_seed(0))
+    whole = round_to_nearest(W, 4, 32, sym=True)
+    assert torch.equal(whole[:, :32], round_to_nearest(W[:, :32], 4, 32, sym=True))
+    assert torch.equal(whole[:, 32:], round_to_nearest(W[:, 32:], 4, -1, sym=True))

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenq.compute.grid import Grid, ScaleSearch, search_grid
 from qwenq.compute.scales import CHUNK, MSE_POWER
-from qwenq.gptq.grid import Grid, ScaleSearch, search_grid
 
 SUMMATION = 1 + 1e-5  # the search sums in another order
 
