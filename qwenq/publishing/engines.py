@@ -327,9 +327,9 @@ def _gptqmodel_notes(folder: GptqFolder) -> Iterator[str]:
 
 def _vllm_notes(folder: GptqFolder) -> Iterator[str]:
     if any(module.quant.bits == 8 for module in folder.modules.values()):
-        yield "its CPU build takes Int4 only"
+        yield "its CPU build takes Int4 only, and layers left in 16 bits"
     elif folder.has_experts:
-        yield "its CPU build runs experts only on CPUs with AMX"
+        yield "its CPU build runs Int4 experts only on CPUs with AMX"
 
 
 def _transformers_notes(folder: GptqFolder) -> Iterator[str]:

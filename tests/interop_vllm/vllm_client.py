@@ -231,7 +231,7 @@ likeliest letter is the same in {same_letter} of {items} items; the largest diff
 """
 
 REFUSED = """
-Refused by this CPU build, on this processor ("…" stands for what differs from machine to machine):
+Refused by this CPU build on this processor, with these words in its message:
 
 | folder | dtype | words |
 | --- | --- | --- |
