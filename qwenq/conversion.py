@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from qwenq.errors import QuantisationError, UsageError
 from qwenq.events import Listener, Notice, counted, silent
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
 ZeroPoints = Literal["v1", "v2"]
 Layout = Literal["compressed-tensors"]
 FORMATS: dict[str, CheckpointFormat] = {"v1": "gptq", "v2": "gptq_v2"}
+HEAD = "lm_head.weight"
+_Read: TypeAlias = "Callable[[str], torch.Tensor]"
+_Entries: TypeAlias = list[tuple[str, TensorInfo]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ def convert(
     *,
     zeros: ZeroPoints | None = None,
     to: Layout | None = None,
+    store_head: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     listener: Listener = silent,
 ) -> Converted:
@@ -75,6 +79,7 @@ def convert(
         target: missing or empty.
         zeros: the format of zero points; None: as they are.
         to: another layout of a GPTQ model.
+        store_head: store the embedding a second time, as ``lm_head.weight`` of a model whose head is tied.
         max_shard_bytes: most bytes of tensors in one file.
         listener: receives progress and notices.
     """
@@ -95,6 +100,9 @@ def convert(
         entries, read = [(name, view.info(name)) for name in view.names()], view.read
         config["quantization_config"] = view.settings()
         changes.append("GPTQ → compressed-tensors, the same integers and scales")
+    if store_head:
+        entries, read = _with_head(checkpoint, entries, read)
+        changes.append(f"the embedding is stored a second time, as {HEAD}")
     total = sum(info.nbytes for _, info in entries)
     with new_folder(target) as folder:
         with counted(listener, "writing", "tensors") as update:
@@ -195,7 +203,7 @@ def _target_config(
     return config, changes
 
 
-def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[str, TensorInfo]]:
+def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> _Entries:
     """Return names and headers to write, without zero biases that the architecture does not have."""
     hidden: set[str] = set()
     if quant is not None and checkpoint.config.get("model_type") == "qwen2":
@@ -205,9 +213,7 @@ def _entries(checkpoint: Checkpoint, quant: QuantConfig | None) -> list[tuple[st
     return [(name, source.info(name)) for name in source.names() if name not in hidden]
 
 
-def _reader(
-    checkpoint: Checkpoint, quant: QuantConfig | None, wanted: CheckpointFormat | None
-) -> Callable[[str], torch.Tensor]:
+def _reader(checkpoint: Checkpoint, quant: QuantConfig | None, wanted: CheckpointFormat | None) -> _Read:
     """Return a function that reads a tensor as it is to be written, and requires finite numbers."""
 
     def read(name: str) -> torch.Tensor:
@@ -222,3 +228,15 @@ def _reader(
             raise
 
     return read
+
+
+def _with_head(checkpoint: Checkpoint, entries: _Entries, read: _Read) -> tuple[_Entries, _Read]:
+    """Return what is to be written with a copy of the embedding as the head's weight.
+
+    Readers that load tensors by name alone, such as auto-gptq 0.7, leave a tied head empty otherwise.
+    """
+    names = dict(entries)
+    embedding = next(name for name in names if name.endswith("embed_tokens.weight"))
+    if not checkpoint.tied or HEAD in names:
+        raise UsageError(f"{HEAD} is stored already", where=checkpoint.folder, hint="leave --store-head out")
+    return [*entries, (HEAD, names[embedding])], lambda name: read(embedding if name == HEAD else name)

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from dequantised import logits_of, transformers_model
 from listening import notices_to
 from models.plain_qwen_v1 import forward, quantise_v1, random_tensors, small_config, write_v1
+from pipeline import run
+from tiny_families import write_family
 from typer.testing import CliRunner
 
 from qwenq.cli.app import app, register
@@ -25,6 +28,7 @@ from qwenq.events import Advance, Event
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.models.gptq_format import DequantisedSource, pack, validate_quantised
+from qwenq.runtime.engine import load
 
 IDS = [7, 3, 250, 11, 11, 0, 99, 42, 8, 1, 200, 5]
 
@@ -221,6 +225,37 @@ def test_a_failure_on_the_way_leaves_no_folder(
     with pytest.raises(ModelError, match="last sector"):
         convert(v1_folder, tmp_path / "out")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["v1"]
+
+
+def logits_by_name_alone(folder: Path) -> torch.Tensor:
+    """As auto-gptq 0.7 loads a model: tensors by name; what the files lack stays zero."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text())
+    settings = {key: config[key] for key in config if key not in ("model_type", "quantization_config")}
+    untied = AutoConfig.for_model(config["model_type"], **settings | {"tie_word_embeddings": False})
+    model = AutoModelForCausalLM.from_config(untied, dtype=torch.float32).eval()
+    source = DequantisedSource(open_checkpoint(folder).source, QuantConfig.read(config), torch.float32)
+    stored = {name: source.read(name) for name in source.names()}
+    model.load_state_dict(
+        {name: stored.get(name, torch.zeros_like(empty)) for name, empty in model.state_dict().items()}
+    )
+    return logits_of(model, IDS)
+
+
+@pytest.mark.parametrize("to", [None, "compressed-tensors"])
+def test_a_tied_head_is_stored_for_readers_that_load_by_name(tmp_path: Path, to: Any) -> None:
+    run(write_family(tmp_path / "m", "qwen2"), tmp_path / "gptq")
+    wanted = logits_of(transformers_model(tmp_path / "gptq"), IDS)
+    done = convert(tmp_path / "gptq", tmp_path / "out", to=to, store_head=True)
+    assert "the embedding is stored a second time, as lm_head.weight" in done.changes
+    (found,) = load(tmp_path / "out", device="cpu", dtype="float32").logits([IDS])
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=0)
+    if to is None:
+        assert logits_by_name_alone(tmp_path / "gptq").count_nonzero() == 0
+        torch.testing.assert_close(logits_by_name_alone(tmp_path / "out"), wanted, atol=1e-5, rtol=0)
+    with pytest.raises(UsageError, match=r"lm_head\.weight is stored already"):
+        convert(tmp_path / "out", tmp_path / "again", store_head=True)
 
 
 @pytest.mark.parametrize("bits", [None, 4])

@@ -237,12 +237,13 @@ def convert(
     *,
     zeros: Literal["v1", "v2"] | None = None,
     to: Literal["compressed-tensors"] | None = None,
+    store_head: bool = False,
     max_shard_bytes: int = 5_000_000_000,
     progress: Progress = True,
 ) -> Converted:
     """Rewrite a model in another layout: Qwen v1 as Qwen2, GPTQ zero points v1 ↔ v2, other shards.
 
-    ``to`` is that option of `qwenq convert`.
+    ``to`` and ``store_head`` are the options of `qwenq convert`.
 
     Raises:
         QwenqError: the source is damaged, or the target holds something.
@@ -258,6 +259,7 @@ def convert(
             Path(target),
             zeros=zeros,
             to=to,
+            store_head=store_head,
             max_shard_bytes=max_shard_bytes,
             listener=listener,
         )

@@ -44,6 +44,14 @@ def convert(
             "symmetric GPTQ models."
         ),
     ] = None,
+    store_head: Annotated[
+        bool,
+        typer.Option(
+            "--store-head",
+            help="Store the embedding also as lm_head.weight of a model whose head is tied: auto-gptq 0.7 "
+            "takes a head that is not stored for zeros.",
+        ),
+    ] = False,
     max_shard: Annotated[str, typer.Option(help="Largest size of a file: 5GB, 500MB, 2GiB.")] = "5GB",
     weights: Annotated[
         Literal["stored", "random"],
@@ -59,7 +67,7 @@ def convert(
     """
     shard_bytes = parse_size(max_shard)
     if weights == "random":
-        of_folders = {"--zeros": zeros, "--to": to}
+        of_folders = {"--zeros": zeros, "--to": to, "--store-head": store_head}
         _write_random(src, dst, seed, shard_bytes, of_folders)
         return
     from qwenq import api
@@ -72,6 +80,7 @@ def convert(
             dst,
             zeros=zeros,
             to=to,
+            store_head=store_head,
             max_shard_bytes=shard_bytes,
             progress=listener,
         )
