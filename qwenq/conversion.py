@@ -105,14 +105,7 @@ def convert(
         changes.append(f"the embedding is stored a second time, as {HEAD}")
     total = sum(info.nbytes for _, info in entries)
     with new_folder(target) as folder:
-        with counted(listener, "writing", "tensors") as update:
-            number = count()
-
-            def read_counted(name: str) -> torch.Tensor:
-                update(next(number), len(entries))
-                return read(name)
-
-            files = write_shards(folder, entries, read_counted, max_shard_bytes)
+        files = _write_counted(folder, entries, read, max_shard_bytes, listener)
         atomic_write_json(folder / "config.json", config)
         if quant is not None:
             written = QuantConfig.read(config)
@@ -127,6 +120,20 @@ def convert(
         total_bytes=total,
         changes=changes,
     )
+
+
+def _write_counted(
+    folder: Path, entries: _Entries, read: _Read, max_shard_bytes: int, listener: Listener
+) -> list[Path]:
+    """Write tensors to shards, reporting each as it is read."""
+    number = count()
+    with counted(listener, "writing", "tensors") as update:
+
+        def read_counted(name: str) -> torch.Tensor:
+            update(next(number), len(entries))
+            return read(name)
+
+        return write_shards(folder, entries, read_counted, max_shard_bytes)
 
 
 def _settings(checkpoint: Checkpoint, zeros: ZeroPoints | None) -> QuantConfig | None:

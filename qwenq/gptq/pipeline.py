@@ -223,12 +223,13 @@ class _Layer:
             groups = shared_inputs(self._block, self._forward, sample, bits_of)
             self._require_run(groups)
             streams.groups[kind] = [names for names in groups if bits_of(names[0]) < UNQUANTISED]
-            streams.residuals[kind] = (
-                residual_sources(self._block, self._forward, sample) if streams.original else {}
-            )
+            if streams.original:
+                found = residual_sources(self._block, self._forward, sample)
+                alone = (names[0] for names in streams.groups[kind] if len(names) == 1)
+                streams.residuals[kind] = {name: found[name] for name in alone if name in found}
         streams.quantised, streams.original = run_sequential(
             self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original,
-            streams.residuals[kind],
+            streams.residuals.get(kind),
         )  # fmt: skip
 
     def _require_run(self, groups: list[list[str]]) -> None:

@@ -124,23 +124,19 @@ def run_sequential(
         solve: called once per group, in order; the weights it returns take the place of the block's.
         reference: hidden states of the original model for some of the batches, in their order. They pause at
             the same linears and go on with the original weights: one copy of the block serves both.
-        residuals: from ``residual_sources``; None: ``solve`` is given none.
+        residuals: from ``residual_sources``, of groups of one linear; None: ``solve`` is given none.
 
     Returns:
         The block's output per batch with the new weights, and per reference batch with the original ones.
     """
     main = getcurrent()
     first = {names[0]: block.get_submodule(names[0]) for names in groups}
-    alone = {names[0] for names in groups if len(names) == 1}
-    sources = {name: source for name, source in (residuals or {}).items() if name in alone}
+    sources = dict(residuals or {})
     read = {source: block.get_submodule(source) for source in sources.values() if source}
     streams: dict[tuple[object, str], Tensor] = {}  # by run and where they are read; until their last reader
 
     def keep(source: str) -> Hook:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            streams[getcurrent(), source] = args[0]
-
-        return hook
+        return lambda _, args: streams.update({(getcurrent(), source): args[0]})
 
     def pause(name: str) -> Hook:
         parent = block.get_submodule(name.rpartition(".")[0])
@@ -161,11 +157,10 @@ def run_sequential(
             inputs = [x for _, x, _ in states]
             source = sources.pop(names[0], None)
             given = [] if source is None else [streams[run, source] for run in runs]
+            if source not in sources.values():
+                streams = {key: stream for key, stream in streams.items() if key[1] != source}
             weights = solve(names, inputs[:count], inputs[count:], [routed for *_, routed in states], given)
             del given
-            if source is not None and source not in sources.values():
-                for run in runs:
-                    del streams[run, source]
             original = [run.switch() for run in runs[count:]]
             for name, weight in weights.items():
                 block.get_submodule(name).weight.data = weight

@@ -71,7 +71,7 @@ def test_operations_name_the_variant_that_runs() -> None:
 def test_what_is_missed_without_triton_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     device, lacking = torch.device("cuda"), "triton is not installed"
     monkeypatch.setattr(gpu, "unsupported_reason", lambda device: lacking)
-    rounding = {part.name: part for part in plan._operations(device, torch.bfloat16)}
+    rounding = {each.name: each for each in operations(device, torch.bfloat16)}
     steps = {part.name: part.reason for part in runtime_doctor._steps(device, torch.bfloat16)}
     assert rounding["rounding and coordinate descent"].reason == steps["fused"] == lacking
     assert steps["graph"] is None
