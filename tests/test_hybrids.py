@@ -62,7 +62,7 @@ def test_a_shared_prefix_is_taken_many_times(engine: Engine) -> None:
     prefix, tails = PROMPTS[0], [[20, 21], [30], [50, 51, 52]]
     kept = engine.new_cache(1, len(prefix))
     engine.prefill([prefix], kept)
-    rows = kept.fork(3, 16)
+    rows = kept.take([0, 0, 0], 16)
     found = engine.prefill(tails, rows)
     for row, tail in enumerate(tails):
         close(found[row], logits(engine, [*prefix, *tail])[-1])

@@ -27,7 +27,7 @@ def test_the_plan_is_shown_and_nothing_done(tmp_path: Path) -> None:
     done = qwenq("run", "r.toml", "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "8 steps; run folder runs/small" in done.stderr
-    assert "qwenq eval bundled --dtype float32 --tasks mmlu,gsm8k" in done.stderr
+    assert "qwenq eval bundled --tasks mmlu,gsm8k --limit 20 --sample --dtype float32" in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.toml"]
 
 

@@ -202,7 +202,7 @@ def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> li
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file; None where it is missing or damaged."""
     try:
-        return read_json(path) or None
+        return read_json(path) if path.is_file() else None
     except CorruptFileError:
         return None
     except OSError as error:

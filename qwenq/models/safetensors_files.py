@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -154,7 +155,16 @@ def open_safetensors(folder: Path) -> SafetensorsSource | None:
             where=folder,
             hint="copy the model's *.safetensors.index.json into the folder",
         )
+    if (shard := _SHARD.search(files[0].name)) and int(shard[1]) > 1:
+        raise ModelError(
+            f"{files[0].name} is one of {int(shard[1])} files; the others are missing, and the index",
+            where=folder,
+            hint="copy or download the whole model again",
+        )
     return SafetensorsSource(files)
+
+
+_SHARD = re.compile(r"-\d+-of-(\d+)\.safetensors$")
 
 
 def unread_files(folder: Path, read: Sequence[Path]) -> list[str]:

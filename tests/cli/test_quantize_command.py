@@ -18,7 +18,7 @@ def test_a_run_says_its_choices_each_layer_and_what_came_of_it(
     lines = [line for line in ran.out.splitlines() if line.startswith("  layer ")]
     assert len(lines) == 3
     form = re.compile(
-        r"error on calibration text [\d.]+%, round-to-nearest [\d.]+%; [\d.]+ s, \d+:\d\d left$"
+        r"error on calibration text [\d.]+%, round-to-nearest [\d.]+%; [\d.]+ s, \d+:\d\d:\d\d left$"
     )
     assert all(form.search(line) for line in lines)
     for label in ("checkpoint", "size", "time", "KL", "same token", "perplexity", "verdict"):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from loopback_hub import WEIGHTS, Hub, client
 from safetensors.torch import save
+
+from qwenq.errors import QwenqError
+from qwenq.models.safetensors_files import open_safetensors
 
 
 def test_a_dropped_connection_resumes_within_the_run(hub: Hub, tmp_path: Path) -> None:
@@ -79,3 +84,22 @@ def test_what_a_broken_download_left_is_never_taken_for_the_model(
     hub.status = 200
     whole = Path(str(client(hub, tmp_path)["folder"]))
     assert (whole / file).read_bytes() == hub.files[file]
+
+
+@pytest.mark.parametrize("lost", ["model-00001-of-00002.safetensors", "the index and a shard", "half a file"])
+def test_what_another_program_left_is_judged_by_what_its_files_say(
+    hub: Hub, tmp_path: Path, lost: str
+) -> None:
+    """Older versions of the hub's library keep no list of files: opening finds what is missing."""
+    make_two_shards(hub)
+    folder = Path(str(client(hub, tmp_path)["folder"]))
+    if lost == "half a file":
+        os.truncate((folder / "model-00002-of-00002.safetensors").resolve(), 90)
+    else:
+        (folder / "model-00001-of-00002.safetensors").unlink()
+    if lost == "the index and a shard":
+        (folder / "model.safetensors.index.json").unlink()
+    shutil.rmtree(folder.parents[1] / "trees")
+    found = Path(str(client(hub, tmp_path, HF_HUB_OFFLINE="1")["folder"]))
+    with pytest.raises(QwenqError, match=r"not a whole|missing"):
+        open_safetensors(found)
