@@ -9,12 +9,13 @@ the square in ‖Q X − W X̃‖² leaves GPTQ's own problem with another targe
 so nothing in the solver changes. ``strength`` scales the shift: C is an estimate from finite text.
 
 The output of some linears is added to the residual stream, which deviates, too: r here, r̃ in the original
-model. Their target is W x̃ + r̃ − r (LoaQ, arXiv 2509.06297), so that each one mends what those before it left:
+model. Their target is W x̃ + r̃ − r (LoaQ, arXiv 2509.06297), so that each one mends what those before it left;
+here half of r̃ − r (``RESIDUAL_SHARE``):
 
-    W′ = W + (W C + D) H⁻¹,   D = 2/n · Σ (r̃ − r) xᵀ
+    W′ = W + (W C + D) H⁻¹,   D = ½ · 2/n · Σ (r̃ − r) xᵀ
 
-W C + D = 2/n · Σ (W (x̃ − x) + r̃ − r) xᵀ, [rows, in], is summed in one product. A weight with fewer rows than
-columns has its W C summed in this way, too: [in, in] would cost more.
+W C + D = 2/n · Σ (W (x̃ − x) + ½ (r̃ − r)) xᵀ, [rows, in], is summed in one product. A weight with fewer rows
+than columns has its W C summed in this way, too: [in, in] would cost more.
 """
 
 from __future__ import annotations

@@ -71,13 +71,16 @@ def running_deviation(inputs: Sequence[Tensor], references: Sequence[Tensor], H:
     return sums.mean().sub_(H) if compiled else sums.mean()
 
 
+RESIDUAL_SHARE = 0.5  # of the stream's deviation: what correlates with x in finite text is partly chance
+
+
 def running_output_deviation(
     inputs: Sequence[Tensor],
     references: Sequence[Tensor],
     W: Tensor,
     streams: Sequence[tuple[Tensor, Tensor]] = (),
 ) -> Tensor | None:
-    """Return 2/n · Σ (W (x̃ − x) + r̃ − r) xᵀ, [rows, width] float32; None: there is no reference.
+    """Return 2/n · Σ (W (x̃ − x) + ½ (r̃ − r)) xᵀ, [rows, width] float32; None: there is no reference.
 
     W (x̃ − x) and r̃ − r are computed in the activations' dtype and only the product with x in float32:
     rounding a token's deviation before it meets its x leaves the sum in the span of the inputs, where H⁻¹
@@ -101,11 +104,11 @@ def running_output_deviation(
 def _output_deviation(
     x: Tensor, original: Tensor, weight: Tensor, stream: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """Return W (x̃ − x) + r̃ − r of a batch, [..., rows], given Wᵀ in its dtype."""
+    """Return W (x̃ − x) + ½ (r̃ − r) of a batch, [..., rows], given Wᵀ in its dtype."""
     deviation = (original - x) @ weight
     if stream is not None:
         now, originally = stream
-        deviation += originally - now
+        deviation.add_(originally - now, alpha=RESIDUAL_SHARE)
     return deviation
 
 

@@ -223,7 +223,8 @@ class _Layer:
             groups = shared_inputs(self._block, self._forward, sample, bits_of)
             self._require_run(groups)
             streams.groups[kind] = [names for names in groups if bits_of(names[0]) < UNQUANTISED]
-            if streams.original:
+            # Not beside experts: that others are chosen than in the original is no drift that o_proj undoes.
+            if streams.original and not any(isinstance(part, Expert) for part in self._block.modules()):
                 found = residual_sources(self._block, self._forward, sample)
                 alone = (names[0] for names in streams.groups[kind] if len(names) == 1)
                 streams.residuals[kind] = {name: found[name] for name in alone if name in found}

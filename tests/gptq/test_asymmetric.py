@@ -7,6 +7,7 @@ from problems import problem
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.asymmetric import Deviation, measure_deviation, shift_targets, times_inverse
 from qwenq.gptq.hessian import (
+    RESIDUAL_SHARE,
     exact_deviation,
     exact_output_deviation,
     running_deviation,
@@ -57,13 +58,13 @@ def test_output_deviation_is_the_weight_times_the_deviation(parts: int) -> None:
 def test_with_residuals_the_target_is_the_regression_of_the_original_stream(
     parts: int, launched: bool
 ) -> None:
-    """Against float64 least squares of W x̃ + r̃ − r on x; and it brings x W′ᵀ + r nearer than W′ without r."""
+    """The sum against float64; and it brings x W′ᵀ + r nearer to x̃ Wᵀ + r̃ than W′ without r."""
     x, original = inputs()
     W = problem(0, dtype=torch.float64).W[:24]
     r = problem(2, rows=24, width=24, dtype=torch.float64).X
     original_r = r + 0.2 * x[:, :24]  # deviates as the input does
     C = mean_deviation(x, original)
-    D = 2 / x.shape[0] * (original_r - r).T @ x
+    D = RESIDUAL_SHARE * 2 / x.shape[0] * (original_r - r).T @ x
     given, references = x.float().chunk(parts), original.float().chunk(parts)
     streams = [*r.float().chunk(parts), *original_r.float().chunk(parts)]
     H = running_hessian(given)
@@ -79,7 +80,7 @@ def test_with_residuals_the_target_is_the_regression_of_the_original_stream(
     shift_targets(whole, [slice(None)], Deviation(W @ C + D, True), hessian, 1.0)
     shift_targets(part, [slice(None)], Deviation(C, False), hessian, 1.0)
     wanted = original @ W.T + original_r
-    assert (x @ whole.T + r - wanted).norm() < 0.5 * (x @ part.T + r - wanted).norm()
+    assert (x @ whole.T + r - wanted).norm() < 0.8 * (x @ part.T + r - wanted).norm()
 
 
 def test_bfloat16_output_deviation_changes_the_shift_by_less_than_four_thousandths() -> None:
