@@ -342,6 +342,8 @@ def _run_steps(chain: Chain, listener: Listener) -> int:
         if is_done(chain, step):
             _discard_leftover(step)
             _link(step)
+            if step.name not in _journal(chain.work):  # a kill came after its last write
+                _append_to_journal(chain.work, step, None)
             continue
         listener(Start(step.name, len(chain.steps), "steps", number - 1))
         if step.always and not fresh:
@@ -445,14 +447,14 @@ def _journal(work: Path) -> dict[str, _End]:
     return ends
 
 
-def _append_to_journal(work: Path, step: Step, seconds: float) -> None:
-    """Append a finished step, flushed to the disk."""
+def _append_to_journal(work: Path, step: Step, seconds: float | None) -> None:
+    """Append a finished step, flushed to the disk; without seconds where nobody saw its end."""
     entry = {
         "step": step.name,
         "fingerprint": step.fingerprint(),
         "rows": _rows(work),
         "command": [step.module, *step.arguments],
-        "seconds": round(seconds, 1),
+        "seconds": None if seconds is None else round(seconds, 1),
         "date": date.today().isoformat(),
     }
     append_line(work / JOURNAL, json.dumps(entry, ensure_ascii=False))

@@ -37,7 +37,7 @@ def test_two_processes_measure_one_model(tiny: Path, tmp_path: Path) -> None:
         assert rows[metric].point["tp"] == 2
         assert "2 processes" in rows[metric].implementation
     assert rows["energy.token", 8].reason == "the energy of several devices is not added up"
-    assert "2 of 2 points were measured earlier" in profile(*arguments).stdout
+    assert "2 of 2 points were measured earlier" in profile(*arguments).stderr
 
 
 @pytest.mark.parametrize(
