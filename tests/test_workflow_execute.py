@@ -162,6 +162,16 @@ def test_a_verdict_on_what_was_there_already_says_so(steps: Path) -> None:
     assert log(steps) == ["one", "gate", "gate"]
 
 
+def test_a_model_that_was_whole_when_a_kill_came_gets_its_entry_in_the_journal(steps: Path) -> None:
+    both = made_of(steps, replace(marker("model", steps), whole=True), marker("rows", steps))
+    (steps / "model").touch()  # and no journal
+    for _ in range(2):
+        assert run_steps(both) == 0
+        lines = (steps / "work" / "journal.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == ["model", "rows"]
+    assert log(steps) == ["rows"]
+
+
 def test_a_torn_line_of_the_journal_is_no_end(steps: Path) -> None:
     one = made_of(steps, marker("one", steps))
     run_steps(one)
