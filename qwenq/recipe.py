@@ -174,8 +174,8 @@ class QuantizeRecipe:
     )
     asymmetric_calibration: Annotated[float, Bounds(ge=0, le=1)] = setting(
         0.5,
-        "Share of the error inherited from earlier layers that a layer corrects (GPTAQ's alpha, LoaQ); 0: "
-        "plain GPTQ.",
+        "Share of the error inherited from earlier layers that a layer corrects (GPTAQ's alpha); 0: plain "
+        "GPTQ.",
     )
     coordinate_descent: bool = setting(
         True,

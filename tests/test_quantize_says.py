@@ -35,7 +35,7 @@ def test_choices_are_said_with_their_reasons(tmp_path: Path) -> None:
         "computing in float32 on cpu: as asked",
         "group size 32: the largest of 128, 64, 32 that divides every input width",
         "Int4 · symmetric · act-order, static groups · scale search weighted by the Hessian's diagonal"
-        " · asymmetric calibration 0.5 (GPTAQ, LoaQ) · coordinate descent, 2 sweeps · damping 0.1",
+        " · asymmetric calibration 0.5 (GPTAQ) · coordinate descent, 2 sweeps · damping 0.1",
         "4 × 32 tokens (the sizes of that set)",
     ):
         assert part in said

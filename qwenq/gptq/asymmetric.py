@@ -8,14 +8,8 @@ the square in ‖Q X − W X̃‖² leaves GPTQ's own problem with another targe
 
 so nothing in the solver changes. ``strength`` scales the shift: C is an estimate from finite text.
 
-The output of some linears is added to the residual stream, which deviates, too: r here, r̃ in the original
-model. Their target is W x̃ + r̃ − r (LoaQ, arXiv 2509.06297), so that each one mends what those before it left;
-here half of r̃ − r (``RESIDUAL_SHARE``):
-
-    W′ = W + (W C + D) H⁻¹,   D = ½ · 2/n · Σ (r̃ − r) xᵀ
-
-W C + D = 2/n · Σ (W (x̃ − x) + ½ (r̃ − r)) xᵀ, [rows, in], is summed in one product. A weight with fewer rows
-than columns has its W C summed in this way, too: [in, in] would cost more.
+A weight with fewer rows than columns is better served by W C = 2/n · Σ W (x̃ − x) xᵀ: [rows, in] instead of
+[in, in] is summed and kept.
 """
 
 from __future__ import annotations
@@ -27,12 +21,7 @@ import torch
 from torch import Tensor
 
 from qwenq.distributed import ALONE, Team
-from qwenq.gptq.hessian import (
-    exact_deviation,
-    exact_output_deviation,
-    running_deviation,
-    running_output_deviation,
-)
+from qwenq.gptq.hessian import exact_deviation, running_deviation, running_output_deviation
 from qwenq.gptq.solver import DampedHessian, panels
 
 
@@ -40,8 +29,8 @@ from qwenq.gptq.solver import DampedHessian, panels
 class Deviation:
     """How the inputs of some linears deviate from those of the original model."""
 
-    products: Tensor  # C, [in, in] float32, not symmetric; or W C + D, [rows, in]
-    times_weight: bool  # whether it is W C + D
+    products: Tensor  # C, [in, in] float32, not symmetric; or W C, [rows, in]
+    times_weight: bool  # whether it is W C
 
     def target_shifts(self, W: Tensor, parts: Sequence[slice], hessian: DampedHessian) -> Iterator[Tensor]:
         """Yield W C H⁻¹ for these runs of the rows of W, [rows of the run, in] each.
@@ -65,7 +54,6 @@ def measure_deviation(
     weights: Sequence[Tensor],
     H: Tensor,
     team: Team = ALONE,
-    residuals: Sequence[Tensor] = (),
 ) -> Deviation | None:
     """Return the deviation of an input that some linears share; None: no rank has a reference.
 
@@ -75,19 +63,13 @@ def measure_deviation(
         weights: float32 [rows, in] of each linear, in the order in which they are quantised.
         H: [in, in] float32, ``hessian`` of the inputs, without damping.
         team: the ranks that share the batches.
-        residuals: what the linears' output is added to, [..., rows] each: by batch, then by reference; or
-            empty.
     """
     width, device = weights[0].shape[1], weights[0].device
-    count = len(inputs)
-    streams = list(zip(residuals[:count], residuals[count:], strict=True))  # (r, r̃) by batch
-    of_outputs = bool(streams) or (not team.launched and sum(len(weight) for weight in weights) < width)
-    if of_outputs and team.launched:
-        products = exact_output_deviation(inputs, references, torch.cat(list(weights)), streams, team)
-    elif of_outputs:
-        products = running_output_deviation(inputs, references, torch.cat(list(weights)), streams)
-    elif team.launched:
+    of_outputs = not team.launched and sum(weight.shape[0] for weight in weights) < width
+    if team.launched:
         products = exact_deviation(inputs, references, width, device, team)
+    elif of_outputs:
+        products = running_output_deviation(inputs, references, torch.cat(list(weights)))
     else:
         products = running_deviation(inputs, references, H)
     return None if products is None else Deviation(products, of_outputs)

@@ -71,45 +71,25 @@ def running_deviation(inputs: Sequence[Tensor], references: Sequence[Tensor], H:
     return sums.mean().sub_(H) if compiled else sums.mean()
 
 
-RESIDUAL_SHARE = 0.5  # of the stream's deviation: what correlates with x in finite text is partly chance
-
-
 def running_output_deviation(
-    inputs: Sequence[Tensor],
-    references: Sequence[Tensor],
-    W: Tensor,
-    streams: Sequence[tuple[Tensor, Tensor]] = (),
+    inputs: Sequence[Tensor], references: Sequence[Tensor], W: Tensor
 ) -> Tensor | None:
-    """Return 2/n · Σ (W (x̃ − x) + ½ (r̃ − r)) xᵀ, [rows, width] float32; None: there is no reference.
+    """Return 2/n · Σ W (x̃ − x) xᵀ, [rows, width] float32; None: there is no reference.
 
-    W (x̃ − x) and r̃ − r are computed in the activations' dtype and only the product with x in float32:
-    rounding a token's deviation before it meets its x leaves the sum in the span of the inputs, where H⁻¹
-    does not enlarge it.
+    W (x̃ − x) is computed in the activations' dtype and only its product with x in float32: rounding a token's
+    deviation before it meets its x leaves the sum in the span of the inputs, where H⁻¹ does not enlarge it.
 
     Args:
         inputs, references: as for ``running_deviation``.
         W: [rows, width] float32.
-        streams: r and r̃ by batch, [..., rows] each: the residual stream that W x is added to, here and in the
-            original model; empty: it is not added to one.
     """
     if not references:
         return None
     sums = products(W.shape[0], W.shape[1], inputs[0])
     weight = W.T.to(inputs[0].dtype)
-    for batch, (x, original) in enumerate(zip(inputs, references, strict=True)):
-        sums.add(_output_deviation(x, original, weight, streams[batch] if streams else None), x)
+    for x, original in zip(inputs, references, strict=True):
+        sums.add((original - x) @ weight, x)
     return sums.mean()
-
-
-def _output_deviation(
-    x: Tensor, original: Tensor, weight: Tensor, stream: tuple[Tensor, Tensor] | None
-) -> Tensor:
-    """Return W (x̃ − x) + ½ (r̃ − r) of a batch, [..., rows], given Wᵀ in its dtype."""
-    deviation = (original - x) @ weight
-    if stream is not None:
-        now, originally = stream
-        deviation.add_(originally - now, alpha=RESIDUAL_SHARE)
-    return deviation
 
 
 # For several processes: sums that are the same in any order, and for any number of processes.
@@ -197,30 +177,6 @@ def exact_deviation(
 
     tokens = [x.numel() // width for x in references]
     return mean_products(deviations, activations, tokens, (width, width), device, team=team)
-
-
-def exact_output_deviation(
-    inputs: Sequence[Tensor],
-    references: Sequence[Tensor],
-    W: Tensor,
-    streams: Sequence[tuple[Tensor, Tensor]],
-    team: Team,
-) -> Tensor | None:
-    """Return what ``running_output_deviation`` does, the same on every rank and for any number of them."""
-    rows, width = W.shape
-    weight = W.T.to(inputs[0].dtype) if inputs else W.T
-
-    def deviations(batch: int, some: slice) -> Tensor:
-        now, original = (part.reshape(-1, rows)[:, some] for part in streams[batch])
-        x, reference = (part.reshape(-1, width) for part in (inputs[batch], references[batch]))
-        return _output_deviation(x, reference, weight[:, some], (now, original)).float()
-
-    def activations(batch: int, some: slice) -> Tensor:
-        x = inputs[batch].reshape(-1, width)[:, some]
-        return x if x.dtype is torch.bfloat16 else x.float()
-
-    tokens = [x.numel() // width for x in references]
-    return mean_products(deviations, activations, tokens, (rows, width), W.device, team=team)
 
 
 def _scales(values: Columns, batches: int, width: int, device: torch.device | str, team: Team) -> Tensor:

@@ -21,7 +21,7 @@ from qwenq.gptq.asymmetric import measure_deviation
 from qwenq.gptq.experts import measure_expert
 from qwenq.gptq.hessian import hessian
 from qwenq.gptq.linears import ModuleStats, QuantisedLinear, quantise_group
-from qwenq.gptq.sequential import Residuals, Routing, residual_sources, run_sequential, shared_inputs
+from qwenq.gptq.sequential import Routing, run_sequential, shared_inputs
 from qwenq.gptq.settings import UNQUANTISED, Settings, quantised_linears
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.gptq_config import LAYER_PARTS
@@ -183,8 +183,6 @@ class _Streams:
     # linears of a block that read the same tensor, found on the first block of a kind: by the names of its
     # linears and their bits
     groups: dict[tuple[tuple[str, int], ...], list[list[str]]] = field(default_factory=dict)
-    # likewise, ``residual_sources``
-    residuals: dict[tuple[tuple[str, int], ...], dict[str, str]] = field(default_factory=dict)
 
 
 def _begin(decoder: BlockwiseDecoder, tokens: Tensor, settings: Settings, team: Team) -> _Streams:
@@ -223,15 +221,9 @@ class _Layer:
             groups = shared_inputs(self._block, self._forward, sample, bits_of)
             self._require_run(groups)
             streams.groups[kind] = [names for names in groups if bits_of(names[0]) < UNQUANTISED]
-            # Not beside experts: that others are chosen than in the original is no drift that o_proj undoes.
-            if streams.original and not any(isinstance(part, Expert) for part in self._block.modules()):
-                found = residual_sources(self._block, self._forward, sample)
-                alone = (names[0] for names in streams.groups[kind] if len(names) == 1)
-                streams.residuals[kind] = {name: found[name] for name in alone if name in found}
         streams.quantised, streams.original = run_sequential(
-            self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original,
-            streams.residuals.get(kind),
-        )  # fmt: skip
+            self._block, self._forward, streams.quantised, streams.groups[kind], self.solve, streams.original
+        )
 
     def _require_run(self, groups: list[list[str]]) -> None:
         """Refuse a block that leaves one of its linears out: that would stay as it is, and nothing say so."""
@@ -260,12 +252,7 @@ class _Layer:
         return self._decoder.forward(self._block, hidden)
 
     def solve(
-        self,
-        names: Sequence[str],
-        inputs: list[Tensor],
-        reference: list[Tensor],
-        routing: Routing,
-        residuals: Residuals,
+        self, names: Sequence[str], inputs: list[Tensor], reference: list[Tensor], routing: Routing
     ) -> dict[str, Tensor]:
         """Quantise the linears ``names``, whose common input is ``inputs``; return their new weights."""
         weights = {name: self._stored(name) for name in names}
@@ -280,7 +267,7 @@ class _Layer:
             )
         else:
             H = hessian(inputs, self._team)
-            deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team, residuals)
+            deviation = measure_deviation(inputs, reference, list(weights.values()), H, self._team)
         try:
             own = replace(self._settings, bits=self._settings.bits_of(names[0]))
             results = quantise_group(weights, H, deviation, own, self._team)

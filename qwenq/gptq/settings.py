@@ -89,7 +89,7 @@ def describe(settings: Settings) -> str:
             "symmetric" if settings.sym else "asymmetric (format gptq_v2, which some kernels do not load)",
             "act-order, static groups" if settings.act_order else "no act-order",
             searches[settings.scale_search],
-            f"asymmetric calibration {settings.asymmetric_calibration:g} (GPTAQ, LoaQ)"
+            f"asymmetric calibration {settings.asymmetric_calibration:g} (GPTAQ)"
             if settings.asymmetric_calibration
             else "no asymmetric calibration",
             f"coordinate descent, {SWEEPS} sweeps"

@@ -6,14 +6,7 @@ from problems import problem
 
 from qwenq.distributed import ALONE, Team
 from qwenq.gptq.asymmetric import Deviation, measure_deviation, shift_targets, times_inverse
-from qwenq.gptq.hessian import (
-    RESIDUAL_SHARE,
-    exact_deviation,
-    exact_output_deviation,
-    running_deviation,
-    running_hessian,
-    running_output_deviation,
-)
+from qwenq.gptq.hessian import exact_deviation, running_deviation, running_hessian, running_output_deviation
 from qwenq.gptq.solver import PANEL, damp_hessian, order_by_diagonal
 
 
@@ -51,36 +44,6 @@ def test_output_deviation_is_the_weight_times_the_deviation(parts: int) -> None:
     assert WC is not None
     assert WC.dtype is torch.float32
     torch.testing.assert_close(WC.double(), W @ mean_deviation(x, original), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("parts", [1, 3, 7])
-@pytest.mark.parametrize("launched", [False, True])
-def test_with_residuals_the_target_is_the_regression_of_the_original_stream(
-    parts: int, launched: bool
-) -> None:
-    """The sum against float64; and it brings x W′ᵀ + r nearer to x̃ Wᵀ + r̃ than W′ without r."""
-    x, original = inputs()
-    W = problem(0, dtype=torch.float64).W[:24]
-    r = problem(2, rows=24, width=24, dtype=torch.float64).X
-    original_r = r + 0.2 * x[:, :24]  # deviates as the input does
-    C = mean_deviation(x, original)
-    D = RESIDUAL_SHARE * 2 / x.shape[0] * (original_r - r).T @ x
-    given, references = x.float().chunk(parts), original.float().chunk(parts)
-    streams = [*r.float().chunk(parts), *original_r.float().chunk(parts)]
-    H = running_hessian(given)
-    found = measure_deviation(given, references, [W.float()], H, Team(launched=launched), streams)
-    assert found is not None and found.times_weight
-    torch.testing.assert_close(found.products.double(), W @ C + D, rtol=1e-4, atol=1e-4)
-    if launched:
-        pairs = list(zip(streams[:parts], streams[parts:], strict=True))
-        again = exact_output_deviation(given, references, W.float(), pairs, Team(launched=True))
-        assert again is not None and torch.equal(again, found.products)
-    hessian = damp_hessian(2 / x.shape[0] * x.T @ x, 1e-4, torch.arange(64))
-    whole, part = W.clone(), W.clone()
-    shift_targets(whole, [slice(None)], Deviation(W @ C + D, True), hessian, 1.0)
-    shift_targets(part, [slice(None)], Deviation(C, False), hessian, 1.0)
-    wanted = original @ W.T + original_r
-    assert (x @ whole.T + r - wanted).norm() < 0.8 * (x @ part.T + r - wanted).norm()
 
 
 def test_bfloat16_output_deviation_changes_the_shift_by_less_than_four_thousandths() -> None:

@@ -11,7 +11,7 @@ from tiny_published import STRANGERS, write_published
 from torch import Tensor, nn
 
 from qwenq.errors import QuantisationError
-from qwenq.gptq.sequential import residual_sources, run_sequential, shared_inputs
+from qwenq.gptq.sequential import run_sequential, shared_inputs
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.transformers_model import linears_of
@@ -133,62 +133,6 @@ def test_reference_batches_pass_through_the_original_block(bench: Bench) -> None
     assert not any(torch.equal(a, b) for a, b in zip(walked[:2], original, strict=True))
     for name, inputs in expected.items():
         assert all(torch.equal(a, b) for a, b in zip(inputs, given[name], strict=True)), name
-
-
-def test_writers_of_the_residual_stream_are_given_what_their_output_is_added_to(bench: Bench) -> None:
-    """o_proj the block's input, down_proj the input of the second norm, with all new weights before it."""
-    given: dict[str, list[Tensor]] = {}
-    with bench.decoder.block(0) as block:
-
-        def forward(hidden: Tensor) -> Tensor:
-            return bench.forward(block, hidden)
-
-        sources = residual_sources(block, forward, bench.batches[0][:1])
-        assert sources == {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
-
-        def replace(names: Sequence[str], *rest: list[Tensor]) -> dict[str, Tensor]:
-            given[names[0]] = [x.clone() for x in rest[-1]]
-            return {name: coarse(block, name) for name in names}
-
-        plain: list[Tensor] = []
-        norm = block.get_submodule("post_attention_layernorm")
-        handle = norm.register_forward_pre_hook(lambda _, args: plain.append(args[0]))
-        for states in bench.batches:
-            forward(states)
-        handle.remove()
-        outputs, _ = run_sequential(
-            block, forward, bench.batches, GROUPS, replace, bench.batches[:2], residuals=sources
-        )
-        down = linears_of(block)["mlp.down_proj"]
-        added: list[Tensor] = []
-        handle = down.register_forward_hook(lambda *call: added.append(call[2]))
-        for states in bench.batches:
-            forward(states)
-        handle.remove()
-    assert [len(given[names[0]]) for names in GROUPS] == [0, 5, 0, 5]
-    assert all(map(torch.equal, given["self_attn.o_proj"], [*bench.batches, *bench.batches[:2]]))
-    count = len(bench.batches)
-    assert all(map(torch.equal, given["mlp.down_proj"][count:], plain[:2]))
-    for stream, part, output in zip(given["mlp.down_proj"], added, outputs, strict=False):
-        assert torch.equal(stream + part, output)
-
-
-@pytest.mark.parametrize(
-    ("family", "writers"),
-    [
-        ("gemma3_text", set()),  # normalises what a sublayer writes
-        ("qwen3_moe", {"self_attn.o_proj"}),  # experts' outputs are weighted and summed first
-        ("mistral", {"self_attn.o_proj", "mlp.down_proj"}),
-    ],
-)
-def test_outputs_that_are_not_added_as_they_are_have_no_residual(
-    tmp_path: Path, family: str, writers: set[str]
-) -> None:
-    model = write_published(tmp_path / "m", family)
-    decoder = BlockwiseDecoder(open_checkpoint(model), torch.device("cpu"), torch.bfloat16)
-    sample = decoder.embed(random_tokens(model, 1, 12).split(1))[0]
-    with decoder.block(0) as block:
-        assert set(residual_sources(block, lambda h: decoder.forward(block, h), sample)) == writers
 
 
 def test_an_error_in_between_leaves_no_hook_behind(bench: Bench) -> None:
