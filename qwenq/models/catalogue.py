@@ -17,6 +17,7 @@ from qwenq.models.block_shapes import vision_parameters
 from qwenq.models.config import KNOWN_ARCHITECTURES
 from qwenq.models.qwen_v1 import qwen2_config
 from qwenq.models.shapes import ModelShape
+from qwenq.models.unsupported import refuse_by_name
 
 BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
@@ -82,6 +83,7 @@ def entry(name: str) -> Entry:
     """Return the entry of a name or hub id; of another name, suggest the nearest ones."""
     found = find(name)
     if found is None:
+        refuse_by_name(name)
         raise UsageError(
             f"no model called {name!r} in the catalogue",
             where="MODEL",

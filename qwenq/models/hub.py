@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwenq.errors import HubError
-from qwenq.models.config import check_architecture
-from qwenq.storage import guard_storage, read_json
+from qwenq.storage import guard_storage
 
 if TYPE_CHECKING:
     from huggingface_hub.errors import HfHubHTTPError
@@ -60,7 +59,7 @@ def fetch(repo_id: str) -> tuple[Path, str]:
             hint=f"check the network, HF_ENDPOINT and the proxy settings, {_OR_LOCAL}",
         )
         return _from_cache(repo_id, problem)
-    return _snapshot(repo_id, [file.rfilename for file in info.siblings or []], info.sha)
+    return _snapshot(repo_id, [file.rfilename for file in info.siblings or []])
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -73,18 +72,14 @@ def network_errors() -> tuple[type[Exception], ...]:
     return (http_error, xet_error, ConnectionError, TimeoutError)
 
 
-def _snapshot(repo_id: str, names: list[str], commit: str | None) -> tuple[Path, str]:
-    from huggingface_hub import constants, hf_hub_download
+def _snapshot(repo_id: str, names: list[str]) -> tuple[Path, str]:
+    from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
 
     # OSError is the library's own check of the size.
     broken: tuple[type[Exception], ...] = (*network_errors(), OSError)
     try:
         with guard_storage(Path(constants.HF_HUB_CACHE)):
-            if "config.json" in names:  # first: gigabytes of what cannot be run are not downloaded
-                config = Path(hf_hub_download(repo_id, "config.json", revision=commit))
-                if isinstance((found := read_json(config)).get("model_type"), str):
-                    check_architecture(found, config)
             folder = _call_library(repo_id, names, offline=False)
     except broken as error:
         if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:

@@ -11,6 +11,7 @@ from qwenq.errors import HubError, UsageError
 from qwenq.models.bundled import is_bundled
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import local_path
+from qwenq.models.unsupported import refuse_to_run
 from qwenq.recipe import HUB_ID
 
 Weights = Literal["stored", "random"]
@@ -82,6 +83,7 @@ def resolve_model(model: str | None) -> Resolved:
             "MODEL is a file, not a folder", where=path, hint=f"name the folder that holds it: {path.parent}"
         )
     if HUB_ID.fullmatch(model):
+        refuse_to_run(model)
         from qwenq.models.hub import fetch
 
         try:
@@ -91,7 +93,10 @@ def resolve_model(model: str | None) -> Resolved:
                 error.hint = f"{near} {error.hint or ''}".strip()
             raise
         return Resolved(folder, [notice])
-    hints = [hint for hint in (_did_you_mean(path), _of_catalogue(model)) if hint]
+    near = _did_you_mean(path)
+    if near is None:
+        refuse_to_run(model)
+    hints = [hint for hint in (near, _of_catalogue(model)) if hint]
     raise UsageError(
         f"no such model folder: {model}", where=path.absolute(), hint=" ".join(hints) or _NAME_ONE
     )

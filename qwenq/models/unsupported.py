@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qwenq.errors import ModelError, QwenqError
+from qwenq.errors import ModelError, QwenqError, UnsupportedError
 from qwenq.storage import read_json
 
+_ROUTING, _LINEAR = "the experts' routing", "linear-attention layers"
 _VISION, _AUDIO = "the vision tower", "the audio tower"
 _FLASH_NEXT = "hyper-connections, an embedding of n-grams (about 95 GiB) and an indexed attention"
+_FLASH_NEXT_SIZE = (
+    "its files take about 335 GiB in bfloat16, as others report: 125 billion parameters, 6 of them active, "
+    "51 of n-grams and 4 of draft layers; Qwen3.5, 3.6 and 3.8 are supported"
+)
 
 NOT_SUPPORTED_YET: dict[str, str] = {
     "qwen4_exp": _FLASH_NEXT,
@@ -19,20 +25,71 @@ NOT_SUPPORTED_YET: dict[str, str] = {
     "qwen2_vl": _VISION,
     "qwen2_5_vl": _VISION,
     "qwen2_audio": _AUDIO,
-    "qwen2_5_omni": f"{_VISION} and {_AUDIO}",
-    "qwen3_omni_moe": f"{_VISION} and {_AUDIO}",
 }
 """Model types, and which part of them is missing here."""
+
+_BY_NAME: tuple[tuple[str, str], ...] = (
+    (_FLASH_NEXT, r"flash-next"),
+    (_ROUTING, r"-a\d+(\.\d+)?b\b|moe|mixtral|omni-\d+b-a"),  # 30b-a3b: 3 of 30 billion parameters at a time
+    (_VISION, r"-vl\b|-omni\b"),
+    (_AUDIO, r"-audio\b|-omni\b"),
+)
+"""What is missing in ``plan`` and the catalogue for models whose names match."""
+_SIZES_KNOWN = re.compile(r"qwen3([-.])(?!.*(omni|flash-next))")
+"""Names of models that are supported everywhere, whatever else they match."""
+_RUNS = re.compile(r"mixtral|qwen(1\.5|2)-(moe|.*-a\d+b)")
+"""Names of further ones that are quantised and run, and whose sizes are not known."""
+_FAMILY = re.compile(r"qwen|mixtral")
+_TOWERS = (("vision_config", _VISION), ("audio_config", _AUDIO))
+
+
+def missing_by_name(name: str) -> str | None:
+    """Return what a Qwen model lacks here, by its published name; None where nothing is known."""
+    short = name.lower().rsplit("/", 1)[-1]
+    if not _FAMILY.match(short) or _SIZES_KNOWN.match(short):
+        return None
+    return _listed(part for part, pattern in _BY_NAME if re.search(pattern, short))
 
 
 def missing_by_config(config: dict[str, Any]) -> str | None:
     """Return what a model of an unknown type needs at least, by its config.json."""
     text = config.get("text_config")
     kinds = (text if isinstance(text, dict) else config).get("layer_types")
-    parts = ["linear-attention layers"] if isinstance(kinds, list) and "linear_attention" in kinds else []
-    towers = (("vision_config", _VISION), ("audio_config", _AUDIO))
-    parts += [part for key, part in towers if config.get(key)]
-    return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts) or None
+    found = [_LINEAR] if isinstance(kinds, list) and "linear_attention" in kinds else []
+    return _listed(found + [part for key, part in _TOWERS if config.get(key)])
+
+
+def refuse_to_run(name: str) -> None:
+    """Say "not yet" to the name of a model that is known, and neither quantised nor run."""
+    if not _RUNS.match(name.lower().rpartition("/")[2]):
+        refuse_by_name(name)
+
+
+def refuse_by_name(name: str) -> None:
+    """Say "not yet" to the name of a model that is known, and whose sizes are not.
+
+    A hub id of another owner than Qwen passes: others may call theirs what they like.
+    """
+    owner = name.lower().rpartition("/")[0]
+    if owner in ("", "qwen") and (missing := missing_by_name(name)):
+        if _RUNS.match(name.lower().rpartition("/")[2]):
+            raise UnsupportedError(
+                f"the sizes of {name} are not known here",
+                where="MODEL",
+                hint="it can be quantised and run: name its folder",
+            )
+        raise UnsupportedError(
+            f"{name} is not supported yet: {missing} would have to be added",
+            where="MODEL",
+            hint=_FLASH_NEXT_SIZE
+            if _FLASH_NEXT in missing
+            else "supported are Qwen v1, Qwen1.5, 2, 2.5 (dense ones), every Qwen3 but Omni, and Llama",
+        )
+
+
+def _listed(parts: Iterable[str]) -> str | None:
+    named = list(dict.fromkeys(parts))
+    return " and ".join([", ".join(named[:-1]), named[-1]] if len(named) > 1 else named) or None
 
 
 _MERGE = (

@@ -20,6 +20,7 @@ from qwenq.models.config import read_config, text_config
 from qwenq.models.folders import local_path
 from qwenq.models.hub import network_errors
 from qwenq.models.shapes import ITEMSIZE, ModelShape
+from qwenq.models.unsupported import refuse_by_name
 from qwenq.planner.calibration_size import CalibrationSize, calibration_size
 from qwenq.planner.estimates import (
     GIB,
@@ -73,6 +74,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         shape, dtype = entry.shape, entry.dtype_of(model)
         copied, note = _beside(shape, dtype, entry.vision_parameters, entry.beside(model))
         return PlannedModel(entry.names[0], "catalogue", shape, dtype, entry, copied, note)
+    refuse_by_name(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_config(_hub_config(model).parent, model, "config.json from the hub")
     raise UsageError(

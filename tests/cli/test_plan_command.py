@@ -89,6 +89,13 @@ def test_it_answers_at_once() -> None:
     assert time.perf_counter() - wall < 30
 
 
+def test_an_unsupported_model_is_refused_with_what_is_missing() -> None:
+    result = qwenq("plan", "qwen2-audio-7b")
+    assert result.returncode == 1
+    assert "not supported yet: the audio tower would have to be added" in result.stderr
+    assert "did you mean" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from loopback_hub import COMMIT, CONFIG, WEIGHTS, Hub, client, clients
@@ -52,14 +51,6 @@ def test_pickle_is_fetched_only_without_safetensors(hub: Hub, tmp_path: Path) ->
 def test_a_repository_without_weights_is_named(hub: Hub, tmp_path: Path) -> None:
     hub.files = {"config.json": CONFIG, "model.gguf": b"GGUF"}
     assert "no weights" in str(client(hub, tmp_path)["text"])
-
-
-def test_a_model_that_is_not_supported_yet_is_not_downloaded(hub: Hub, tmp_path: Path) -> None:
-    hub.files["config.json"] = json.dumps({"model_type": "qwen2_vl", "vision_config": {}}).encode()
-    answer = client(hub, tmp_path)
-    assert answer["error"] == "UnsupportedError"
-    assert "qwen2_vl is not supported yet: the vision tower would have to be added" in str(answer["text"])
-    assert hub.sent == ["config.json"]
 
 
 def test_refusals_say_what_to_do(hub: Hub, tmp_path: Path) -> None:

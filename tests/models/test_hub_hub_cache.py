@@ -63,6 +63,7 @@ def make_two_shards(hub: Hub) -> None:
         "model-00002-of-00002.safetensors",
         "tokenizer.json",
         pytest.param("model.safetensors", marks=pytest.mark.slow),
+        pytest.param("config.json", marks=pytest.mark.slow),
     ],
 )
 def test_what_a_broken_download_left_is_never_taken_for_the_model(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qwenq.errors import HubError, UsageError
+from qwenq.errors import HubError, UnsupportedError, UsageError
 from qwenq.models.opening import resolve_model
 
 
@@ -93,6 +93,18 @@ def test_a_folder_near_by_is_suggested_beside_the_catalogue(
         resolve_model("qwen-7b-chat")
     assert "did you mean the folder qwen-7b-chat-v2?" in str(caught.value.hint)
     assert "name of the catalogue" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("model", ["qwen2.5-vl-7b", "Qwen/Qwen2-VL-7B-Instruct"])
+def test_a_model_that_is_not_supported_yet_is_not_downloaded(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwenq.models.hub.fetch", lambda *_: pytest.fail("the hub was asked"))
+    with pytest.raises(UnsupportedError, match=r"not supported yet: .*the vision tower would have"):
+        resolve_model(model)
+    (tmp_path / model).mkdir(parents=True)
+    assert resolve_model(model).folder == Path(model)  # a folder of that name is the user's own affair
 
 
 @pytest.mark.parametrize("name", ["\0", "a\0/b", "owner/na\0me"])

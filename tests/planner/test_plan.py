@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from qwenq.errors import HubError, ModelError, UsageError
+from qwenq.errors import HubError, ModelError, UnsupportedError, UsageError
 from qwenq.models import catalogue
 from qwenq.models.hub import network_errors
+from qwenq.models.unsupported import missing_by_name
 from qwenq.planner.estimates import GIB, gpu
 from qwenq.planner.plan import PlanOptions, find_model, make_plan
 from qwenq.planner.tables import answer
@@ -54,6 +55,35 @@ def test_random_weights_are_planned_by_their_shape_as_they_are_drawn() -> None:
         find_model("some/folder", "random")
 
 
+@pytest.mark.parametrize(
+    ("name", "missing"),
+    [
+        ("Qwen/Qwen2.5-VL-7B-Instruct", "the vision tower"),
+        ("qwen2-audio-7b", "the audio tower"),
+        ("qwen2.5-omni-7b", "the vision tower and the audio tower"),
+    ],
+)
+@pytest.mark.parametrize("weights", ["stored", "random"])
+def test_unsupported_models_are_refused_with_what_is_missing(name: str, missing: str, weights: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        find_model(name, weights)
+    assert caught.value.what == f"{name} is not supported yet: {missing} would have to be added"
+
+
+@pytest.mark.parametrize("name", ["Qwen/Qwen3.8-Flash-Next", "qwen3.8-flash-next-fp8"])
+def test_flash_next_is_refused_with_the_reason_and_its_bytes(name: str) -> None:
+    with pytest.raises(UnsupportedError, match="hyper-connections") as caught:
+        find_model(name)
+    billions = 125 + 51 + 4
+    assert f"about {billions * 2e9 / GIB:.0f} GiB in bfloat16" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("name", ["qwen1.5-moe-a2.7b-chat", "Qwen/Qwen2-57B-A14B-Instruct", "mixtral-8x7b"])
+def test_what_runs_and_cannot_be_planned_is_named(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=r"the sizes of .* are not known here"):
+        find_model(name)
+
+
 def test_a_shortened_name_of_a_supported_mixture_is_suggested() -> None:
     with pytest.raises(UsageError) as caught:
         find_model("qwen3-next")
@@ -63,6 +93,7 @@ def test_a_shortened_name_of_a_supported_mixture_is_suggested() -> None:
 def test_every_name_of_the_catalogue_is_supported() -> None:
     for name in catalogue.names():
         for key in (*catalogue.entry(name).names, *catalogue.entry(name).hub):
+            assert missing_by_name(key) is None
             found = find_model(key)
             assert found.entry is not None
             assert make_plan(found, PlanOptions(gpus=(gpu("h200"),))).precisions[-1].bytes > 0
