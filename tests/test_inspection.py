@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline import Recorder, manifest_of, run
+from pipeline import Recorder, manifest_of, recipe_for, run
 from safetensors.torch import load_file
 from test_families import quantised
 from tiny_families import write_calibration
 from tiny_published import (
     STRANGERS,
+    fused,
     mean_kl,
     rewrite,
     transformers_of,
@@ -123,6 +124,18 @@ def test_commands_run_it(tmp_path: Path, family: str) -> None:
     assert rows and all(row["status"] == "ok" for row in rows)
 
 
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3"])
+def test_fused_experts_give_the_same_integers_as_experts_apart(tmp_path: Path, family: str) -> None:
+    apart = write_published(tmp_path / "apart", family)
+    together = rewrite(write_published(tmp_path / "fused", family), fused)
+    calibration = write_calibration(apart, tmp_path / "tokens.safetensors")
+    for model in (apart, together):
+        run(model, tmp_path / f"{model.name}-out", calibration=calibration)
+    first, second = (load_file(tmp_path / f"{n}-out" / "model.safetensors") for n in ("apart", "fused"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_mixtrals_experts_have_their_published_names(tmp_path: Path) -> None:
     model = write_published(tmp_path / "model", "mixtral")
     out, _, _ = quantised(model)
@@ -133,6 +146,18 @@ def test_a_mixtrals_experts_have_their_published_names(tmp_path: Path) -> None:
     rules = QuantConfig.read({"quantization_config": config})
     assert any("block_sparse_moe" in rule and "gate" in rule for rule in config["dynamic"])
     assert rules.of("model.layers.0.block_sparse_moe.experts.0.w1").bits == 4
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_experts_that_saw_no_token_are_quantised_for_those_of_the_block(tmp_path: Path, family: str) -> None:
+    many = {"mixtral": "num_local_experts", "deepseek_v3": "n_routed_experts"}[family]
+    model = write_published(tmp_path / "m", family, **{many: 16, "num_experts_per_tok": 1})
+    calibration = write_calibration(model, tmp_path / "t.safetensors", samples=1, seq_len=8, held_out=4)
+    result = run(model, tmp_path / "out", calibration=calibration)
+    unseen = [s for s in manifest_of(tmp_path / "out")["modules"].values() if s.get("tokens") == 0]
+    assert len(unseen) >= 2 * 8 * 3
+    assert all(0 < stats["error"] < stats["rtn_error"] for stats in unseen)
+    assert result.check is not None
 
 
 def with_next_token_layer(number: int, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -156,6 +181,27 @@ def test_a_draft_head_behind_the_blocks_is_copied_and_named(tmp_path: Path, fami
     rules = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
     assert r"-:.*\.layers\.3\..*" in rules
     assert load(out, device="cpu", dtype="float32", engine="transformers").logits([[1, 2]])[0].shape[0] == 2
+
+
+def test_a_run_that_resumes_ends_as_a_whole_one(tmp_path: Path) -> None:
+    from test_experts import hashes
+
+    from qwenq.errors import StorageError
+    from qwenq.events import Advance, Event
+
+    model = write_published(tmp_path / "m", "deepseek_v3")
+    recipe = recipe_for(model)
+    quantize(recipe, tmp_path / "whole", Recorder(), device="cpu")
+
+    class Stopped(Recorder):
+        def __call__(self, event: Event) -> None:
+            if isinstance(event, Advance) and event.result is not None:
+                raise StorageError("stopped after a layer")
+
+    with pytest.raises(StorageError):
+        quantize(recipe, tmp_path / "out", Stopped(), device="cpu")
+    assert quantize(recipe, tmp_path / "out", Recorder(), device="cpu").resumed_layers == 1
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
 def save_stranger(folder: Path, kind: str, **changes: Any) -> Path:

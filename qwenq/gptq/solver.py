@@ -31,6 +31,9 @@ from qwenq.gptq.coordinate_descent import descend
 
 PANEL = 192  # columns of a triangular or symmetric matrix that are solved for or multiplied by at a time
 BLOCK = 64  # columns per lazy update. The paper has 128; on a CPU shorter rank-1 updates win
+BISECTIONS = (
+    6  # after the first success: the damping found is within 10^(1/2^6) = 4 % of the least that works
+)
 LARGEST_DAMP = 1e4  # beyond this H is noise: rounding to nearest would be as good
 
 
@@ -207,7 +210,7 @@ class DampedHessian:
 
 
 def damp_hessian(H: Tensor, damp: float, order: Tensor) -> DampedHessian:
-    """Add ``damp`` · mean(diag H) to the diagonal, or as often twice as much as Cholesky needs.
+    """Add ``damp`` · mean(diag H) to the diagonal; more, found by bisection, where Cholesky needs it.
 
     A dead column costs nothing whatever its weight is; its diagonal is set to the mean, which makes GPTQ
     round it to nearest and leave the others alone.
@@ -226,17 +229,34 @@ def damp_hessian(H: Tensor, damp: float, order: Tensor) -> DampedHessian:
     dead = diagonal == 0
     mean = float(diagonal.mean()) or 1.0
     diagonal[dead] = mean
-    plain = diagonal.clone()
-    diagonal.add_(damp * mean)
-    while (U := inverse_factor(H, order)) is None:
-        if damp > LARGEST_DAMP:
-            raise QuantisationError(
-                "the Hessian is not positive definite whatever the damping",
-                hint="use more, and more varied, calibration text",
-            )
-        damp *= 2
-        diagonal.copy_(plain + damp * mean)
-    return DampedHessian(H, U, order, damp, int(dead.sum()))
+    used = 0.0
+
+    def attempt(share: float) -> Tensor | None:
+        nonlocal used
+        diagonal.add_((share - used) * mean)
+        used = share
+        return inverse_factor(H, order)
+
+    U = attempt(damp)
+    if U is None:
+        low, high = damp, damp * 10
+        while (U := attempt(high)) is None:
+            low, high = high, high * 10
+            if high > LARGEST_DAMP:
+                raise QuantisationError(
+                    "the Hessian is not positive definite whatever the damping",
+                    hint="use more, and more varied, calibration text",
+                )
+        for _ in range(BISECTIONS):
+            middle = (low * high) ** 0.5
+            if (found := attempt(middle)) is None:
+                low = middle
+            else:
+                high, U = middle, found
+        if used != high:
+            diagonal.add_((high - used) * mean)
+            used = high
+    return DampedHessian(H, U, order, used, int(dead.sum()))
 
 
 def inverse_factor(H: Tensor, order: Tensor | None = None) -> Tensor | None:

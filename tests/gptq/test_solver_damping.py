@@ -36,7 +36,7 @@ def test_a_singular_hessian_gets_more_and_the_result_says_how_much() -> None:
     )
 
 
-def test_damping_is_at_most_twice_the_least_that_works() -> None:
+def test_bisection_finds_the_least_damping_that_works() -> None:
     """A matrix with a known negative eigenvalue: the least damping is that eigenvalue's size."""
     basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(0)))[0]
     values = torch.linspace(1, 2, 64)
@@ -45,7 +45,7 @@ def test_damping_is_at_most_twice_the_least_that_works() -> None:
     H = (H + H.T) / 2
     least = 0.3 / float(H.diagonal().mean())
     result = damp_hessian(H.clone(), 0.01, NATURAL)
-    assert least <= result.damp <= 2 * least
+    assert least <= result.damp <= 1.06 * least
 
 
 def test_dead_columns_are_counted_and_leave_the_others_alone() -> None:

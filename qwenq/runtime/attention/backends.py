@@ -39,6 +39,7 @@ class Autotuned:
             f"fastest measured at load among {', '.join(each.name for each in candidates)}: "
             f"prefill {self._prefill.name} ({self._prefill.implementation}), "
             f"decode {self._decode.name} ({self._decode.implementation})"
+            f"{', not measured' if grouped else ''}"
         )
 
     def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, span: Span) -> Tensor:
