@@ -352,7 +352,7 @@ def _run_steps(chain: Chain, listener: Listener) -> int:
         started = time.monotonic()
         code, stopped = _execute(step)
         if code != 0:
-            listener(Notice(f"{step.name} ended with exit code {code}; the same command continues here"))
+            listener(Notice(f"{step.name} ended with exit code {code}; the same command goes on here"))
             return code
         _link(step)
         _append_to_journal(chain.work, step, time.monotonic() - started)
