@@ -132,17 +132,6 @@ def open_foreign(config: Mapping[str, Any], source: TensorSource, where: Path) -
     return opened
 
 
-def unpack_int32(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return integers of 1 to 8 bits, uint8 [rows, count], from int32 [rows, ceil(count · bits / 32)].
-
-    The lowest bits come first; an integer may lie across two words.
-    """
-    if 32 % bits == 0:
-        return from_int32(words, bits)[:, :count]
-    stream = from_int32(words, 1)[:, : count * bits].reshape(len(words), count, bits)
-    return (stream << torch.arange(bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-
-
 def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
     bits, group = _integer(keys, "bits", where), _integer(keys, "group_size", where)
     version = str(keys.get("version") or keys.get("format") or "gemm").lower()  # AutoAWQ's, GPTQModel's
@@ -261,12 +250,12 @@ def _packed(schemes: list[dict[str, Any]], activations: bool) -> ForeignFormat:
                 where=module,
                 hint=OTHER_MODEL,
             )
-        values = unpack_int32(words, bits, columns).float()  # [out, in]
+        values = from_int32(words, bits)[:, :columns].float()  # [out, in]
         scales = source.read(f"{module}.weight_scale").float()  # [out, groups]
         stored = set(source.names())
         if not symmetric and f"{module}.weight_zero_point" in stored:
             packed = source.read(f"{module}.weight_zero_point")  # [out · bits / 32, groups]
-            zeros = unpack_int32(packed.t().contiguous(), bits, rows).t().float()  # [out, groups]
+            zeros = from_int32(packed.t(), bits)[:, :rows].t().float()  # [out, groups]
         else:
             zeros = torch.full_like(scales, float(1 << (bits - 1)))
         count = scales.shape[1]

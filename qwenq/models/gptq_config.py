@@ -152,7 +152,7 @@ def module_groups(groups: Iterable[Iterable[str]]) -> list[list[str]]:
     return found
 
 
-SUPPORTED_BITS = (2, 4, 8)
+SUPPORTED_BITS = (2, 3, 4, 8)
 CheckpointFormat = Literal["gptq", "gptq_v2"]
 CHECKPOINT_FORMATS = get_args(CheckpointFormat)
 _MOST_RULES, _LONGEST_RULE = 10_000, 1000  # of dynamic, and characters of one
@@ -163,7 +163,7 @@ _WIDEST = 1 << 24  # input columns of the widest linear that config.json may nam
 class QuantConfig:
     """Settings of a quantised checkpoint."""
 
-    bits: int = 4  # 2, 4 or 8
+    bits: int = 4  # one of SUPPORTED_BITS
     group_size: int = 128  # input columns that share a scale; -1 for all of them
     sym: bool = True  # whether every zero point is ``2 ** (bits - 1)``
     # whether the *file* is in activation order (``g_idx`` not trivial). Act-order with static groups leaves

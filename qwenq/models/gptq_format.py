@@ -2,7 +2,7 @@
 
 A weight ``[out, in]`` is stored transposed. Each int32 of ``qweight`` holds 32/bits consecutive *input* rows
 of one output column, each int32 of ``qzeros`` 32/bits consecutive *output* columns of one group, the first in
-the lowest bits::
+the lowest bits; of 3 bits, 32 integers lie in three words, some of them across two::
 
     weight[o, i] = scales[g_idx[i], o] * (integer[o, i] - zero[g_idx[i], o])
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import torch
@@ -89,7 +90,7 @@ def pack(
         integers: uint8 ``[out, in]``, each below ``2**bits``.
         scales: ``[out, groups]``, any float dtype; stored as float16.
         zeros: uint8 ``[out, groups]``, each below ``2**bits`` and, in format v1, at least 1.
-        bits: 2, 4 or 8.
+        bits: one of ``SUPPORTED_BITS``.
         checkpoint_format: how zero points are stored.
 
     Raises:
@@ -181,9 +182,13 @@ def _to_int32(values: Tensor, bits: int) -> Tensor:
     """Pack uint8 ``[rows, n]``, each below ``2**bits``, to int32 ``[rows, n * bits / 32]``, first lowest.
 
     Two neighbours read as one int16 are ``first | second << 8``; shifted onto itself, that leaves both in
-    the low byte. Repeat until a byte is full.
+    the low byte. Repeat until a byte is full. Integers that do not fill whole bytes are split into bits first.
     """
-    rows, values, width = values.shape[0], values.flatten(), bits
+    rows, width = values.shape[0], bits
+    if 8 % bits:
+        shifts = torch.arange(bits, dtype=torch.uint8, device=values.device)
+        values, width = (values.unsqueeze(-1) >> shifts) & 1, 1  # [rows, n, bits]
+    values = values.flatten()
     while width < 8:
         pairs = values.view(torch.int16)  # [rows * n / 2]
         values = (pairs >> (8 - width)).bitwise_or_(pairs).to(torch.uint8)  # the high byte falls off
@@ -192,7 +197,12 @@ def _to_int32(values: Tensor, bits: int) -> Tensor:
 
 
 def from_int32(words: Tensor, bits: int) -> Tensor:
-    """Unpack int32 ``[rows, n * bits / 32]`` to uint8 ``[rows, n]``, 1, 2, 4 or 8 bits each, lowest first."""
+    """Unpack int32 ``[rows, words]`` to uint8 ``[rows, words * 32 // bits]`` of 1 to 8 bits, lowest first."""
+    if 8 % bits:  # an integer may lie across bytes and words: a stream of single bits
+        count = words.shape[1] * 32 // bits
+        stream = from_int32(words, 1)[:, : count * bits].reshape(len(words), count, bits)
+        shifts = torch.arange(bits, dtype=torch.uint8, device=words.device)
+        return (stream << shifts).sum(-1, dtype=torch.uint8)
     values, width = words.flatten().view(torch.uint8), 4
     while width >= bits:
         mask = (2**width - 1) * 0x0101
@@ -213,9 +223,9 @@ def _check_unpacked(integers: Tensor, scales: Tensor, zeros: Tensor, bits: int) 
         raise ValueError(f"scales {tuple(scales.shape)}, zeros {tuple(zeros.shape)}: expected [out, groups]")
     if scales.shape[1] == 0 or in_features % scales.shape[1]:
         raise ValueError(f"{in_features} columns do not divide into {scales.shape[1]} groups")
-    per_word = 32 // bits
-    if in_features % per_word or out_features % per_word:
-        raise ValueError(f"a [{out_features}, {in_features}] weight needs both sides divisible by {per_word}")
+    whole = 32 // gcd(32, bits)  # integers that fill whole words
+    if in_features % whole or out_features % whole:
+        raise ValueError(f"a [{out_features}, {in_features}] weight needs both sides divisible by {whole}")
     top = 2**bits - 1
     if integers.numel() and (int(integers.max()) > top or int(zeros.max()) > top):
         raise ValueError(f"integers and zeros must be at most {top} at {bits} bits")

@@ -49,7 +49,7 @@ class LinearShape:
 class Requirements:
     """What a model requires of a `QuantLinear`; equal to itself alone: experts are thousands of layers."""
 
-    bits: int  # 2, 4 or 8
+    bits: int  # one of SUPPORTED_BITS
     group_size: int  # input columns that share a scale; -1 for all of them
     checkpoint_format: CheckpointFormat  # how zero points are stored
     device: torch.device

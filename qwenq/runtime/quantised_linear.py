@@ -9,6 +9,7 @@ from torch import Tensor
 
 from qwenq.compute import cpu, gpu, linear
 from qwenq.errors import UnsupportedError, UsageError
+from qwenq.models.gptq_config import SUPPORTED_BITS
 from qwenq.models.gptq_format import PackedLinear, dequantise, has_trivial_g_idx, pack, unpack_zeros
 from qwenq.runtime.linear import (
     Dense,
@@ -26,7 +27,7 @@ class Dequantise(Dense):
 
     name = "dequantise"
     device_type: ClassVar[str] = "any"
-    widths: ClassVar[tuple[int, ...]] = (2, 4, 8)
+    widths: ClassVar[tuple[int, ...]] = SUPPORTED_BITS
 
     def __init__(self, packed: PackedLinear, need: Requirements, bias: Tensor | None) -> None:
         weight = dequantise(packed, need.bits, need.checkpoint_format, need.dtype)

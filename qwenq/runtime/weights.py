@@ -139,9 +139,9 @@ class Weights:
         dense = self.kernel == "dequantise" or not self.quantised
         needed = 0
         for name in self._names:
-            module = name.removesuffix(".weight")
-            packed = module in self.quantised
-            size = self._dtype.itemsize if dense or not packed else self._needs[module].bits / 8
+            module, size = name.removesuffix(".weight"), float(self._dtype.itemsize)
+            if module in self.quantised and self._kernels[self._needs[module]].name != "dequantise":
+                size = self._needs[module].bits / 8
             needed += int(math.prod(self._source.info(name).shape) * size)
         form = str(self._dtype).removeprefix("torch.")
         if not dense:

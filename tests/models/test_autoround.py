@@ -24,7 +24,7 @@ def packed(name: str, **more: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["autoround:auto_gptq", "autoround:gptqmodel"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_zero_points_are_read_as_the_packing_format_stores_them(tmp_path: Path, kind: str, bits: int) -> None:
     model = write_family(tmp_path / "m", "qwen3")
     expected = write_foreign(model, tmp_path / "f", kind, bits=bits)

@@ -14,7 +14,8 @@ from tiny_families import write_family
 
 from qwenq.errors import ModelError, QwenqError, UnsupportedError
 from qwenq.models.checkpoint import open_checkpoint, open_weights
-from qwenq.models.foreign_formats import ForeignSource, foreign_format, unpack_int32
+from qwenq.models.foreign_formats import ForeignSource, foreign_format
+from qwenq.models.gptq_format import from_int32
 
 KINDS = [
     ("awq", 4, 32),
@@ -52,7 +53,7 @@ def test_every_format_is_read_as_the_weights_that_it_stands_for(
 @pytest.mark.parametrize("bits", range(1, 9))
 def test_integers_across_words_are_put_together(bits: int) -> None:
     values = torch.randint(0, 1 << bits, (5, 37), dtype=torch.uint8)
-    assert torch.equal(unpack_int32(packed_words(values, bits), bits, 37), values)
+    assert torch.equal(from_int32(packed_words(values, bits), bits)[:, :37], values)
 
 
 @pytest.mark.parametrize(

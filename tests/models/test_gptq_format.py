@@ -92,7 +92,7 @@ def test_transformers_takes_the_config() -> None:
     ("change", "error", "says"),
     [
         ({"quant_method": "awq"}, UnsupportedError, "awq"),
-        ({"bits": 3}, UnsupportedError, "bits is 3"),
+        ({"bits": 5}, UnsupportedError, "bits is 5; only 2, 3, 4, 8"),
         ({"bits": True}, UnsupportedError, "bits is True"),
         ({"checkpoint_format": "marlin"}, UnsupportedError, "marlin"),
         ({"format": "bitblas"}, UnsupportedError, "bitblas"),

@@ -19,7 +19,7 @@ from qwenq.models.gptq_format import (
     unpack_zeros,
 )
 
-WIDTHS = st.sampled_from([2, 4, 8])
+WIDTHS = st.sampled_from([2, 3, 4, 8])
 FORMATS = st.sampled_from(["gptq", "gptq_v2"])
 
 
@@ -34,13 +34,13 @@ def random_weight(
 
 
 def words_one_by_one(integers: Tensor, bits: int) -> list[list[int]]:
-    """qweight as unsigned numbers, from the format's definition: row i // n, shift bits * (i % n)."""
-    per_word = 32 // bits
+    """qweight as unsigned numbers, from the format's definition: integer i begins at bit ``bits * i``."""
     out_features, in_features = integers.shape
-    words = [[0] * out_features for _ in range(in_features // per_word)]
+    words = [[0] * out_features for _ in range(in_features * bits // 32)]
     for o, row in enumerate(integers.tolist()):
-        for i, value in enumerate(row):
-            words[i // per_word][o] |= value << (bits * (i % per_word))
+        stream = sum(value << (bits * i) for i, value in enumerate(row))
+        for place, word in enumerate(words):
+            word[o] = stream >> (32 * place) & 0xFFFFFFFF
     return words
 
 
@@ -51,7 +51,7 @@ def unsigned(words: Tensor) -> list[list[int]]:
 @st.composite
 def weights(draw: st.DrawFn) -> tuple[Tensor, Tensor, Tensor, int]:
     bits = draw(WIDTHS)
-    word = 32 // bits
+    word = 32 if bits == 3 else 32 // bits
     groups = draw(st.integers(1, 4))
     in_features = word * groups * draw(st.integers(1, 3))
     out_features = word * draw(st.integers(1, 4))
@@ -109,6 +109,14 @@ def test_symmetric_zero_points_are_the_published_words(bits: int, golden: int) -
     assert {value & 0xFFFFFFFF for value in v2.flatten().tolist()} == {
         int(f"{2 ** (bits - 1):0{bits}b}" * (32 // bits), 2)
     }
+
+
+def test_three_bits_lie_across_words() -> None:
+    """As the published kernels read them: integer 10 has two bits in one word, one in the next; 21 one and two."""
+    integers = torch.zeros(32, 32, dtype=torch.uint8)
+    integers[:, 10], integers[:, 21] = 0b101, 0b110
+    packed = pack(integers, torch.ones(32, 1), torch.full((32, 1), 4, dtype=torch.uint8), 3)
+    assert [row[0] for row in unsigned(packed.qweight)] == [0b01 << 30, 0b1 | 0b0 << 31, 0b11]
 
 
 def test_first_input_column_is_the_lowest_nibble() -> None:

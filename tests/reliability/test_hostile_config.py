@@ -132,7 +132,7 @@ def settings_of(folder: Path, source: TensorSource) -> None:
     """As the folder is opened, without what its weights lack."""
     found = gptq_config.settings_of(folder, V1, source.names())
     assert found is not None
-    assert found.bits in (2, 4, 8)
+    assert found.bits in (2, 3, 4, 8)
     assert found.group_size == -1 or 0 < found.group_size <= 2**31
 
 

@@ -30,6 +30,11 @@ CASES = {
     "int4-v2": QuantConfig(bits=4, group_size=32, checkpoint_format="gptq_v2"),
     "int2": QuantConfig(bits=2, group_size=32),
 }
+"""What the compiled product runs."""
+INT3 = {
+    "int3": QuantConfig(bits=3, group_size=32),
+    "int3-act-order": QuantConfig(bits=3, group_size=32, sym=False, desc_act=True),
+}
 needs_c = pytest.mark.skipif(cpu.unsupported_reason() is not None, reason=f"{cpu.unsupported_reason()}")
 
 
@@ -52,12 +57,12 @@ def logits(engine: Engine) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *INT3])
 @pytest.mark.parametrize("family", ["qwen3", "qwen1.5"])
 def test_float32_logits_are_those_of_the_weights_that_the_integers_stand_for(
     family: str, case: str, engine: str
 ) -> None:
-    checkpoint = quantised_model(family, CASES[case])
+    checkpoint = quantised_model(family, {**CASES, **INT3}[case])
     found = load(checkpoint, device="cpu", dtype="float32", engine=engine)
     expected = load(plain(checkpoint), device="cpu", dtype="float32", engine="transformers")
     torch.testing.assert_close(logits(found), logits(expected), atol=1e-3, rtol=0)
@@ -123,6 +128,23 @@ def test_decode_steps_give_what_a_prompt_gives(dtype: str) -> None:
     found, expected = logits(grouped), logits(whole)
     tolerance = 1e-4 if dtype == "float32" else 0.02 * float(expected.abs().max())
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("bits", [3, 8])
+def test_a_quantised_head_is_the_weights_that_it_stands_for(bits: int, engine: str) -> None:
+    """As GPTQModel and AutoRound write it: ``lm_head`` is true, and a rule may have its bits."""
+    checkpoint = quantised_model("qwen3", INT4, vocab_size=320)
+    packed = packed_linear(checkpoint.read("lm_head.weight"), QuantConfig(bits=bits, group_size=32))
+    changed = broken(checkpoint, "lm_head.weight", None)
+    for name, tensor in packed.tensors("lm_head").items():
+        changed = broken(changed, name, tensor)
+    quant = {**checkpoint.config["quantization_config"], "lm_head": True}
+    quant["dynamic"] = {"lm_head": {"bits": bits}}
+    changed = replace(changed, config={**checkpoint.config, "quantization_config": quant})
+    found = load(changed, device="cpu", dtype="float32", engine=engine)
+    expected = load(plain(changed), device="cpu", dtype="float32", engine="transformers")
+    torch.testing.assert_close(logits(found), logits(expected), atol=1e-3, rtol=0)
 
 
 def broken(checkpoint: Checkpoint, name: str, tensor: torch.Tensor | None) -> Checkpoint:
