@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
     from qwenq.models.foreign_formats import ForeignSource
 
+HEADS = ("lm_head.weight", "lm_head.qweight")
+"""Names of the output head's tensor, plain or quantised."""
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -88,8 +91,7 @@ class Checkpoint:
     @cached_property
     def tied(self) -> bool:
         """Return whether the output head is the embedding."""
-        absent = "lm_head.weight" not in set(self.names())
-        return absent and bool(self.config.get("tie_word_embeddings", False))
+        return set(self.names()).isdisjoint(HEADS) and bool(self.config.get("tie_word_embeddings", False))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -186,12 +188,14 @@ def _correct_format(config: dict[str, Any], source: TensorSource, notices: list[
 
 def _untie(config: dict[str, Any], source: TensorSource, notices: list[str]) -> dict[str, Any]:
     """Return a config that agrees with the weights where it ties a head that is not the embedding."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if not config.get("tie_word_embeddings") or not {head, embedding} <= set(source.names()):
+    embedding, names = "model.embed_tokens.weight", set(source.names())
+    head = next((name for name in HEADS if name in names), None)
+    if not config.get("tie_word_embeddings") or head is None or embedding not in names:
         return config
     import torch
 
-    if source.info(head) == source.info(embedding) and torch.equal(source.read(head), source.read(embedding)):
+    same = source.info(head) == source.info(embedding)
+    if same and torch.equal(source.read(head), source.read(embedding)):
         return config
     notices.append(
         f"config.json sets tie_word_embeddings, but {head} is not the embedding: the head in the file is "

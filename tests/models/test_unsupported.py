@@ -12,6 +12,8 @@ from tiny_model import write_tiny_model
 
 from qwenq.errors import ModelError, UsageError
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import pack
 from qwenq.models.opening import resolve_model
 
 ADAPTER = {"base_model_name_or_path": "Qwen/Qwen2.5-0.5B-Instruct", "peft_type": "LORA"}
@@ -87,6 +89,22 @@ def test_a_head_unlike_the_embedding_is_used_with_a_notice(tmp_path: Path) -> No
     other = open_checkpoint(tmp_path)
     assert other.config["tie_word_embeddings"] is False and not other.tied
     assert "lm_head.weight is not the embedding" in other.notices[0]
+
+
+def test_a_quantised_head_is_no_tied_one_whatever_config_json_says(tmp_path: Path) -> None:
+    file = write_tiny_model(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    rows, columns = tensors["model.embed_tokens.weight"].shape
+    integers = torch.zeros(rows // 8 * 8, columns, dtype=torch.uint8)
+    middle = torch.full((len(integers), 1), 8, dtype=torch.uint8)
+    packed = pack(integers, torch.ones(len(integers), 1), middle, 4)
+    save_file(tensors | packed.tensors("lm_head"), file)
+    quant = QuantConfig(bits=4, group_size=columns, lm_head=True).to_config_json()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": quant}))
+    found = open_checkpoint(tmp_path)
+    assert found.config["tie_word_embeddings"] is False and not found.tied
+    assert "lm_head.qweight is not the embedding" in found.notices[0]
 
 
 def with_layers(folder: Path, count: int) -> None:
