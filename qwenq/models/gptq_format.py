@@ -182,7 +182,8 @@ def _to_int32(values: Tensor, bits: int) -> Tensor:
     """Pack uint8 ``[rows, n]``, each below ``2**bits``, to int32 ``[rows, n * bits / 32]``, first lowest.
 
     Two neighbours read as one int16 are ``first | second << 8``; shifted onto itself, that leaves both in
-    the low byte. Repeat until a byte is full. Integers that do not fill whole bytes are split into bits first.
+    the low byte. Repeat until a byte is full. Others than 1, 2, 4 and 8 bits
+    are split into single bits first.
     """
     rows, width = values.shape[0], bits
     if 8 % bits:

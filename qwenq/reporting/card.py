@@ -77,6 +77,7 @@ def asked_by(row: Row) -> str:
 TASKS = {
     **{"mmlu": "MMLU", "ceval": "CEval (val)", "gsm8k": "GSM8K", "humaneval": "Humaneval"},
     **{"math": "MATH", "mbpp": "MBPP", "bbh": "BBH", "cmmlu": "CMMLU"},  # on the base models' cards
+    **{"mmlu-pro": "MMLU-Pro", "gpqa-diamond": "GPQA-diamond", "ifeval": "IFEval", "math-500": "MATH-500"},
 }
 """Names of tasks as the card's headings have them."""
 _ATTENTION_MEANS = {
@@ -101,7 +102,7 @@ def accuracy_table(collection: Collection, family: str) -> Table | None:
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "items answered correctly, with 95 % intervals")
     made.caption.append(_how_asked(rows))
-    _add_cut(made, rows, collection)
+    _add_cut(made)
     asked = {str(item.row.point.get("task")): _score(item)[1] for item in rows if _as_the_cards(item.row)}
     for row in published_of(family):
         figures = {asked[task]: value for task, value in row.accuracy.items() if task in asked}
@@ -118,21 +119,19 @@ def _how_asked(rows: list[Measured]) -> str:
     return "; ".join(f"{how}: {', '.join(tasks)}" for how, tasks in parts.items() if tasks)
 
 
-def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
+def _add_cut(made: Pivot) -> None:
     """Add the share of answers cut at the limit of tokens, for each task with written answers."""
-    for item in sorted(rows, key=lambda item: task_order(item.row)):
-        if (found := cut_of(item.row)) is None:
-            continue
-        score = task_name(item.row)
-        heading = f"{score} cut (%)"
-        note = f"{score}: {found.warning}" if found.many else ""
-        label = collection.label(item.row.model)
-        for line in made.lines:
-            cell = line.cells.get(_score(item)[1])
-            if line.labels[0] == label and cell is not None and cell.value == item.row.value:
-                line.cells[heading] = Cell(fixed(1)(100 * found.share), found.share, note=note)
-        if heading not in made.columns:
-            made.columns.append(heading)
+    places: dict[str, tuple[int, str]] = {}
+    for line in made.lines:
+        for row in line.rows:
+            if (found := cut_of(row)) is None:
+                continue
+            score = task_name(row)
+            heading = f"{score} cut (%)"
+            places[heading] = task_order(row)
+            note = f"{score}: {found.warning}" if found.many else ""
+            line.cells[heading] = Cell(fixed(1)(100 * found.share), found.share, note=note)
+    made.columns += sorted(places, key=places.__getitem__)
 
 
 def _as_the_cards(row: Row) -> bool:

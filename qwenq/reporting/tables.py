@@ -9,7 +9,7 @@ from typing import Any
 
 from qwenq.reporting.collect import Collection, Measured, hardware_names
 from qwenq.reporting.text import clean, format_of
-from qwenq.results import Value
+from qwenq.results import Row, Value
 
 MISSING = "–"
 
@@ -119,6 +119,7 @@ class Draft:
 
     labels: list[str]
     cells: dict[str, Cell]  # by heading
+    rows: list[Row] = field(default_factory=list)  # whose figures the cells are
     published: bool = False
     note: str = ""
 
@@ -189,16 +190,23 @@ def pivot(rows: Sequence[Measured], layout: Layout, names: Collection) -> Pivot:
         caption.append("computed in: " + "; ".join(f"{label} {dtype}" for label, dtype in dtypes.items()))
     places = [(tuple(label), heading) for label, heading in zip(labels, headings, strict=True)]
     by_run = len(set(places)) < len(places)
-    lines: dict[tuple[str, ...], dict[str, Cell]] = {}
+    lines: dict[tuple[str, ...], dict[str, Measured]] = {}
     for item, label, heading in zip(rows, labels, headings, strict=True):
         where = (*label, item.run.name) if by_run else tuple(label)
-        lines.setdefault(where, {})[heading] = _cell(item)
+        lines.setdefault(where, {})[heading] = item
     titles = [layout.first, *(layout.labels.get(key) or _title(key) for key in varying)]
     return Pivot(
         headers=[*titles, "Run"] if by_run else titles,
         columns=list(dict.fromkeys(text for _, text in sorted({layout.column(item) for item in rows}))),
         caption=caption,
-        lines=[Draft(list(where), cells) for where, cells in lines.items()],
+        lines=[
+            Draft(
+                list(where),
+                {heading: _cell(item) for heading, item in found.items()},
+                [item.row for item in found.values()],
+            )
+            for where, found in lines.items()
+        ],
     )
 
 

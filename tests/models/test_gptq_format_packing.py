@@ -112,7 +112,7 @@ def test_symmetric_zero_points_are_the_published_words(bits: int, golden: int) -
 
 
 def test_three_bits_lie_across_words() -> None:
-    """As the published kernels read them: integer 10 has two bits in one word, one in the next; 21 one and two."""
+    """As the published kernels read them: of integer 10 two bits are in one word, of integer 21 one."""
     integers = torch.zeros(32, 32, dtype=torch.uint8)
     integers[:, 10], integers[:, 21] = 0b101, 0b110
     packed = pack(integers, torch.ones(32, 1), torch.full((32, 1), 4, dtype=torch.uint8), 3)

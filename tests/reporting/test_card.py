@@ -130,3 +130,24 @@ def test_what_is_served_is_computed_in_nobody_knows_what(tmp_path: Path) -> None
     served = replace(made, model=replace(made.model, precision="served", group_size=None))
     report = make_report(collect([write_run(tmp_path / "run", [served])]), "t")
     assert "computed in" not in "; ".join(report.sections[0].tables[0].caption)
+
+
+def test_the_share_of_cut_answers_is_a_column_of_its_line_with_a_warning_above_two_percent(
+    tmp_path: Path,
+) -> None:
+    """Thinking or not, the score is the same, and the share of cut answers is not."""
+    plain = accuracy("int4", "ifeval")
+    point = {**plain.point, "thinking": "on"}
+    rows = [
+        replace(plain, details={**plain.details, "cut": {"answers": 10, "of": 500}}),
+        replace(plain, point=point, details={**plain.details, "cut": {"answers": 11, "of": 500}}),
+        accuracy("int4", "mmlu"),
+    ]
+    (section,) = make_report(collect([write_run(tmp_path / "run", rows)]), "R").sections
+    table = section.tables[0]
+    assert table.headers == ("Quantization", "Thinking", "MMLU (%)", "IFEval (%)", "IFEval cut (%)")
+    cells = {line.cells[1].text: line.cells[-1] for line in table.lines}
+    assert (cells["none"].text, cells["none"].note) == ("2.0", "")
+    assert cells["on"].text == "2.2" and cells["on"].note.startswith(
+        "IFEval: 11 of 500 answers (2.2%) were cut"
+    )
