@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from qwenq.errors import QwenqError, UsageError
@@ -23,7 +24,7 @@ from qwenq.evals.task import (
     Write,
     Written,
 )
-from qwenq.events import Listener, Notice, silent
+from qwenq.events import Listener, silent
 from qwenq.http import (
     RefusedError,
     Server,
@@ -47,6 +48,8 @@ SEED = 0  # of answers that a server samples
 PENALTY = "repetition_penalty"
 """No part of OpenAI's interface, but vLLM and SGLang take it; by default they use the model's
 generation_config.json, which has 1.1 in Qwen's chat models."""
+TEMPLATE = "chat_template_kwargs"
+"""What a chat template gets, no part of OpenAI's interface either; vLLM, SGLang and llama.cpp take it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class RemoteModel:
     server: Server
     name: str  # there
     concurrency: int = CONCURRENCY  # requests under way at a time
-    # sent as ``enable_thinking`` for the chat template; None: left to the server
+    # sent as ``enable_thinking`` for the chat template; None: false, where the server takes it
     thinking: bool | None = None
     quantised: ClassVar[bool] = False
     base: ClassVar[str | None] = None
@@ -88,6 +91,14 @@ class RemoteModel:
         """Return its identity in rows of results."""
         return served_identity(self.url, self.name)
 
+    @property
+    def thinking_notice(self) -> str:
+        """Return a line on a choice that the user did not make, for chats; else empty."""
+        asked = (
+            "--thinking auto asks the server for answers without thoughts (enable_thinking is false), as the "
+        )
+        return asked + "card's tasks have a budget for answers only" if self.thinking is None else ""
+
     def generation(self, thinking: bool) -> str:
         """Return a phrase on how answers are generated, as far as the server follows the request."""
         if thinking:
@@ -97,8 +108,8 @@ class RemoteModel:
     @property
     def key(self) -> dict[str, Any]:
         """Return everything of it that an answer depends on, as far as it is known."""
-        key = {"endpoint": self.url, "model": self.name, PENALTY: 1}
-        return key if self.thinking is None else {**key, "enable_thinking": self.thinking}
+        asked = "auto" if self.thinking is None else self.thinking
+        return {"endpoint": self.url, "model": self.name, PENALTY: 1, "enable_thinking": asked}
 
     def unload(self) -> None:
         """Free nothing: no weights are loaded here."""
@@ -140,29 +151,42 @@ class RemoteModel:
         if request.until:
             body["stop"] = list(request.until[:STOPS])
         if isinstance(request.prompt, str):
-            found = self.without_penalty("/completions", {**body, "prompt": request.prompt})
-            return self._read(found, request)
-        turns = [dict(message) for message in request.prompt]
-        if self.thinking is not None:
-            body["chat_template_kwargs"] = {"enable_thinking": self.thinking}
+            return self._read(self.send("/completions", {**body, "prompt": request.prompt}), request)
+        body["messages"] = [dict(message) for message in request.prompt]
+        template = {TEMPLATE: {"enable_thinking": bool(self.thinking)}}
+        if self.thinking is None:
+            return self._read(self.send("/chat/completions", body, template), request)
         if self.thinking:  # greedy thoughts repeat themselves: Qwen advises against them
             del body["temperature"]
             body["seed"] = SEED
-        found = self.without_penalty("/chat/completions", {**body, "messages": turns})
-        return self._read(found, request)
+        return self._read(self.send("/chat/completions", {**body, **template}), request)
 
-    def without_penalty(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        """Return the reply without repetition penalty; a server that refuses the option applies none."""
-        if PENALTY in self.server.state.unknown:
-            return self.server.ask(path, body)
-        try:
-            return self.server.ask(path, {**body, PENALTY: 1.0})
-        except RefusedError as refused:
-            if not refused.concerns(PENALTY):
-                raise
-            found = self.server.ask(path, body)
-            self.server.state.lacks(PENALTY, self.url)
-            return found
+    def send(
+        self, path: str, body: Mapping[str, Any], optional: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
+        """Return the reply without repetition penalty.
+
+        ``optional`` and the penalty are left out, with a notice, where the server refuses them.
+        """
+        state = self.server.state
+        more = {
+            name: value for name, value in {PENALTY: 1.0, **optional}.items() if name not in state.unknown
+        }
+        refused: list[str] = []
+        while True:
+            try:
+                found = self.server.ask(path, {**body, **more})
+            except RefusedError as error:
+                # of templates servers speak in several words
+                name = next((name for name in more if error.concerns(name.removesuffix("_kwargs"))), None)
+                if name is None:
+                    raise
+                del more[name]
+                refused.append(name)
+            else:
+                for name in refused:
+                    state.lacks(name, self.url)
+                return found
 
     def ask_all(self, requests: Sequence[Request]) -> Iterator[tuple[int, Reply]]:
         """Yield every answer as it arrives, as (index, reply), ``concurrency`` at a time.
@@ -248,14 +272,10 @@ def open_served(
     """Return the model at ``http://HOST/v1``, after one request for those that are served there.
 
     Without a name it is the only one. A request that has failed and is retried is a notice. With ``thinking``
-    auto the server decides.
+    auto a model that can be asked not to think is asked so.
     """
     server = Server(checked_address(url), checked_key(key), state=ServerState(listener))
     name = served_model(server, name)
-    if thinking == "auto":
-        listener(
-            Notice("whether this model thinks, its server decides; --thinking on or off asks for one of them")
-        )
     wanted = None if thinking == "auto" else thinking == "on"
     return RemoteModel(server, name, concurrency or CONCURRENCY, wanted)
 
@@ -348,7 +368,7 @@ def _complete(
         raise _Absent(f"it refuses {option}")
     body = {"model": served.name, "prompt": prompt, "max_tokens": 1, "temperature": 0, "stream": False}
     try:
-        reply = served.without_penalty("/completions", {**body, **more})
+        reply = served.send("/completions", {**body, **more})
     except RefusedError as error:
         if not concerns_logprobs(error.what):
             raise

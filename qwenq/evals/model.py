@@ -106,6 +106,7 @@ class LocalModel:
     # fingerprint of the model that it was quantised from, where known, see ``assign_bases``
     base: str | None = None
     thinking: bool | None = None  # whether it thinks before it answers a chat; None: it never does
+    thinking_notice: str = ""  # on a choice that the user did not make, for chats
 
     @property
     def quantised(self) -> bool:
@@ -209,9 +210,10 @@ def open_eval_model(given: str | None, how: LoadOptions) -> LocalModel:
             dtype=str(number).removeprefix("torch."),
             attention=find_attention(how.attention, how.engine, place),
         ),
-        [*resolved.notices, *checkpoint.notices, *([thinking.notice] if thinking.notice else [])],
+        [*resolved.notices, *checkpoint.notices],
         base_of(checkpoint.folder).get("fingerprint"),
         None if thinking.tokenizer.thinking == "never" else thinking.on,
+        thinking.notice,
     )
 
 

@@ -105,6 +105,15 @@ def open_and_evaluate(
         for notice in dict.fromkeys(notice for one in local for notice in one.notices):
             listener(Notice(notice))
         opened = [*local]
+    chats = [one for one in opened if _protocol(one, chosen) == "card"]
+    if how.thinking == "on" and not chats:
+        raise UsageError(
+            "only the protocol card asks in chats: no model thinks under the others",
+            where="--thinking",
+            hint="use --protocol card, or leave --thinking out",
+        )
+    for notice in dict.fromkeys(one.thinking_notice for one in chats if one.thinking_notice):
+        listener(Notice(notice))
     if not team.is_rank0:
         _evaluate_share(opened, chosen, run, team, batch)
         return []

@@ -12,7 +12,7 @@ from listening import notices_to
 from qwenq import http, stopping
 from qwenq.errors import QwenqError, UsageError
 from qwenq.evals.endpoint import RemoteModel, open_served
-from qwenq.evals.task import Write, Written
+from qwenq.evals.task import Write, Written, final_answer
 from qwenq.http import ATTEMPTS, ServerState
 
 
@@ -48,6 +48,47 @@ def test_a_server_that_refuses_the_option_is_asked_without_it(server: Server) ->
     server.refuses = ("temperature",)
     with pytest.raises(QwenqError, match=r"status 400.*temperature"):
         at(server).ask(chat("one"))
+
+
+@pytest.mark.parametrize(("wish", "asked"), [("on", True), ("off", False), ("auto", False)])
+def test_a_server_is_asked_to_let_the_model_think_or_not(wish: str, asked: bool, server: Server) -> None:
+    found = open_served(server.url, None, None, wish)
+    assert found.ask(chat("so?")).answer.text == "SO?"
+    assert server.seen[0]["chat_template_kwargs"] == {"enable_thinking": asked}
+    assert ("temperature" in server.seen[0]) is not asked, "greedy thoughts repeat themselves"
+    assert ("seed" in server.seen[0]) is asked
+    assert bool(found.thinking_notice) is (wish == "auto")
+    found.ask(Write("plain text", 8))
+    assert "chat_template_kwargs" not in server.seen[1]
+
+
+def test_what_was_not_typed_is_left_out_where_a_server_refuses_it(server: Server) -> None:
+    said: list[str] = []
+    server.refuses = ("chat_template_kwargs", "repetition_penalty")
+    found = open_served(server.url, None, None, "auto", listener=notices_to(said))
+    assert [found.ask(chat(text)).answer.text for text in ("one", "two")] == ["ONE", "TWO"]
+    assert [len(one.keys() & set(server.refuses)) for one in server.seen] == [2, 1, 0, 0]
+    assert [line.partition("refuses the option ")[2] for line in said] == [
+        f"{name}, so it is left out" for name in server.refuses
+    ]
+    with pytest.raises(QwenqError, match=r"status 400.*chat_template_kwargs"):
+        open_served(server.url, None, None, "off").ask(chat("one"))
+
+
+@pytest.mark.parametrize(
+    ("content", "judged"), [("2", "2"), (None, "")], ids=["thoughts and answer", "cut in its thoughts"]
+)
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_thoughts_that_a_server_sets_apart_are_recorded_and_not_judged(
+    monkeypatch: pytest.MonkeyPatch, key: str, content: str | None, judged: str
+) -> None:
+    thinks = RemoteModel(http.Server("http://h/v1"), "m", thinking=True)
+    message = {"role": "assistant", "content": content, key: "1 + 1"}
+    answer_always(monkeypatch, {"choices": [{"message": message, "finish_reason": "stop"}]})
+    written = thinks.ask(chat("1 + 1?")).answer
+    assert isinstance(written, Written)
+    assert written.text.startswith("<think>1 + 1")
+    assert final_answer(written, thinking=True) == judged
 
 
 @pytest.mark.parametrize("trouble", ["429", "500", "503", "silent", "hang up", "half", "no json"])

@@ -13,13 +13,14 @@ from evals.test_run import Silent
 from models.qwen3_template import ALWAYS, GOLDEN, QWEN3, TURNS, set_template
 from tiny_model import write_tiny_model
 
+from qwenq.distributed import ALONE
 from qwenq.errors import UsageError
 from qwenq.evals.answer_log import read_answer_log
 from qwenq.evals.batching import encode_requests
 from qwenq.evals.model import MAX_NEW_TOKENS, LoadOptions, choose_thinking, open_eval_model
 from qwenq.evals.run import answer, answer_log_key, make_plan
-from qwenq.evals.suite import evaluate, plan_for
-from qwenq.evals.task import DataSource, Written, final_answer
+from qwenq.evals.suite import evaluate, open_and_evaluate, plan_for
+from qwenq.evals.task import DataSource, ProtocolName, Written, final_answer
 from qwenq.evals.tasks.registry import get_task
 from qwenq.models.bundled import bundled_model
 from qwenq.models.tokenizer import load_tokenizer
@@ -153,6 +154,21 @@ def test_rows_say_what_was_cut_and_how_it_was_asked(folder: Path, data: Path, tm
     assert rows[0].point["thinking"] == "on"
     assert "thinking" not in rows[1].point
     assert "seed" in rows[0].settings["generation"]
+
+
+def test_only_chats_have_thoughts(folder: Path, data: Path, tmp_path: Path) -> None:
+    def asked(protocol: ProtocolName, thinking: str) -> list[str]:
+        said: list[str] = []
+        wanted = EvalRecipe(("gsm8k",), protocol, limit=1, data=str(data), max_new_tokens=2)
+        how = LoadOptions("cpu", "float32", thinking=thinking)
+        run = tmp_path / protocol
+        open_and_evaluate([str(folder)], wanted, how, run, Silent(said), "", ALONE, None, unsafe_code=False)
+        return [line for line in said if "enable_thinking is false" in line]
+
+    with pytest.raises(UsageError, match="only the protocol card asks in chats") as caught:
+        asked("base", "on")
+    assert caught.value.where == "--thinking"
+    assert (len(asked("card", "auto")), asked("card", "off"), asked("base", "auto")) == (1, [], [])
 
 
 @pytest.mark.parametrize("on", [True, False])

@@ -147,7 +147,7 @@ def test_the_share_of_cut_answers_is_a_column_of_its_line_with_a_warning_above_t
     table = section.tables[0]
     assert table.headers == ("Quantization", "Thinking", "MMLU (%)", "IFEval (%)", "IFEval cut (%)")
     cells = {line.cells[1].text: line.cells[-1] for line in table.lines}
-    assert (cells["none"].text, cells["none"].note) == ("2.0", "")
+    assert (cells["–"].text, cells["–"].note) == ("2.0", "")
     assert cells["on"].text == "2.2" and cells["on"].note.startswith(
         "IFEval: 11 of 500 answers (2.2%) were cut"
     )
