@@ -166,9 +166,9 @@ def test_only_chats_have_thoughts(folder: Path, data: Path, tmp_path: Path) -> N
         return [line for line in said if "enable_thinking is false" in line]
 
     with pytest.raises(UsageError, match="only the protocol card asks in chats") as caught:
-        asked("base", "on")
+        asked("lm-eval", "on")
     assert caught.value.where == "--thinking"
-    assert (len(asked("card", "auto")), asked("card", "off"), asked("base", "auto")) == (1, [], [])
+    assert (len(asked("card", "auto")), asked("card", "off"), asked("lm-eval", "auto")) == (1, [], [])
 
 
 @pytest.mark.parametrize("on", [True, False])

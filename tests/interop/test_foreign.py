@@ -19,6 +19,8 @@ from tiny_published import write_published
 
 from qwenq.conversion import convert
 from qwenq.models.checkpoint import open_checkpoint
+from qwenq.models.gptq_config import QuantConfig
+from qwenq.models.gptq_format import DequantisedSource
 
 pytestmark = [pytest.mark.interop, pytest.mark.timeout(900)]
 
@@ -70,9 +72,9 @@ def test_so_do_experts_hybrids_and_bits_by_module(
     torch.testing.assert_close(logits_of(theirs, ids), logits_of(ours, ids), atol=close, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["packed-symmetric", "mixed", "int8", "float8"])
-def test_transformers_reads_the_weights_of_compressed_tensors_as_we_do(tmp_path: Path, kind: str) -> None:
-    """The folders of our own tests are what the library takes them for.
+@pytest.mark.parametrize("kind", ["packed-symmetric", "mixed", "int8", "float8", "fp8"])
+def test_transformers_reads_the_weights_as_we_do(tmp_path: Path, kind: str) -> None:
+    """The folders of our own tests are what compressed-tensors, and transformers for FP8, take them for.
 
     Free zero points are not among them: transformers 5.23 with compressed-tensors 0.20.1 expects these
     unpacked, and loads no such folder.
@@ -145,6 +147,29 @@ def test_awq_as_gptqmodel_packs_it(tmp_path: Path, group: int) -> None:
     model = write_family(tmp_path / "m", "qwen3")
     expected = folder_of(model, tmp_path / "f", parts, settings_of("awq", 4, group))
     assert_read(tmp_path / "f", expected)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_as_gptqmodel_packs_it(tmp_path: Path, bits: int) -> None:
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+
+    def parts(weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rows, columns = weight.shape
+        scales, zeros = grid(weight, bits, 32, symmetric=False)
+        linear = torch.nn.Linear(columns, rows, bias=False)
+        linear.weight.data = weight
+        packer = TorchLinear(bits, 32, False, False, columns, rows)
+        packer.pack(linear, scales, zeros, torch.arange(columns, dtype=torch.int32) // 32)
+        packer.post_init()
+        stored = {part: getattr(packer, part).clone() for part in ("qweight", "qzeros", "scales", "g_idx")}
+        return stored, packer.dequantize_weight().t().float()
+
+    quant = QuantConfig(bits, 32, sym=False, checkpoint_format="gptq_v2")
+    model = write_family(tmp_path / "m", "qwen3")
+    expected = folder_of(model, tmp_path / "f", parts, quant.to_config_json())
+    plain = DequantisedSource(open_checkpoint(tmp_path / "f").source, quant, torch.float32)
+    for name, weight in expected.items():
+        torch.testing.assert_close(plain.read(name), weight, atol=0, rtol=1e-3)  # theirs is in float16
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "asymmetric"])
