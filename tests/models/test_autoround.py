@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from foreign_models import write_foreign
+from models.plain_qwen_v1 import MemorySource
+from safetensors.torch import load_file, save_file
 from tiny_families import write_family
 
 from qwenq.conversion import convert
@@ -36,6 +40,49 @@ def test_zero_points_are_read_as_the_packing_format_stores_them(tmp_path: Path, 
     plain = DequantisedSource(checkpoint.source, quant, torch.float32)
     for name, weight in expected.items():
         assert torch.equal(plain.read(name), weight)
+
+
+PACKER = """
+import importlib, sys
+import torch
+from safetensors.torch import load_file, save_file
+given, made = load_file(sys.argv[1]), {}
+rows, columns = given["weight"].shape
+linear = torch.nn.Linear(columns, rows, bias=False)
+linear.weight.data = given["weight"]
+for layout, name in (("auto_round:auto_gptq", "qlinear_torch_zp"), ("auto_round:gptqmodel", "qlinear_torch")):
+    for bits in (2, 3, 4, 8):
+        packer = importlib.import_module(f"auto_round_extension.torch.{name}").QuantLinear
+        packer = packer(bits, 32, columns, rows, False)
+        packer.device = "cpu"  # which its packing of tensors of zero points asks for
+        packer.pack(linear, given[f"scales {bits}"], given[f"zeros {bits}"], None, "cpu")
+        for part in ("qweight", "qzeros", "scales"):
+            made[f"{layout} {bits}.{part}"] = getattr(packer, part).contiguous()
+        packer.post_init()
+        made[f"{layout} {bits}"] = packer(torch.eye(columns)).t().contiguous()
+save_file(made, sys.argv[2])
+"""
+"""Packs a weight as AutoRound does, in every layout and width, and multiplies by it to see what it means."""
+
+
+def test_what_autoround_packs_is_read_as_it_means_it(tmp_path: Path) -> None:
+    python = os.environ.get("QWENQ_AUTOROUND_PYTHON")
+    if not python:
+        pytest.skip("needs $QWENQ_AUTOROUND_PYTHON, the Python of `make autoround`")
+    generator = torch.Generator().manual_seed(0)
+    given = {"weight": torch.randn(64, 128, generator=generator)}
+    for bits in (2, 3, 4, 8):
+        given[f"scales {bits}"] = (torch.rand(64, 4, generator=generator) + 1).half().float() * 4 / 2**bits
+        given[f"zeros {bits}"] = torch.randint(1, 2**bits - 1, (64, 4), generator=generator).float()
+    save_file(given, tmp_path / "given")
+    subprocess.run([python, "-c", PACKER, tmp_path / "given", tmp_path / "made"], check=True)
+    made = load_file(tmp_path / "made")
+    for name in (name for name in made if "." not in name):
+        layout, bits = name.split()
+        settings = packed(layout, bits=int(bits), group_size=32, sym=False)
+        quant = QuantConfig.read(gptq_settings(settings, tmp_path))
+        found = DequantisedSource(MemorySource(made), quant, torch.float32).read(f"{name}.weight")
+        torch.testing.assert_close(found, made[name], atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["autoround:auto_gptq", "autoround:gptqmodel"])
