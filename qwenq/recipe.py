@@ -20,6 +20,7 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -533,12 +534,28 @@ def read_recipe(path: Path) -> Recipe:
             f"the recipe cannot be read: {error}", where=path, hint="a recipe is a TOML file in UTF-8"
         ) from error
     except (ValueError, RecursionError) as error:  # TOML's own error; endless digits; endless nesting
+        other = _other_language(text.decode("utf-8-sig"))
         raise UsageError(
-            f"the recipe is not TOML: {error}",
+            f"this looks like {other}; a recipe of qwenq is a TOML file"
+            if other
+            else f"the recipe is not TOML: {error}",
             where=path,
-            hint="repair that line; docs/recipes.md and recipes/ have examples",
+            hint=f"{'' if other else 'repair that line; '}docs/recipes.md and recipes/ have examples",
         ) from error
     return _validate(content, str(path))
+
+
+def _other_language(text: str) -> str:
+    """Return ``JSON`` or ``YAML``, which other tools' recipes are in; empty for neither.
+
+    YAML is told by the first line with content: ``key:``, ``key: value``, ``- item`` or ``---``.
+    """
+    with suppress(ValueError, RecursionError):
+        if isinstance(json.loads(text), dict | list):
+            return "JSON"
+    lines = (line.strip() for line in text.splitlines())
+    first = next((line for line in lines if line and not line.startswith("#")), "")
+    return "YAML" if re.match(r"(---|- |[\w.\"'-]+\s*:(\s|$))", first) else ""
 
 
 def _validate(content: dict[str, Any], where: str) -> Recipe:

@@ -134,3 +134,17 @@ def test_a_bad_option_names_the_command_line() -> None:
     with pytest.raises(UsageError, match=r"quantize\.bits = 3") as caught:
         Recipe().override(quantize={"bits": 3})
     assert caught.value.where == "the command line"
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("quant_stage:\n  quant_modifiers:\n    GPTQModifier:\n      scheme: W4A16\n", "YAML"),
+        ("# theirs\n---\nbits: 4\n", "YAML"),
+        ("- GPTQModifier:\n    targets: Linear\n", "YAML"),
+        ('{"bits": 4, "group_size": 128, "desc_act": false}', "JSON"),
+    ],
+)
+def test_a_recipe_of_another_tool_is_called_what_it_is(tmp_path: Path, text: str, language: str) -> None:
+    error = refused(tmp_path, text)
+    assert error.what == f"this looks like {language}; a recipe of qwenq is a TOML file"
