@@ -140,9 +140,14 @@ def _loaded_or_made(
 
 
 def calibration_tokenizer(folder: Path, thinking: str) -> Tokenizer:
-    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``."""
+    """Return the model's tokenizer; ``on`` and ``off`` reach its chat template as ``enable_thinking``.
+
+    A wish that the template cannot fulfil is refused; one that it fulfils anyway needs no switch.
+    """
     tokenizer = load_tokenizer(folder)
-    return tokenizer if thinking == "auto" else tokenizer.with_thinking(thinking == "on")
+    if thinking == "auto" or (tokenizer.thinking, thinking) in {("always", "on"), ("never", "off")}:
+        return tokenizer
+    return tokenizer.with_thinking(thinking == "on")
 
 
 DEFAULT_SAMPLES, DEFAULT_SEQ_LEN, DEFAULT_HELD_OUT = 32, 512, 8

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from models.qwen3_template import ALWAYS, QWEN3, set_template
 from tiny_model import TEXT, write_tiny_model
 
 from qwenq.calibration import CalibrationSet, load_calibration
+from qwenq.calibration.load import calibration_tokenizer
 from qwenq.errors import CalibrationError, UsageError
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.tokenizer import load_tokenizer
@@ -69,6 +71,38 @@ def test_text_that_was_rendered_already_has_the_ids_of_its_conversations(tiny: T
     )
     made.save(tmp_path / "kept.safetensors")
     assert tiny.load(tmp_path / "kept.safetensors").manifest.notices == made.manifest.notices
+
+
+SYSTEM_SWITCH = (
+    "{{- '<|im_start|>system\\n/' + ('think' if enable_thinking else 'no_think') + '<|im_end|>\\n' -}}"
+    + QWEN3
+)
+"""As SmolLM3's template does: the switch changes every conversation, not only a prompt's end."""
+
+
+def test_conversations_are_rendered_with_thoughts_or_without(tmp_path: Path) -> None:
+    folder = set_template(write_tiny_model(tmp_path / "Tiny"), SYSTEM_SWITCH)
+    chats = tmp_path / "chats.jsonl"
+    turns = [{"role": "user", "content": "Measure."}, {"role": "assistant", "content": "The table."}]
+    chats.write_text((json.dumps({"messages": turns}) + "\n") * 20)
+    made = {}
+    for wish in ("on", "off"):
+        tokenizer = calibration_tokenizer(folder, wish)
+        sizes = {"samples": 4, "seq_len": 64, "held_out": 1}
+        opened = open_checkpoint(folder)
+        made[wish] = load_calibration(str(chats), checkpoint=opened, tokenizer=tokenizer, **sizes)
+        text = tokenizer.decode(made[wish].tokens.flatten().tolist())
+        assert ("/think" in text, "/no_think" in text) == (wish == "on", wish == "off")
+    assert made["on"].manifest.tokenizer != made["off"].manifest.tokenizer
+    assert made["on"].fingerprint != made["off"].fingerprint
+
+
+def test_thoughts_that_a_template_cannot_switch(tmp_path: Path) -> None:
+    never, always = write_tiny_model(tmp_path / "n"), set_template(write_tiny_model(tmp_path / "a"), ALWAYS)
+    for folder, same, refused in ((never, "off", "on"), (always, "on", "off")):
+        assert calibration_tokenizer(folder, same).fingerprint == load_tokenizer(folder).fingerprint
+        with pytest.raises(UsageError, match="does not read enable_thinking"):
+            calibration_tokenizer(folder, refused)
 
 
 def test_keys_that_the_template_does_not_read_are_named(tiny: Tiny, tmp_path: Path) -> None:

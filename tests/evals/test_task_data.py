@@ -179,6 +179,17 @@ class Hub:
         return self.rows(*args, **options)  # type: ignore[operator]
 
 
+@pytest.mark.parametrize("error", [ConnectionError("offline mode"), ValueError("no builder config")])
+def test_no_network_and_no_data_names_both_ways_out(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Whatever ``datasets`` raises where HF_HUB_OFFLINE is set, or the set's layout has changed."""
+    monkeypatch.setitem(sys.modules, "datasets", Hub(error))
+    with pytest.raises(DataError, match="the benchmark could not be loaded from the hub") as caught:
+        get_task("gsm8k", "card").items(DataSource())
+    assert "either connect to the hub" in str(caught.value) and "--data DIR" in str(caught.value)
+
+
 def test_ctrl_c_in_the_hubs_library_is_no_fault_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it breaks into may fail while it is being left."""
     broken = RuntimeError("left half way")

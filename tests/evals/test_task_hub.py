@@ -50,6 +50,7 @@ def mmlu() -> dict[str, bytes]:
     for split, count in (("test", 135), ("dev", 5)):
         one = {"subject": "anatomy", "choices": ["None", "x", "y", "z"]}
         rows = [{"question": f"q{n}", **one, "answer": n % 4} for n in range(count)]
+        rows.insert(count // 2, {**rows[0], "subject": "virology"})
         files[f"all/{split}-00000-of-00001.parquet"] = parquet(rows, classes="ABCD")
     return files
 
