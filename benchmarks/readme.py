@@ -129,20 +129,13 @@ def front_table(folder: str, report: Report) -> str:
     ]
     captions = {table["key"]: "; ".join(table["caption"]) for table in section["tables"]}
     table = markdown_table([label, *tasks, *NEAR, "Weights (MB)", *columns], rows)
-    headlines = "".join(f"- {_short(line)}\n" for line in section["summary"])
+    headlines = "".join(f"- {line}\n" for line in section["summary"])
     return (
         f"{table}\n{headlines}\n{SAMPLE if 'sample suite' in captions['accuracy'] else ''}"
-        f"Accuracy: {captions['accuracy']}; ✗: a loss that is no accident. "
+        f"Accuracy: {captions['accuracy']}; ✗: a significant loss. "
         f"Decoding: each at its fastest attention, on {_hardware(report)}. "
         f"{measured_on(report['rows'], {})}; [the whole report](reports/{folder}/README.md)."
     )
-
-
-def _short(line: str) -> str:
-    """Return a line of the summary with the verdict on its answers alone: the table has the rest."""
-    facts, against, answers = line.partition("; against ")
-    base, _, rest = answers.partition(", ")
-    return f"{facts}; answers against {base}: {rest.rpartition('verdict: ')[2]}" if against else line
 
 
 def _hardware(report: Report) -> str:

@@ -12,6 +12,7 @@ from qwenq.comparison import (
     TaskComparison,
     choose_base,
     corrected_p,
+    guessing_level,
     headline,
     judge_check,
     paired,
@@ -114,11 +115,21 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         words = "not tested"
         if isinstance(loss.pairing, Paired):
             words = loss.pairing.describe_change(loss.change, loss.p, tests)
+            if guess := _guess(loss):
+                words += f"; {collection.label(loss.before.model)} is {guess}, so no loss can show"
         labels = (Cell(label, label) for label in [*named, words])
         made.append(Line((*labels, *_cells(loss))))
     optional = [*(["Against"] if len(bases) > 1 else []), *(["Where"] if any(places) else [])]
     titles = ("Task", "Quantization", *optional, WORDS)
     return Table("losses", "What it cost", (*titles, *FIGURES), len(titles), tuple(made), tuple(caption))
+
+
+def _guess(loss: Loss) -> str:
+    """Return how the base's score is no better than guessing, from which little can be lost; else empty."""
+    level = guessing_level(loss.before)
+    if level is None or (isinstance(loss.pairing, Paired) and loss.pairing.p < ALPHA):
+        return ""
+    return f"at guessing level ({100 * level:.0f} %)" if level else "without a right answer"
 
 
 def distinguish(found: Sequence[Loss], collection: Collection) -> list[str]:
@@ -268,7 +279,7 @@ def _speed_base(rows: dict[Model, Row], row: Row) -> Row | None:
 def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator[str]:
     """Yield the largest drop, what the items could have shown, and the verdict; nothing without a pairing.
 
-    Scores that many cut answers make worthless are named behind it.
+    Scores that cannot show a loss, and those that many cut answers make worthless, are named behind it.
     """
     tested = []
     for loss in found:
@@ -278,6 +289,12 @@ def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator
     if tested:
         bases = " and ".join(bases_of(found, collection))
         yield f"against {bases}, {headline(tested, tests, len(found) - len(tested))}"
+    guessed: dict[str, list[str]] = defaultdict(list)
+    for loss in found:
+        if guess := _guess(loss):
+            guessed[f"{collection.label(loss.before.model)} is {guess}"].append(task_name(loss.after))
+    for what, tasks in guessed.items():
+        yield f"{what} in {' and '.join(tasks)}, so no loss can show there"
     for loss in found:
         for row in (loss.before, loss.after):
             if (cut := cut_of(row)) is not None and cut.many:

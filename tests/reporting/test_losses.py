@@ -204,6 +204,24 @@ def test_a_speed_within_noise_is_not_sold(tmp_path: Path) -> None:
     assert said.endswith(" over 2,048 tokens, 1.01 × as fast as BF16 (within noise).")
 
 
+def test_a_score_at_guessing_level_is_said_to_show_no_loss(tmp_path: Path) -> None:
+    """An interval of the base that reaches down to 25 %; HumanEval of which nothing was right."""
+    rows = [accuracy(precision, task) for task in ("mmlu", "gsm8k") for precision in ("fp32", "int4")]
+    rows += [accuracy(precision, "ceval", n=400) for precision in ("fp32", "int4")]
+    rows = [row if row.point["task"] == "gsm8k" else replace(row, value=0.28, low=0.25) for row in rows]
+    rows += [replace(accuracy(p, "humaneval", n=9), value=0.0, low=0.0) for p in ("fp32", "int4")]
+    found = lines(tmp_path, rows)
+    assert found["MMLU", "Int4"]["In words"].endswith(
+        "; FP32 is at guessing level (25 %), so no loss can show"
+    )
+    assert "guessing" not in found["GSM8K", "Int4"]["In words"]
+    (said,) = summary_of(collect([tmp_path / "run"]), FAMILY)
+    assert said.endswith(
+        "; FP32 is at guessing level (25 %) in MMLU and CEval (val), so no loss can show there"
+        "; FP32 is without a right answer in Humaneval, so no loss can show there."
+    )
+
+
 def test_scores_with_many_cut_answers_are_named_behind_the_verdict(tmp_path: Path) -> None:
     plain, after = accuracy("fp32", "gsm8k"), accuracy("int4", "gsm8k", flips=4)
     cut = replace(after, details={**after.details, "cut": {"answers": 50, "of": 500}})
