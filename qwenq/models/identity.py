@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _QUANTISED_NAME = re.compile(
-    r"[-_.](?:(?:gptq|awq)[-_.])?int[48]$"
-    r"|(?:[-_.](?:int[48]|[48]bit|quantized))?[-_.](?:gptq|awq|fp8|w[48]a(?:8|16)|auto-?round)(?:[-_.].*)?$",
+    r"[-_.](?:(?:gptq|awq)[-_.])?int[2348]$"
+    r"|(?:[-_.](?:int[2348]|[2348]bit|quantized))?[-_.](?:gptq|awq|fp8|w[48]a(?:8|16)|auto-?round)(?:[-_.].*)?$",
     re.IGNORECASE,
 )
 

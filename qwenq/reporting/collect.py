@@ -28,6 +28,8 @@ PRECISIONS = {
     "int4": "Int4",
     "awq-int4": "Int4 (AWQ)",
     "ct-int4": "Int4 (compressed-tensors)",
+    "int3": "Int3",
+    "int2": "Int2",
 }
 """Names of precisions as the cards write them, in the cards' order; after each, those of other tools."""
 

@@ -248,6 +248,18 @@ def test_tasks_that_could_not_be_compared_are_counted_in_the_verdict(
     assert "in 0 of 1 task; 1 not compared item by item)" in out
 
 
+def test_a_score_at_guessing_level_is_said_to_show_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    near = replace(compared("mmlu", 1, 1), value=0.28, low=0.24)
+    none = replace(compared("humaneval", 1, 1), value=0.0, low=0.0)
+    out = printed([near, none, replace(compared("gsm8k", 1, 1), low=0.2)], tmp_path, capsys)
+    said = "so what quantising cost cannot show in this score"
+    assert f"mmlu, Tiny int4: at guessing level (25%), {said}" in out
+    assert f"humaneval, Tiny int4: no item answered correctly, {said}" in out
+    assert out.count(said) == 2
+
+
 @pytest.mark.parametrize(("cut", "warned"), [(0, False), (2, False), (3, True)])
 def test_more_than_two_percent_of_answers_cut_is_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], cut: int, warned: bool
