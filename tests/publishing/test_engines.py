@@ -132,12 +132,12 @@ def test_sglang_needs_a_rule_for_every_unquantised_layer(tmp_path: Path) -> None
     assert verdict(bare, "vllm").loads  # it asks the files
 
 
-def experts_of_16_bits(tmp_path: Path, **sizes: int) -> GptqFolder:
-    """A mixture whose routed experts are as they were, in groups of 32."""
-    sizes = {"hidden_size": 128, "moe_intermediate_size": 96} | sizes
-    model = write_published(tmp_path / "m", "qwen3_moe", **sizes)
+def experts_of_16_bits(tmp_path: Path, group_size: int | str = 32) -> GptqFolder:
+    """A mixture whose experts, 96 wide, are as they were."""
+    model = write_published(tmp_path / "m", "qwen3_moe", hidden_size=128, moe_intermediate_size=96)
     calibration = write_calibration(model, tmp_path / "t.safetensors", samples=8)
-    run(model, tmp_path / "out", module_bits={"experts": 16}, calibration=calibration)
+    settings = {"group_size": group_size, "module_bits": {"experts": 16}}
+    run(model, tmp_path / "out", calibration=calibration, **settings)
     return read_gptq_folder(open_checkpoint(tmp_path / "out"))
 
 
@@ -159,6 +159,14 @@ def test_experts_apart_need_a_width_of_whole_groups_in_vllm(tmp_path: Path) -> N
     (problem,) = verdict(in_groups(folder, 32), "vllm", 2).problems
     assert "experts are 48 wide on each GPU, no whole number of groups of 32" in problem.reason
     assert problem.remedy == "give experts the bits of --bits"
+
+
+def test_such_experts_are_refused_before_any_work(tmp_path: Path) -> None:
+    """Neither server would load them, and groups of 64 are the largest that divide all other widths."""
+    with pytest.raises(UsageError, match="experts are 96 wide, no whole number of groups of 64") as caught:
+        experts_of_16_bits(tmp_path, "auto")
+    assert "use --group-size 32; or add --any-engine" in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_experts_apart_need_a_model_of_whole_tiles_in_vllm(tmp_path: Path) -> None:
