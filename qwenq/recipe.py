@@ -135,7 +135,7 @@ class QuantizeRecipe:
     group_size: Literal["auto", 32, 64, 128, -1] = setting(
         "auto",
         "Input columns that share a scale; -1: the whole row; auto: the largest of 128, 64, 32 that divides "
-        "every width.",
+        "every width. vLLM and SGLang load no other sizes.",
     )
     module_bits: dict[str, Literal[4, 8, 16]] | Literal["auto"] = setting(
         "auto",

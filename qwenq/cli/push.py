@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.printing import note, print_json
+from qwenq.cli.printing import note_events, print_json
+from qwenq.events import Advance, Event
 from qwenq.models.folders import local_path
 
 
@@ -28,21 +29,24 @@ def push(
 ) -> None:
     """Upload a checked folder to the hub.
 
-    It goes there with its model card, as one commit.
+    It goes there with its model card, as one commit; what will be public is listed before anything is sent.
     The token is that of `hf auth login` or of HF_TOKEN. An upload that was cut goes on with the same command.
     """
+    from qwenq.publishing.push import Upload
     from qwenq.publishing.push import push as upload
     from qwenq.storage import readable_bytes
 
+    def show(event: Event) -> None:
+        note_events(event)
+        if not as_json and isinstance(event, Advance) and isinstance(event.result, Upload):
+            for name, size in event.result.files.items():
+                typer.echo(f"  {readable_bytes(size):>10}  {name}")
+
     folder = local_path(str(folder), "FOLDER")
-    done = upload(folder, repo, private=private, branch=branch, dry_run=dry_run, base=base)
+    done = upload(folder, repo, private=private, branch=branch, dry_run=dry_run, base=base, listener=show)
     if as_json:
         print_json({"repo": done.repo, "branch": done.branch, "url": done.url, "files": done.files})
         return
-    for line in done.notices:
-        note(line)
-    for name, size in done.files.items():
-        typer.echo(f"  {readable_bytes(size):>10}  {name}")
     total = f"{len(done.files)} files, {readable_bytes(done.nbytes)}"
     where = f"{done.repo}, branch {done.branch}"
     if done.url is None:

@@ -22,9 +22,14 @@ from qwenq.models.gptq_format import quantised_modules
 from qwenq.storage import read_json
 
 _NOT_LINEAR = re.compile(r"(embed_tokens|lm_head|norm\w*|visual|vision_tower|conv1d|mtp)(\.|$)")
+_STACKED = re.compile(r"(.*\.experts)\.(?!\d)\w+$")
+"""The weights of all experts of a block in one tensor, which is not quantised."""
+_LAYER = re.compile(r"layers\.(\d+)\.")
 _GROUPS = (-1, 32, 64, 128)
 _TORCH_INT4_GROUPS = (32, 64, 128, 256)
 """What torch's Int4 product takes on a CPU, which gptqmodel chooses for whole rows."""
+_WITH_PICTURES = ("qwen3_5", "qwen3_vl")
+"""Model types whose class in vLLM is that of pictures, also for a file of text alone."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,20 @@ class GptqFolder:
     def has_experts(self) -> bool:
         """Return whether it is a mixture of experts."""
         return any(EXPERT.match(name) for name in self.modules)
+
+    @cached_property
+    def exceptional_experts(self) -> list[str]:
+        """Return the modules of experts that are unquantised, or whose settings are not those of ``quant``.
+
+        Draft layers, which stand behind the last layer, are not counted.
+        """
+        common, layers = _settings(self.quant), int(self.text.get("num_hidden_layers") or 0)
+        other = [name for name, module in self.modules.items() if _settings(module.quant) != common]
+        stacked = [name for name in self.names if not _NOT_LINEAR.search(name)]
+        found = [EXPERT.match(name) for name in (*other, *self.plain)]
+        found += [_STACKED.match(name) for name in stacked]
+        experts = {match[1] for match in found if match}
+        return sorted(name for name in experts if not (at := _LAYER.search(name)) or int(at[1]) < layers)
 
 
 def read_gptq_folder(checkpoint: Checkpoint) -> GptqFolder:
@@ -151,11 +170,11 @@ def engine_verdicts(
             raise UsageError(
                 f"the rules of {name!r} are not known", where="--for", hint=f"known: {', '.join(ENGINES)}"
             )
-        version, rules, notes, splits = ENGINES[name]
+        version, rules, by_gpus, notes = ENGINES[name]
         problems = tuple(problem for rule in rules for problem in rule(folder))
-        for count in gpus if splits else (1,):
-            split = tuple(_tensor_parallel(folder, count)) if count > 1 else ()
-            found.append(Verdict(name, version, count, problems + split, tuple(notes(folder))))
+        for count in gpus if by_gpus else (1,):
+            own = tuple(problem for rule in by_gpus for problem in rule(folder, count))
+            found.append(Verdict(name, version, count, problems + own, tuple(notes(folder))))
     return found
 
 
@@ -254,6 +273,15 @@ def _plain_layers_excluded(folder: GptqFolder) -> Iterator[Problem]:
         )
 
 
+def _experts_as_all(folder: GptqFolder) -> Iterator[Problem]:
+    """Experts have the common settings: ``dynamic`` is looked up for linear layers alone."""
+    if own := folder.exceptional_experts:
+        yield Problem(
+            f"it passes over dynamic for experts, by which {_some(own)} differ from the common settings",
+            "give experts the bits of --bits, and other modules theirs with --module-bits",
+        )
+
+
 def _converted(folder: GptqFolder) -> Iterator[Problem]:
     """Qwen v1 is gone from current engines; its weights fit the layout of Qwen2."""
     if folder.config.get("model_type") == "qwen":
@@ -290,6 +318,8 @@ def _stored_zeros(folder: GptqFolder) -> Iterator[Problem]:
 
 def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
     """Heads are shared evenly, and a GPU gets whole groups of what is split along its inputs."""
+    if gpus == 1:
+        return
     heads = int(folder.text.get("num_attention_heads", 0))
     kv_heads = int(folder.text.get("num_key_value_heads") or heads)
     recurrent = [int(folder.text.get(f"linear_num_{kind}_heads") or 0) for kind in ("key", "value")]
@@ -315,6 +345,27 @@ def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
         yield Problem(f"the {count:,} outputs of {leaf} are no multiple of {gpus} GPUs", choose)
 
 
+def _experts_in_marlin(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
+    """Experts that its Marlin kernel does not take go another way, which does not look ``dynamic`` up."""
+    if not (own := folder.exceptional_experts):
+        return
+    text, group = folder.text, folder.quant.group_size
+    width = int(text.get("moe_intermediate_size") or text.get("intermediate_size") or 0) // gpus
+    smaller: list[int] = []
+    if text["hidden_size"] % 128:
+        why = f"the model is {text['hidden_size']:,} wide, no multiple of 128"
+    elif group > 0 and width % group:
+        share = " on each GPU" if gpus > 1 else ""
+        why = f"experts are {width:,} wide{share}, no whole number of groups of {group}"
+        smaller = [size for size in (64, 32) if size < group and not width % size]
+    else:
+        return
+    yield Problem(
+        f"{why}: then it passes over dynamic, by which {_some(own)} differ from the common settings",
+        f"use --group-size {smaller[0]}" if smaller else "give experts the bits of --bits",
+    )
+
+
 def _no_notes(_: GptqFolder) -> Iterator[str]:
     yield from ()
 
@@ -330,6 +381,10 @@ def _vllm_notes(folder: GptqFolder) -> Iterator[str]:
         yield "its CPU build takes Int4 only, and layers left in 16 bits"
     elif folder.has_experts:
         yield "its CPU build runs Int4 experts only on CPUs with AMX"
+    else:
+        yield "its CPU build runs Int4 only on CPUs with AVX-512"
+    if str(folder.config.get("model_type")).startswith(_WITH_PICTURES):
+        yield "its class of this model imports torchvision"
 
 
 def _transformers_notes(folder: GptqFolder) -> Iterator[str]:
@@ -338,14 +393,27 @@ def _transformers_notes(folder: GptqFolder) -> Iterator[str]:
 
 
 Rule = Callable[[GptqFolder], Iterator[Problem]]
+ByGpus = Callable[[GptqFolder, int], Iterator[Problem]]
+Notes = Callable[[GptqFolder], Iterator[str]]
 _SERVED: tuple[Rule, ...] = (_converted, _marlin_settings, _fused_alike, _dynamic_by_fused_names)
-ENGINES: dict[str, tuple[str, tuple[Rule, ...], Callable[[GptqFolder], Iterator[str]], bool]] = {
-    "vllm": ("0.33.0", (*_SERVED, _draft_layers_excluded), _vllm_notes, True),
-    "sglang": ("0.5.23", (*_SERVED, _plain_layers_excluded), _no_notes, True),
-    "transformers": ("5.24", (_converted, _stored_zeros, _one_setting), _transformers_notes, False),
-    "gptqmodel": ("7.7.0", (_converted, _stored_zeros), _gptqmodel_notes, False),
+ENGINES: dict[str, tuple[str, tuple[Rule, ...], tuple[ByGpus, ...], Notes]] = {
+    "vllm": (
+        "0.33.0",
+        (*_SERVED, _draft_layers_excluded),
+        (_tensor_parallel, _experts_in_marlin),
+        _vllm_notes,
+    ),
+    "sglang": (
+        "0.5.23",
+        (*_SERVED, _plain_layers_excluded, _experts_as_all),
+        (_tensor_parallel,),
+        _no_notes,
+    ),
+    "transformers": ("5.24", (_converted, _stored_zeros, _one_setting), (), _transformers_notes),
+    "gptqmodel": ("7.7.0", (_converted, _stored_zeros), (), _gptqmodel_notes),
 }
-"""Engines: the version whose rules these are, the rules, notes, and whether it splits a model among GPUs."""
+"""Engines: the version whose rules these are, the rules, rules by the number of GPUs that share a model (none
+where an engine splits no model), and notes."""
 
 
 def _settings(quant: QuantConfig) -> tuple[int, int, bool, bool]:

@@ -7,7 +7,7 @@ had brought there, and makes the commit last, so that a repository never has hal
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from qwenq.errors import HubError, ModelError, UsageError, VerificationError
+from qwenq.events import Advance, Listener, Notice, notify, silent
 from qwenq.models.folders import CARD, MANIFEST
 from qwenq.models.hub import network_errors
 from qwenq.models.integrity import verify_files
@@ -55,6 +56,7 @@ def push(
     branch: str = "main",
     dry_run: bool = False,
     base: Path | None = None,
+    listener: Listener = silent,
 ) -> Upload:
     """Upload a folder that passed its check, with its model card, as one commit.
 
@@ -64,6 +66,7 @@ def push(
         private: make a new repository private.
         dry_run: return what would be published, and send nothing.
         base: folder of the base, for the card's licence and languages.
+        listener: receives what will be public as an ``Upload``, before anything is sent.
     """
     if not HUB_ID.fullmatch(repo):
         raise UsageError(f"{repo!r} is no OWNER/NAME", where="push", hint="like my-name/Qwen3-0.6B-GPTQ-Int4")
@@ -84,13 +87,15 @@ def push(
     paths = _local_paths(manifest)
     notices = [f"{MANIFEST} holds paths of this machine: {', '.join(sorted(paths))}"] if paths else []
     planned = Upload(repo, branch, private, files, None, tuple(notices))
+    notify(listener, notices)
+    listener(Advance("push", result=planned))
     if dry_run:
         return planned
     from huggingface_hub import HfApi
 
     api, made = HfApi(), list[str]()
     with _explained(planned, made):
-        _prepare(api, planned, made)
+        _prepare(api, planned, made, listener)
         done = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -125,16 +130,21 @@ def _images(folder: Path) -> Iterator[str]:
         yield file.resolve().relative_to(folder.resolve()).as_posix()
 
 
-def _prepare(api: HfApi, planned: Upload, notices: list[str]) -> None:
+def _prepare(api: HfApi, planned: Upload, made: list[str], listener: Listener) -> None:
     """Make the repository and the branch where they are missing; refuse files of something else."""
     repo, branch = planned.repo, planned.branch
+
+    def say(line: str) -> None:
+        made.append(line)
+        listener(Notice(line))
+
     if not api.repo_exists(repo):
         api.create_repo(repo, private=planned.private)
-        notices.append(f"made the {'private' if planned.private else 'public'} repository {repo}")
+        say(f"made the {'private' if planned.private else 'public'} repository {repo}")
     if branch not in {ref.name for ref in api.list_repo_refs(repo).branches}:
         first = api.list_repo_commits(repo)[-1].commit_id  # else it would begin with the files of main
         api.create_branch(repo, branch=branch, revision=first)
-        notices.append(f"made the branch {branch}")
+        say(f"made the branch {branch}")
     there = set(api.list_repo_files(repo, revision=branch)) - _OURS - set(planned.files)
     other = sorted(name for name in there if Path(name).suffix.lower() not in _IMAGES)  # of earlier cards
     if other:
@@ -142,12 +152,17 @@ def _prepare(api: HfApi, planned: Upload, notices: list[str]) -> None:
         raise UsageError(
             f"{repo} holds other files on {branch}: {shown}",
             where="push",
-            hint="nothing was uploaded; choose another name, or a branch of its own with --branch",
+            hint=f"nothing was uploaded{_besides(made)}; choose another name, or another --branch",
         )
 
 
+def _besides(made: Sequence[str]) -> str:
+    """Return what was made although nothing was published, as the end of a sentence."""
+    return f", but it {' and '.join(made)}" if made else ""
+
+
 @contextmanager
-def _explained(planned: Upload, notices: list[str]) -> Iterator[None]:
+def _explained(planned: Upload, made: Sequence[str]) -> Iterator[None]:
     """Turn what the hub's client raises into one message that says what was, or was not, published."""
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -172,6 +187,5 @@ def _explained(planned: Upload, notices: list[str]) -> Iterator[None]:
         else:
             why = f"the hub cannot be reached ({type(error).__name__})"
         files = f"{len(planned.files)} files, {readable_bytes(planned.nbytes)}"
-        before = f", but it {' and '.join(notices)}" if notices else ""
-        what = f"{why}; nothing was published{before}; it would have been {files}"
+        what = f"{why}; nothing was published{_besides(made)}; it would have been {files}"
         raise HubError(what, where=planned.repo, hint=hint) from error

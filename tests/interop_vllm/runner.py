@@ -13,13 +13,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 # One process, which holds the model too: what is replaced is replaced in it.
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 ANSWER = "ANSWER "
+KEPT: list[Any] = []
+"""What is undone when it is collected."""
 
 
 def main() -> None:
@@ -27,11 +32,37 @@ def main() -> None:
         import plain_products
 
         plain_products.install()
+    let_torchvision_be_imported()
     from vllm.distributed import cleanup_dist_env_and_memory
 
     for line in sys.stdin:
         print(f"\n{ANSWER}{json.dumps(answer(json.loads(line)))}", flush=True)
         cleanup_dist_env_and_memory()
+
+
+def let_torchvision_be_imported() -> None:
+    """Declare torchvision's operators where its build is not torch's: Qwen3.5's class imports it.
+
+    PyPI's is made for CUDA: beside torch's CPU build its operators are missing, and its import fails where it
+    registers their fakes. Text needs none of them. vLLM looks classes up in another process, where they would
+    not be declared, so here they are looked up in this one.
+    """
+    import torch
+    from vllm.model_executor.models import registry
+
+    spec = find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return
+    folder = Path(spec.origin).parent
+    try:
+        torch.ops.load_library(str(folder / "_C.so"))
+    except OSError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        fakes = (folder / "_meta_registrations.py").read_text()
+        for name in sorted(set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"\)', fakes))):
+            library.define(f"{name}() -> ()")
+        KEPT.append(library)
+        registry._run_in_subprocess = lambda inspect: inspect()
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:

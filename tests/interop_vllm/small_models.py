@@ -45,7 +45,7 @@ def tiny(tmp_path: Path, family: str, **settings: Any) -> tuple[Path, list[list[
     """A quantised random model, and prompts for it."""
     head = settings.pop("head", {})
     if family in FAMILIES:
-        model = write_published(tmp_path / "m", family, **HYBRIDS.get(family, SIZES), **head)
+        model = write_published(tmp_path / "m", family, **{**HYBRIDS.get(family, SIZES), **head})
         settings["calibration"] = write_calibration(model, tmp_path / "t.safetensors", samples=8)
     else:
         model = write_family(tmp_path / "m", family, **DENSE_SIZES, **head)

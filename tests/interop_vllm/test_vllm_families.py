@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.interop, pytest.mark.timeout(900)]
 WHOLE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe, experts in 16 bits": ("qwen3_moe", {"module_bits": {"experts": 16}}),
     "qwen3_next, experts in 16 bits": ("qwen3_next", {"module_bits": {"experts": 16}}),
+    "qwen3_5_text, all in 4 bits": ("qwen3_5_text", {"module_bits": {"linear_attn": 4}}),
 }
 """What it runs by itself, linear attention included: in bfloat16 only."""
 
@@ -52,13 +53,25 @@ def test_experts_in_plain_torch(tmp_path: Path, vllm: Runner, record: Record, na
     assert found.same_greedy == found.generated
 
 
+def test_linear_attention_in_8_bits_in_plain_torch(tmp_path: Path, vllm: Runner, record: Record) -> None:
+    """What `quantize` makes of Qwen3.5; linear attention itself is vLLM's, which has it in bfloat16 only."""
+    folder, prompts = tiny(tmp_path, "qwen3_5_text")
+    assert verdict(folder).loads
+    name = "qwen3_5_text Int4, linear attention in 8 bits"
+    own = own_answer(folder, prompts, "bfloat16", top=-1)
+    ours = compare(folder, prompts, own)
+    record.add(name, own, "qwenq", "bfloat16", ours)
+    found = compared(vllm, record, name, folder, prompts, "bfloat16", plain=True)
+    assert found.mean < 2 * ours.mean
+    assert found.largest < 3 * ours.largest
+
+
 EXPERTS = "No WNA16 MoE backend supports the deployment configuration"
 INT8 = "uint8b128"
-UNINSPECTED = "failed to be inspected"  # it imports torchvision, which this environment has not
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3_moe Int4": ("qwen3_moe", {}, EXPERTS),
     "qwen3_moe, attention in 8 bits": ("qwen3_moe", {"module_bits": {"self_attn": 8}}, INT8),
-    "qwen3_5_text Int4": ("qwen3_5_text", {}, UNINSPECTED),
+    "qwen3_5_text Int4, linear attention in 8 bits": ("qwen3_5_text", {}, INT8),
 }
 
 
@@ -71,5 +84,18 @@ def test_what_the_cpu_build_refuses(tmp_path: Path, vllm: Runner, record: Record
     assert words in refusal(vllm.ask(folder, prompts))
     record.refuse(name, "bfloat16", words)
     assert verdict(folder).loads  # on a GPU; a note says what of a CPU
-    if words != UNINSPECTED:
-        assert any("CPU build" in note for note in verdict(folder).notes)
+    assert any("CPU build" in note for note in verdict(folder).notes)
+
+
+def test_dynamic_is_passed_over_for_experts_of_no_whole_groups(
+    tmp_path: Path, vllm: Runner, record: Record
+) -> None:
+    """Experts in 16 bits, which it builds as Int4 all the same; `quantize` refuses such settings."""
+    if has_tiles():
+        pytest.skip("this CPU has AMX, with which vLLM builds Int4 experts and fails later: not tried yet")
+    settings = {"module_bits": {"experts": 16}, "group_size": 64, "any_engine": True}
+    folder, prompts = tiny(tmp_path, "qwen3_moe", head={"moe_intermediate_size": 96}, **settings)
+    (problem,) = verdict(folder).problems
+    assert "no whole number of groups of 64: then it passes over dynamic" in problem.reason
+    assert EXPERTS in refusal(vllm.ask(folder, prompts))
+    record.refuse("qwen3_moe, experts in 16 bits, 96 wide, in groups of 64", "bfloat16", EXPERTS)

@@ -21,7 +21,7 @@ from qwenq import api
 from qwenq.cli import main
 from qwenq.environment import environment
 from qwenq.errors import QwenqError, UsageError
-from qwenq.http import Again
+from qwenq.http import ATTEMPTS, Again
 from qwenq.profiling.served import METRICS, Load, closed_loop, find_target, profile_served
 from qwenq.profiling.stream import Answer
 from qwenq.reporting.collect import collect
@@ -201,9 +201,22 @@ def test_where_every_request_fails_there_is_an_error_and_rows_with_the_reason(
     assert measure(server, tmp_path, Load((1,), 8, 6))[1, "speed.served"].status == "ok"
 
 
+def test_a_server_that_refuses_every_request_is_left_alone(server: Server, tmp_path: Path) -> None:
+    """Each request is sent again with backoff, and counted as failed in the end."""
+    server.trouble = ["", "429", "…"]
+    with pytest.raises(QwenqError, match=r"all \d requests failed, \d of them: status 429"):
+        measure(server, tmp_path, Load((1,), 8, 6))
+    (failed,) = (row for row in read_rows(tmp_path) if row.metric == "failed.served")
+    assert failed.value == 1
+    ((reason, count),) = failed.details["failed"].items()
+    assert reason.startswith("status 429") and count == failed.n <= 5
+    assert len(server.streamed) <= 1 + ATTEMPTS * (1 + 5)
+
+
 @pytest.mark.parametrize(("trouble", "match"), [
     ("json", "does not stream: it sends application/json"), ("400", "status 400"), ("404", "status 404"),
     ("drop", "warm-up request failed three times, the last: the stream breaks off"),
+    ("429", "warm-up request failed three times, the last: status 429"),
 ])  # fmt: skip
 def test_a_server_that_cannot_be_measured_is_an_error_at_once(
     server: Server, tmp_path: Path, trouble: str, match: str

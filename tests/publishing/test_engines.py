@@ -132,6 +132,70 @@ def test_sglang_needs_a_rule_for_every_unquantised_layer(tmp_path: Path) -> None
     assert verdict(bare, "vllm").loads  # it asks the files
 
 
+def experts_of_16_bits(tmp_path: Path, group_size: int | str = 32) -> GptqFolder:
+    """A mixture whose experts, 96 wide, are as they were."""
+    model = write_published(tmp_path / "m", "qwen3_moe", hidden_size=128, moe_intermediate_size=96)
+    calibration = write_calibration(model, tmp_path / "t.safetensors", samples=8)
+    settings = {"group_size": group_size, "module_bits": {"experts": 16}}
+    run(model, tmp_path / "out", calibration=calibration, **settings)
+    return read_gptq_folder(open_checkpoint(tmp_path / "out"))
+
+
+def in_groups(folder: GptqFolder, size: int) -> GptqFolder:
+    return replace(changed(folder, "_proj", group_size=size), quant=replace(folder.quant, group_size=size))
+
+
+def test_experts_apart_need_a_width_of_whole_groups_in_vllm(tmp_path: Path) -> None:
+    """With others it takes another path, for which ``dynamic`` is not looked up."""
+    folder = experts_of_16_bits(tmp_path)
+    assert verdict(in_groups(folder, 32), "vllm").loads
+    assert verdict(in_groups(folder, -1), "vllm").loads
+    (problem,) = verdict(in_groups(folder, 64), "vllm").problems
+    assert problem.reason == (
+        "experts are 96 wide, no whole number of groups of 64: then it passes over dynamic, by which "
+        "model.layers.0.mlp.experts and 1 more differ from the common settings"
+    )
+    assert problem.remedy == "use --group-size 32"
+    (problem,) = verdict(in_groups(folder, 32), "vllm", 2).problems
+    assert "experts are 48 wide on each GPU, no whole number of groups of 32" in problem.reason
+    assert problem.remedy == "give experts the bits of --bits"
+
+
+def test_such_experts_are_refused_before_any_work(tmp_path: Path) -> None:
+    """Neither server would load them, and groups of 64 are the largest that divide all other widths."""
+    with pytest.raises(UsageError, match="experts are 96 wide, no whole number of groups of 64") as caught:
+        experts_of_16_bits(tmp_path, "auto")
+    assert "use --group-size 32; or add --any-engine" in str(caught.value)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_experts_apart_need_a_model_of_whole_tiles_in_vllm(tmp_path: Path) -> None:
+    folder = quantised(tmp_path, "qwen3_moe")
+    assert verdict(folder, "vllm").loads, "experts that are as all others are load on either path"
+    apart = changed(folder, "_proj", bits=8)
+    rule = {"bits": 8, "group_size": 32, "sym": True, "desc_act": False}
+    apart = replace(apart, quant=replace(apart.quant, dynamic={"+:.*": rule}))
+    assert "the model is 64 wide, no multiple of 128: then it passes over dynamic" in reasons(apart, "vllm")
+    config = {**folder.config, "hidden_size": 128}
+    assert verdict(replace(apart, config=config), "vllm").loads
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+def test_experts_have_the_common_settings_in_sglang(tmp_path: Path, stacked: bool) -> None:
+    """Draft layers do not count: those in ``mtp``, and those behind the last layer."""
+    folder = experts_of_16_bits(tmp_path)
+    if stacked:
+        names = [f"model.layers.{layer}.mlp.experts.gate_up_proj" for layer in (0, 1)]
+        drafts = ["mtp.layers.0.mlp.experts.down_proj", "model.layers.2.mlp.experts.down_proj"]
+        folder = replace(folder, names=(*names, *drafts), plain=())
+    assert reasons(folder, "sglang") == (
+        "it passes over dynamic for experts, by which model.layers.0.mlp.experts and 1 more differ from the "
+        "common settings"
+    )
+    apart = changed(quantised(tmp_path / "whole", "qwen3_moe"), "down_proj", bits=8)
+    assert "it passes over dynamic for experts" in reasons(apart, "sglang")
+
+
 def test_groups_that_gpus_cannot_share_are_named_with_a_remedy(tmp_path: Path) -> None:
     folder = quantised(tmp_path, "qwen2", group_size=32)
     (problem,) = verdict(folder, "vllm", 2).problems
@@ -179,3 +243,22 @@ def test_whole_rows_of_int4_have_a_note_on_gptqmodels_cpu_kernel(
     folder = quantised(tmp_path, **({"group_size": -1} | settings))
     for engine in ("gptqmodel", "transformers"):
         assert any("whole rows" in line for line in verdict(folder, engine).notes) == noted
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "noted"),
+    [
+        ("qwen3", {}, "its CPU build runs Int4 only on CPUs with AVX-512"),
+        ("qwen3", {"bits": 8}, "its CPU build takes Int4 only, and layers left in 16 bits"),
+        ("qwen3", {"module_bits": {"self_attn": 8}}, "its CPU build takes Int4 only"),
+        ("qwen3_moe", {}, "its CPU build runs Int4 experts only on CPUs with AMX"),
+        ("qwen3_5_text", {}, "its class of this model imports torchvision"),
+        ("qwen3_vl", {}, "its class of this model imports torchvision"),
+    ],
+)
+def test_what_vllm_needs_beside_a_file_is_noted(
+    tmp_path: Path, family: str, settings: dict[str, Any], noted: str
+) -> None:
+    notes = verdict(quantised(tmp_path, family, **settings), "vllm").notes
+    assert any(noted in line for line in notes)
+    assert any("torchvision" in line for line in notes) == (family != "qwen3" and family != "qwen3_moe")

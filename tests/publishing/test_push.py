@@ -40,10 +40,12 @@ def push(hub: UploadHub, folder: Path, *, home: Path, **settings: Any) -> dict[s
     code = (
         "import json, sys\nfrom pathlib import Path\nfrom qwenq.errors import QwenqError\n"
         "from qwenq.publishing.push import push\n"
-        "a = json.loads(sys.argv[1])\n"
-        "try:\n    u = push(Path(a.pop('folder')), a.pop('repo'), **a)\n"
-        "    print(json.dumps({'url': u.url, 'files': u.files, 'notices': u.notices}))\n"
-        "except QwenqError as e:\n    print(json.dumps({'error': str(e), 'kind': type(e).__name__}))\n"
+        "a, shown = json.loads(sys.argv[1]), []\n"
+        "see = lambda e: shown.append(e.text if hasattr(e, 'text') else e.result.files)\n"
+        "try:\n    u = push(Path(a.pop('folder')), a.pop('repo'), listener=see, **a)\n"
+        "    found = {'url': u.url, 'files': u.files, 'notices': u.notices}\n"
+        "except QwenqError as e:\n    found = {'error': str(e), 'kind': type(e).__name__}\n"
+        "print(json.dumps({**found, 'shown': shown}))\n"
     )
     asked = {"folder": str(folder), "repo": REPO, **settings}
     printed, _ = hub_client(code, [json.dumps(asked)], hub.url, home, HF_TOKEN="hf_test")
@@ -57,6 +59,7 @@ def test_a_checked_folder_is_published_as_one_commit(hub: UploadHub, made: Path,
     paths, repository = found["notices"]
     assert paths.startswith(f"qwenq.json holds paths of this machine: {made.parent}/")
     assert repository == f"made the private repository {REPO}"
+    assert found["shown"] == [paths, found["files"], repository], "what will be public, before it is"
     there = hub.repos[REPO]["main"]
     assert set(there) == {".gitattributes", *found["files"]}
     assert all(there[name] == (made / name).read_bytes() for name in found["files"])
@@ -116,6 +119,14 @@ def test_weights_that_arrived_before_a_cut_are_not_sent_twice(
     assert len(hub.uploads) == 1
 
 
+def test_weights_that_are_cut_on_their_way_arrive_whole(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    hub.cut_uploads = 1
+    assert push(hub, made, home=tmp_path)["url"]
+    assert hub.cut_uploads == 0
+    assert len(hub.uploads) == 1
+    assert hub.repos[REPO]["main"]["model.safetensors"] == (made / "model.safetensors").read_bytes()
+
+
 def test_a_branch_is_made_and_said(hub: UploadHub, made: Path, tmp_path: Path) -> None:
     found = push(hub, made, home=tmp_path, branch="int4-g32")
     assert "made the branch int4-g32" in found["notices"]
@@ -137,6 +148,31 @@ def test_a_repository_with_other_files_is_left_alone(hub: UploadHub, made: Path,
     assert found["kind"] == "UsageError"
     assert "pytorch_model.bin" in found["error"]
     assert hub.repos[REPO]["main"]["config.json"] == b"{}"
+
+
+def test_a_branch_that_was_made_before_a_refusal_is_said(hub: UploadHub, made: Path, tmp_path: Path) -> None:
+    """The first commit of a repository, where a new branch begins, may have files of something else."""
+    hub.repos[REPO], hub.first_files = {"main": {"model.bin": b"x"}}, {"model.bin": b"x"}
+    found = push(hub, made, home=tmp_path, branch="int4")
+    assert f"{REPO} holds other files on int4: model.bin" in found["error"]
+    assert "nothing was uploaded, but it made the branch int4; choose" in found["error"]
+    assert set(hub.repos[REPO]["int4"]) == {".gitattributes", "model.bin"}
+
+
+def test_the_command_lists_what_will_be_public_before_it_is(
+    hub: UploadHub, made: Path, tmp_path: Path
+) -> None:
+    hub.may_write = False
+    code = (
+        "import sys\nfrom qwenq.cli import main\nsys.argv[:1] = ['qwenq', 'push']\n"
+        "try:\n    main()\nexcept SystemExit as e:\n    print('exit code', e.code)\n"
+    )
+    said, notes = hub_client(code, [str(made), REPO], hub.url, tmp_path, HF_TOKEN="hf_test")
+    *listed, ended = said.splitlines()
+    assert {line.split()[-1] for line in listed} >= {"model.safetensors", "README.md", "qwenq.json"}
+    assert ended == "exit code 1"
+    assert notes.index("holds paths of this machine") < notes.index("does not let this token write (403)")
+    assert hub.repos == {}
 
 
 def test_a_token_that_may_not_write_is_explained(hub: UploadHub, made: Path, tmp_path: Path) -> None:
@@ -197,6 +233,9 @@ def test_without_a_network_it_says_what_would_have_been_uploaded(made: Path, tmp
     assert found["kind"] == "HubError"
     assert "cannot be reached" in found["error"]
     assert "it would have been" in found["error"]
+    paths, files = found["shown"]
+    assert paths.startswith("qwenq.json holds paths of this machine")
+    assert f"it would have been {len(files)} files" in found["error"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ class UploadHub:
     may_write: bool = True
     token: str = "hf_test"  # the only one that it knows
     first: str = "f" * 40  # the commit that made a repository
+    first_files: dict[str, bytes] = field(default_factory=dict)  # of that commit
     cut_commits: int = 0  # that many commits are answered with 500
+    cut_uploads: int = 0  # that many objects are read by half, and the connection is closed
     port: int = 0
 
     @property
@@ -95,7 +97,9 @@ class _Handler(HubHandler):
             branches = self.hub.repos[found[1]]
             started = json.loads(body or b"{}").get("startingPoint")
             branches[found[2]] = (
-                {".gitattributes": b""} if started == self.hub.first else {**branches["main"]}
+                {".gitattributes": b"", **self.hub.first_files}
+                if started == self.hub.first
+                else {**branches["main"]}
             )
             return self.reply_json({})
         if re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
@@ -139,6 +143,11 @@ class _Handler(HubHandler):
         return self.reply_json({"commitUrl": f"{self.hub.url}/{repo}/commit/1", "commitOid": "1" * 40})
 
     def put(self) -> None:
+        if self.hub.cut_uploads:
+            self.hub.cut_uploads -= 1
+            self.rfile.read(int(self.headers["Content-Length"]) // 2)
+            self.close_connection = True
+            return
         data = self.body()
         digest = sha256(data).hexdigest()
         assert self.path.endswith(digest)
