@@ -86,6 +86,14 @@ def test_coverage_and_what_is_left_alone_are_in_the_manifest(tmp_path: Path) -> 
     assert all(sum(tokens) == 2 * 4 * 32 for tokens in manifest["expert_tokens"].values())
     assert set(manifest["not_quantised"]) == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)}
     assert len(manifest["modules"]) == 2 * (4 + 3 * 4)
+    counts = [tokens for layer in manifest["expert_tokens"].values() for tokens in layer]
+    said = f"calibration gave each of 8 experts {min(counts)} to {max(counts)} tokens"
+    assert sum(line.startswith(said) for line in ear.lines) == 1
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"### Experts\n\nC{said[1:]}" in card
+    assert "none is rounded to nearest." in card
+    first = manifest["expert_tokens"]["model.layers.0.mlp.experts"]
+    assert f"\n| 0 | 4 | {min(first)} | {sorted(first)[1]} | {max(first)} | {first.count(0)} |\n" in card
     (said,) = [line for line in ear.lines if line.startswith("not quantised")]
     assert said == "not quantised: mlp.gate in 2 layers (the router: a few rows that choose the experts)"
 
