@@ -99,6 +99,14 @@ def test_every_name_of_the_catalogue_is_supported() -> None:
             assert make_plan(found, PlanOptions(gpus=(gpu("h200"),))).precisions[-1].bytes > 0
 
 
+def test_a_plan_says_where_sizes_of_secondary_sources_come_from() -> None:
+    assert "as others report them; widths inferred" in find_model("qwen3.8-2.4t-a95b").origin
+    assert find_model("Qwen/Qwen3.8-27B", "random").origin.startswith(
+        "catalogue, random weights, the sizes of"
+    )
+    assert find_model("qwen3.5-27b").origin == "catalogue"
+
+
 def test_deployments_share_weights_and_cache() -> None:
     plan = make_plan(
         find_model("qwen2.5-72b-instruct"),
