@@ -55,6 +55,30 @@ def test_fused_experts_give_the_same_integers_as_experts_apart(
     assert "model.layers.1.mlp.experts.3.down_proj.qweight" in first
 
 
+def test_both_orientations_of_a_vision_mixtures_experts_are_one_model(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE is published as [expert, in, out]; transformers 5 saves [expert, out, in]."""
+
+    def turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        fused_names = (".gate_up_proj", ".down_proj")
+        return {name: value.mT if name.endswith(fused_names) else value for name, value in tensors.items()}
+
+    saved, published = (
+        write_published(tmp_path / name, "qwen3_vl_moe", moe_intermediate_size=96)
+        for name in ("saved", "published")
+    )
+    rewrite(published, turned)
+    stored = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    shapes = [list(load_file(model / "model.safetensors")[stored].shape) for model in (saved, published)]
+    assert shapes == [[4, 192, 64], [4, 64, 192]]
+    tokens = write_calibration(saved, tmp_path / "t.safetensors", samples=8)
+    for model in (saved, published):
+        run(model, tmp_path / f"{model.name}-out", calibration=tokens)
+    first, second = (load_file(tmp_path / f"{n}-out" / "model.safetensors") for n in ("saved", "published"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "model.language_model.layers.1.mlp.experts.3.down_proj.qweight" in first
+
+
 @pytest.mark.parametrize(
     ("family", "count"),
     [("qwen3_moe", "num_experts"), ("mixtral", "num_local_experts"), ("deepseek_v3", "n_routed_experts")],
