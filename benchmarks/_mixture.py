@@ -252,4 +252,5 @@ def main(model: Path, text: Path, out: Path, shape: Shape) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:4]), Shape(*map(int, sys.argv[4:])))
+    dense_model, source, target, *sizes = sys.argv[1:]
+    main(Path(dense_model), Path(source), Path(target), Shape(*map(int, sizes)))
