@@ -18,7 +18,9 @@ from tiny_published import fused, rewrite, write_published
 
 from qwenq.errors import ModelError, StorageError
 from qwenq.events import Advance, Event
+from qwenq.gptq.experts import PULL
 from qwenq.quantization import quantize
+from qwenq.reporting.experts import POLICY
 from qwenq.runtime.engine import load
 
 
@@ -122,7 +124,12 @@ def test_coverage_and_what_is_left_alone_are_in_the_manifest(tmp_path: Path) -> 
     assert said == "not quantised: mlp.gate in 2 layers (the router: a few rows that choose the experts)"
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_the_policy_that_cards_state_is_the_one_in_use() -> None:
+    assert PULL == 1 / 4
+    assert "as a quarter of its input width" in POLICY
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe", "deepseek_v3"])
 def test_a_run_that_resumes_ends_as_a_whole_one(tmp_path: Path, family: str) -> None:
     model = write_published(tmp_path / "m", family)
     recipe = recipe_for(model)
