@@ -1,9 +1,10 @@
 """A mixture of experts whose activations are real: the MLPs of a dense model, cut into experts.
 
-    python benchmarks/_mixture.py MODEL TEXT.jsonl OUT
+    python benchmarks/_mixture.py MODEL TEXT.jsonl OUT EXPERTS ACTIVE WIDTH
 
-MODEL is a folder of Llama's architecture, TEXT has a ``text`` a line, of which the last lines are read. Layer
-by layer, on the hidden states of the mixture so far:
+MODEL is a folder of Llama's or Qwen2's architecture, TEXT has a ``text`` a line, of which the last lines are
+read; each MLP becomes EXPERTS experts of WIDTH channels, of which a token uses ACTIVE. Layer by layer, on the
+hidden states of the mixture so far:
 
 - the MLP's channels that contribute most energy make the shared expert, which every token uses;
 - the others are clustered by co-activation, into experts of one width;
@@ -11,9 +12,9 @@ by layer, on the hidden states of the mixture so far:
   gradient descent on the error that leaving experts out makes in the MLP's output.
 
 The layout is Qwen2-MoE's: its block is that of Qwen3-MoE and a shared expert, its tensors have the same names
-for each expert, and its attention is Llama's where ``qkv_bias`` is false. (Qwen3-MoE normalises queries and
-keys, which no value of its weights undoes.) The shared expert's gate is a sigmoid of zero, one half, and its
-``down_proj`` doubled: both powers of two. The last line of the output is JSON: the share of the
+for each expert, and its attention is Qwen2's, or Llama's where ``qkv_bias`` is false. (Qwen3-MoE normalises
+queries and keys, which no value of its weights undoes.) The shared expert's gate is a sigmoid of zero, one
+half, and its ``down_proj`` doubled: both powers of two. The last line of the output is JSON: the share of the
 routed channels' output energy that each block's mixture loses.
 """
 
@@ -32,11 +33,19 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-EXPERTS, ACTIVE, WIDTH = 16, 12, 64
 SAMPLES, SEQ_LEN = 12, 512
 CLUSTERED = 1024  # tokens of which the clusters are made
 ROUNDS, STEPS, RATE, PER_STEP = 4, 80, 4e-3, 1024  # of clustering, and of the router's fit
 RIDGE = 0.03  # of the mean diagonal
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The number of experts, how many of them a token uses, and the channels of each."""
+
+    experts: int
+    active: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -77,19 +86,20 @@ def clusters(inner: Tensor, count: int) -> Tensor:
     return members
 
 
-def route(x: Tensor, router: Tensor) -> Tensor:
+def route(x: Tensor, router: Tensor, active: int) -> Tensor:
     """Return the weight of each expert for each token, [tokens, experts]; zero where it is not chosen."""
     share = torch.softmax(x @ router.T, -1)
-    top = share.topk(ACTIVE, -1)
+    top = share.topk(active, -1)
     return torch.zeros_like(share).scatter(1, top.indices, top.values / top.values.sum(-1, keepdim=True))
 
 
-def fit_router(x: Tensor, outputs: Tensor) -> tuple[Tensor, float, float]:
+def fit_router(x: Tensor, outputs: Tensor, active: int) -> tuple[Tensor, float, float]:
     """Return the router, [experts, hidden], the scale of the experts' sum, and the share of energy lost.
 
     Args:
         x: [tokens, hidden], the experts' input.
         outputs: [tokens, experts, experts], inner products of the experts' outputs for a token.
+        active: experts that a token uses.
     """
     norms = outputs.diagonal(dim1=1, dim2=2).sqrt()
     target = (norms - norms.mean(0)) / norms.mean()
@@ -100,11 +110,7 @@ def fit_router(x: Tensor, outputs: Tensor) -> tuple[Tensor, float, float]:
     order, optimiser = torch.Generator().manual_seed(0), torch.optim.Adam([router], RATE)
 
     def lost(some: Tensor) -> tuple[Tensor, Tensor]:
-        share = torch.softmax(x[some] @ router.T, -1)
-        top = share.topk(ACTIVE, -1)
-        weights = torch.zeros_like(share).scatter(
-            1, top.indices, top.values / top.values.sum(-1, keepdim=True)
-        )
+        weights = route(x[some], router, active)
         ours, theirs = (
             ((outputs[some] @ weights[..., None])[..., 0] * weights).sum(),
             (wanted[some] * weights).sum(),
@@ -122,29 +128,31 @@ def fit_router(x: Tensor, outputs: Tensor) -> tuple[Tensor, float, float]:
     return router.detach(), float(scale), float(loss)
 
 
-def cut(x: Tensor, mlp: Dense) -> tuple[dict[str, Tensor], Tensor, float]:
+def cut(x: Tensor, mlp: Dense, shape: Shape) -> tuple[dict[str, Tensor], Tensor, float]:
     """Return the tensors of a mixture in the place of an MLP, its outputs, and the share of energy lost.
 
     Args:
         x: [tokens, hidden], inputs of the MLP.
         mlp: its weights.
+        shape: of the mixture.
     """
     inner = mlp.inner(x)
     contribution = inner * mlp.down.norm(dim=0)
-    routed = EXPERTS * WIDTH
+    routed = shape.experts * shape.width
     by_energy = contribution.square().mean(0).argsort()
     members, shared = by_energy[:routed], by_energy[routed:].sort().values
-    members = members[clusters(contribution[:CLUSTERED, members], EXPERTS)].sort(1).values  # [experts, width]
+    members = members[clusters(contribution[:CLUSTERED, members], shape.experts)]
+    members = members.sort(1).values  # [experts, width]
     down = mlp.down.T[members]  # [experts, width, hidden]
     products = []
     for part in inner.split(512):
         each = torch.einsum("tew,ewh->teh", part[:, members], down)
         products.append(each @ each.transpose(1, 2))
-    router, scale, lost = fit_router(x, torch.cat(products))
-    weights = route(x, router)
+    router, scale, lost = fit_router(x, torch.cat(products), shape.active)
+    weights = route(x, router, shape.active)
     gates = torch.zeros_like(inner)
     gates[:, shared] = 1
-    gates[:, members.flatten()] = (weights * scale).repeat_interleave(WIDTH, 1)
+    gates[:, members.flatten()] = (weights * scale).repeat_interleave(shape.width, 1)
     found = {"gate.weight": router, "shared_expert_gate.weight": torch.zeros(1, x.shape[1])}
     found |= {f"shared_expert.{name}.weight": part for name, part in mlp.part(shared, 2.0).items()}
     for number, channels in enumerate(members):
@@ -162,7 +170,7 @@ class Recorder(nn.Module):
         return torch.zeros_like(x)
 
 
-def convert(model: Any, tokens: Tensor) -> tuple[dict[str, Tensor], list[float]]:
+def convert(model: Any, tokens: Tensor, shape: Shape) -> tuple[dict[str, Tensor], list[float]]:
     """Return the tensors of all mixtures by name, and the share of energy that each loses."""
     with torch.no_grad():
         states = [model.model.embed_tokens(row) for row in tokens.split(1)]
@@ -180,7 +188,7 @@ def convert(model: Any, tokens: Tensor) -> tuple[dict[str, Tensor], list[float]]
             for place, hidden in enumerate(states):
                 states[place] = layer(hidden, position_embeddings=rotary, position_ids=positions)
                 inputs.append(layer.mlp.seen[0])
-        found, outputs, lost = cut(torch.cat(inputs), mlp)
+        found, outputs, lost = cut(torch.cat(inputs), mlp, shape)
         tensors |= {f"model.layers.{index}.mlp.{name}": tensor for name, tensor in found.items()}
         states = [state + part for state, part in zip(states, outputs.split(tokens.shape[1]), strict=True)]
         losses.append(round(lost, 4))
@@ -188,18 +196,18 @@ def convert(model: Any, tokens: Tensor) -> tuple[dict[str, Tensor], list[float]]
     return tensors, losses
 
 
-def config_of(dense: dict[str, Any]) -> dict[str, Any]:
+def config_of(dense: dict[str, Any], shape: Shape) -> dict[str, Any]:
     """Return config.json of the mixture."""
-    shared = dense["intermediate_size"] - EXPERTS * WIDTH
+    shared = dense["intermediate_size"] - shape.experts * shape.width
     left_out = ("architectures", "model_type", "attention_bias", "mlp_bias")
     return {
         "architectures": ["Qwen2MoeForCausalLM"],
         "model_type": "qwen2_moe",
         **{key: value for key, value in dense.items() if key not in left_out},
-        "qkv_bias": False,
-        "num_experts": EXPERTS,
-        "num_experts_per_tok": ACTIVE,
-        "moe_intermediate_size": WIDTH,
+        "qkv_bias": dense["model_type"] == "qwen2",
+        "num_experts": shape.experts,
+        "num_experts_per_tok": shape.active,
+        "moe_intermediate_size": shape.width,
         "shared_expert_intermediate_size": shared,
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
@@ -218,10 +226,15 @@ def last_tokens(model: Path, text: Path) -> Tensor:
     sys.exit(f"{text} holds {len(found)} tokens; {wanted} are needed")
 
 
-def main(model: Path, text: Path, out: Path) -> None:
+def main(model: Path, text: Path, out: Path, shape: Shape) -> None:
     """Cut, write, tell."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] not in ("llama", "qwen2"):
+        sys.exit(f"{model}: a {config['model_type']}; only a llama or a qwen2 is cut into experts")
+    if shape.experts * shape.width >= config["intermediate_size"]:
+        sys.exit(f"{model}: {config['intermediate_size']} channels leave none beside those of {shape}")
     dense = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    mixtures, losses = convert(dense, last_tokens(model, text))
+    mixtures, losses = convert(dense, last_tokens(model, text), shape)
     out.mkdir(parents=True, exist_ok=True)
     stored: dict[str, Tensor] = {}
     for file in model.glob("*.safetensors"):
@@ -233,10 +246,11 @@ def main(model: Path, text: Path, out: Path) -> None:
     for file in model.iterdir():
         if file.suffix != ".safetensors" and file.name != "model.safetensors.index.json" and file.is_file():
             shutil.copy(file, out / file.name)
-    config = config_of(json.loads((model / "config.json").read_text(encoding="utf-8")))
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    mixture = json.dumps(config_of(config, shape), indent=2)
+    (out / "config.json").write_text(f"{mixture}\n", encoding="utf-8")
     print(json.dumps({"lost": losses}))
 
 
 if __name__ == "__main__":
-    main(*map(Path, sys.argv[1:]))
+    dense_model, source, target, *sizes = sys.argv[1:]
+    main(Path(dense_model), Path(source), Path(target), Shape(*map(int, sizes)))

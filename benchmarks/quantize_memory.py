@@ -48,18 +48,16 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def random_model(options: argparse.Namespace) -> Path:
-    """Return the checkpoint on disk, written where it is missing."""
-    folder: Path = options.work / f"{options.model}-{options.layers or 'all'}"
+def random_model(work: Path, model: str, layers: int | None, threads: int) -> Path:
+    """Return a catalogue model of random weights on disk, written where it is missing."""
+    folder = work / f"{model}-{layers or 'all'}"
     if not (folder / "config.json").exists():
         code = (
             "import sys; from pathlib import Path\n"
             "from qwenq.models.random_weights import write_random_checkpoint\n"
             "write_random_checkpoint(sys.argv[1], Path(sys.argv[2]), layers=int(sys.argv[3]) or None)"
         )
-        run_child(
-            [sys.executable, "-c", code, options.model, folder, str(options.layers or 0)], options.threads
-        )
+        run_child([sys.executable, "-c", code, model, folder, str(layers or 0)], threads)
     return folder
 
 
@@ -114,7 +112,8 @@ def main() -> None:
     """Make the model, measure, and add the row to the report."""
     options = parse_options()
     options.work.mkdir(parents=True, exist_ok=True)
-    row = measure(options, random_model(options))
+    model = random_model(options.work, options.model, options.layers, options.threads)
+    row = measure(options, model)
     report = REPORTS / "memory.json"
     rows = json.loads(report.read_text())["rows"] if report.exists() else []
     key = ("model", "layers", "recipe", "dtype")

@@ -1,18 +1,20 @@
 """Experts on real activations: qwenq beside GPTQModel, and policies for experts that see few tokens.
 
     make interop                     # once: the environment that holds GPTQModel
-    python benchmarks/quantize_moe.py --data FOLDER --work build/moe --only peers policies
+    python benchmarks/quantize_moe.py --data FOLDER
+    python benchmarks/quantize_moe.py --data FOLDER --model QWEN2 --width 128 --report quantize_moe_qwen
 
 FOLDER holds ``c4/*.jsonl`` and ``wikitext2/*.txt``, as for quantize_vs_peers.py. The model is a mixture that
-_mixture.py cuts out of the bundled one. Two questions:
+_mixture.py cuts out of the bundled one, or out of a folder of Llama's or Qwen2's architecture. Two questions:
 
 - peers: quantised with each tool's defaults on the same tokens, judged on WikiText-2 by the evaluator of all
   benchmarks, in float32;
 - policies: how an expert's Hessian is made of its own tokens and of the block's, where there are few
   (_expert_policies.py).
 
-What is in the work folder is not made again. Writes reports/benchmarks/quantize_moe.json and quantize_moe.md.
-Standard library only.
+What is in the work folder is not made again: the same command goes on with a stopped run. Writes
+reports/benchmarks/quantize_moe.json and quantize_moe.md, or by the name that --report gives. Standard library
+only.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import geometric_mean, mean, stdev
 from typing import Any
 
 from _common import (
@@ -47,8 +49,6 @@ from quantize_vs_peers import INTEROP_PYTHON, quality, sources
 HERE = Path(__file__).resolve().parent
 SAMPLES, SEQ_LEN, HELD_OUT, EVALUATED = 8, 512, 4, 5
 BITS, GROUP_SIZE = "4", "64"
-LAYERS = (4, 14, 24)
-"""Blocks on which policies are tried."""
 POLICIES = {
     "own": "own tokens alone",
     "pull_16_below_4": "κ = width/16 where n < width/4",
@@ -60,17 +60,29 @@ POLICIES = {
 }
 """Keys of _expert_policies.py, and what they are called in the report."""
 PEERS = ("qwenq", "GPTQModel", "round to nearest")
+BUNDLED = "the bundled SmolLM2-135M"
 
 
 def parse_options() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with c4/ and wikitext2/")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "moe")
+    parser.add_argument("--model", type=Path, help="another dense model's folder: a llama or a qwen2")
+    parser.add_argument("--name", help="what the report calls it (default: its folder's name)")
+    parser.add_argument("--experts", type=int, default=16, help="of a block (default: 16)")
+    parser.add_argument("--active", type=int, default=12, help="experts that a token uses (default: 12)")
+    parser.add_argument("--width", type=int, default=64, help="channels of an expert (default: 64)")
+    parser.add_argument("--report", default="quantize_moe", help="name of the report's files")
+    parser.add_argument("--work", type=Path, help="folder of what is made (default: build/REPORT)")
     parser.add_argument("--only", nargs="+", choices=("peers", "policies"), default=["peers", "policies"])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--interop-python", type=Path, default=INTEROP_PYTHON, help="has GPTQModel")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.work = (options.work or ROOT / "build" / options.report).resolve()
+    if options.model is not None:
+        options.name = options.name or options.model.absolute().name
+        options.model = options.model.resolve()
+    return options
 
 
 def once(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -103,19 +115,41 @@ def evaluation_tokens(options: argparse.Namespace, model: Path) -> Path:
     return out
 
 
+def facts_of(options: argparse.Namespace, dense: Path) -> dict[str, Any]:
+    """Return what the mixture is: of which model, and its shape."""
+    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
+    return {
+        "model": options.name or BUNDLED,
+        "experts": options.experts,
+        "active": options.active,
+        "width": options.width,
+        "shared": config["intermediate_size"] - options.experts * options.width,
+        "hidden": config["hidden_size"],
+        "layers": config["num_hidden_layers"],
+    }
+
+
 def mixture_of(options: argparse.Namespace, dense: Path) -> tuple[Path, dict[str, Any]]:
-    """Return the mixture's folder, and what it lost."""
-    folder: Path = options.work / "SmolLM2-135M-16x64"
+    """Return the mixture's folder, and what it lost.
+
+    Raises:
+        SystemExit: the work folder holds figures of another mixture.
+    """
+    facts = facts_of(options, dense)
+    if (found := once(options.work / "of.json", lambda: facts)) != facts:
+        sys.exit(f"{options.work} holds figures of {found}, not of {facts}: name another --work")
+    folder: Path = options.work / f"{facts['model'].split()[-1]}-{options.experts}x{options.width}"
 
     def make() -> dict[str, Any]:
         source, _ = sources(options.data)
-        command: Command = [sys.executable, HERE / "_mixture.py", dense, source, folder]
+        shape = (str(options.experts), str(options.active), str(options.width))
+        command: Command = [sys.executable, HERE / "_mixture.py", dense, source, folder, *shape]
         lost = run_child(command, options.threads).json()["lost"]
         tokens = evaluation_tokens(options, dense)
         judged = quality(folder, tokens, options.threads, dense)
         return {"lost": lost, "dense": quality(dense, tokens, options.threads), "mixture": judged}
 
-    return folder, once(options.work / "mixture.json", make)
+    return folder, facts | once(options.work / "mixture.json", make)
 
 
 def race(options: argparse.Namespace, model: Path, tool: str) -> dict[str, Any]:
@@ -235,23 +269,25 @@ def table(
         tried: of the policies.
         facts: the environment.
     """
-    dense, mixture = cut["dense"]["perplexity"], cut["mixture"]["perplexity"]
-    parts = ["# Experts on real activations\n", model_in_words(dense, mixture)]
+    mixture = cut["mixture"]["perplexity"]
+    parts = ["# Experts on real activations\n", model_in_words(cut)]
     if rows:
         parts += [peers_table(rows, cut["mixture"]), peers_in_words(rows, mixture, facts)]
     if tried:
-        parts += ["## Policies for few tokens\n", policies_table(tried), policies_in_words(tried)]
+        parts += ["## Policies for few tokens\n", policies_table(tried), policies_in_words(tried, cut)]
     measured = [*rows, *tried]
     return "\n".join([*parts, f"{shared(measured, facts, 'cpu')}, {measured_on(measured, facts)}.\n"])
 
 
-def model_in_words(dense: float, mixture: float) -> str:
+def model_in_words(cut: dict[str, Any]) -> str:
     """Return what was quantised."""
+    dense, mixture = cut["dense"]["perplexity"], cut["mixture"]["perplexity"]
     return (
-        "The model: the bundled SmolLM2-135M, each MLP cut into 16 experts of 64 channels, of which a token "
-        "uses 12, and a shared expert of 512; router fitted on real text; layout of Qwen2-MoE. Perplexity "
-        f"{mixture:.2f}, the dense model's {dense:.2f} (WikiText-2, {EVALUATED} × {SEQ_LEN} tokens). It is "
-        "no trained mixture: its experts may resemble each other more than a real one's.\n"
+        f"The model: {cut['model']}, each MLP cut into {cut['experts']} experts of {cut['width']} channels, "
+        f"of which a token uses {cut['active']}, and a shared expert of {cut['shared']}; router fitted on "
+        f"real text; layout of Qwen2-MoE. Perplexity {mixture:.2f}, the dense model's {dense:.2f} "
+        f"(WikiText-2, {EVALUATED} × {SEQ_LEN} tokens). It is no trained mixture: its experts may resemble "
+        "each other more than a real one's.\n"
     )
 
 
@@ -270,7 +306,7 @@ def peers_in_words(rows: list[dict[str, Any]], mixture: float, facts: dict[str, 
     )
 
 
-def policies_in_words(tried: list[dict[str, Any]]) -> str:
+def policies_in_words(tried: list[dict[str, Any]], cut: dict[str, Any]) -> str:
     """Return what the table of policies shows."""
     rows = [row for block in tried for row in block["rows"]]
     sizes = list(dict.fromkeys(row["tokens"] for row in rows))
@@ -280,16 +316,19 @@ def policies_in_words(tried: list[dict[str, Any]]) -> str:
         spans.append(f"{min(low for low, _ in seen)} to {max(high for _, high in seen)} of {size}")
     layers = ", ".join(str(layer) for layer in dict.fromkeys(row["layer"] for row in rows))
     sets = max(row["set"] for row in rows) + 1
+    lost = {policy: [row["lost"] for row in rows if row["policy"] == policy] for policy in POLICIES}
+    best = min(lost, key=lambda policy: geometric_mean(lost[policy]))
     return (
         f"The share of the routed experts' output energy that is lost on {HELD_OUT} × {SEQ_LEN} held-out "
         f"tokens of C4; blocks {layers}, Int4, without asymmetric calibration, {sets} sets of tokens where "
-        "there are so many; each token goes to the 2 experts that the router prefers: with 12, an expert's "
-        "tokens would be the block's. In "
+        "there are so many; each token goes to the 2 experts that the router prefers: with "
+        f"{cut['active']}, an expert's tokens would be the block's. In "
         "brackets: the change from the first line on the same tokens, geometric mean and its standard error. "
         "H = (n · H_own + κ · H_block) / (n + κ), n tokens routed to an expert, p the router's weight; the "
-        f"width is 576 of gate and up, 64 of down. Tokens that experts saw: {'; '.join(spans)}.\n\n"
-        "The block's tokens alone are best here. The default keeps a part of its own: asymmetric calibration "
-        "rests on it, and experts of a trained mixture may differ more. Weights p² change nothing.\n"
+        f"width is {cut['hidden']} of gate and up, {cut['width']} of down. Tokens that experts saw: "
+        f"{'; '.join(spans)}.\n\n"
+        f"Best here over all: {POLICIES[best]}. The default keeps a part of an expert's own tokens: "
+        "asymmetric calibration rests on it, and experts of a trained mixture may differ more than these.\n"
     )
 
 
@@ -298,9 +337,8 @@ def main() -> None:
     options = parse_options()
     if not options.interop_python.exists():
         sys.exit(f"{options.interop_python} is missing: run `make interop`")
-    options.work = options.work.resolve()
     options.work.mkdir(parents=True, exist_ok=True)
-    model, cut = mixture_of(options, resolve_bundled())
+    model, cut = mixture_of(options, options.model or resolve_bundled())
     facts = {
         **machine(),
         "versions": versions(sys.executable, ["qwenq", "torch", "transformers"]),
@@ -308,7 +346,7 @@ def main() -> None:
     }
     found: dict[str, Any] = {"mixture": cut, "peers": [], "policies": []}
     if "policies" in options.only:
-        for layer in LAYERS:
+        for layer in (4, cut["layers"] // 2 - 1, cut["layers"] - 6):
             file = options.work / f"policies_{layer}.json"
             found["policies"].append(once(file, partial(try_policies, options, model, layer)))
     if "peers" in options.only:
@@ -316,7 +354,7 @@ def main() -> None:
             file = options.work / f"peer_{tool.replace(' ', '_')}.json"
             found["peers"].append(once(file, partial(race, options, model, tool)))
     text = table(found["mixture"], found["peers"], found["policies"], facts)
-    write_report("quantize_moe", {"environment": facts, **found}, text)
+    write_report(options.report, {"environment": facts, **found}, text)
     print(text)
 
 

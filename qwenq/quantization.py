@@ -68,6 +68,7 @@ from qwenq.planner.estimates import quantisation_seconds
 from qwenq.publishing.engines import engine_verdicts, planned_gptq_folder, read_gptq_folder
 from qwenq.publishing.model_card import model_card
 from qwenq.recipe import Recipe
+from qwenq.reporting.experts import coverage_of, coverage_sentence
 from qwenq.stopping import finishing
 from qwenq.storage import locked
 
@@ -527,6 +528,8 @@ def _publish(
     where_it_loads = _where_it_loads(written)
     publish(staged, job.out, manifest)
     store.discard()
+    if coverage := coverage_of(manifest.get("expert_tokens")):
+        job.listener(Notice(coverage_sentence(coverage)))
     job.listener(Notice(where_it_loads))
     return Quantised(job.out, weight_bytes, job.base_bytes, result, job.seconds, job.resumed)
 

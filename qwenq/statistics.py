@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -45,6 +47,21 @@ class Estimate:
 def json_number(value: float | None) -> float | None:
     """Return the number, or None for NaN, infinity and None."""
     return float(value) if value is not None and math.isfinite(value) else None
+
+
+_OF_AN_EXPERT = re.compile(r"\.experts\.\d+\.", re.ASCII)
+
+
+def mean_over_modules(errors: Iterable[tuple[str, float]]) -> float:
+    """Return the mean error of modules by name; experts of a block count together, as one of each linear.
+
+    Else hundreds of experts would hide what its attention has lost.
+    """
+    found: dict[str, list[float]] = defaultdict(list)
+    for name, error in errors:
+        found[_OF_AN_EXPERT.sub(".experts.", name)].append(error)
+    means = [sum(alike) / len(alike) for alike in found.values()]
+    return sum(means) / max(1, len(means))
 
 
 def mean_of_sequences(values: NDArray[np.float64]) -> Estimate:

@@ -36,7 +36,10 @@ TABLES: dict[str, tuple[str, tuple[str, ...]]] = {
     "moe_decode": ("decode_moe", ("rows", "environment")),
     "moe_quantize": ("quantize_moe_shape", ("rows", "environment")),
     "quantize": ("_quantize_report", ("rows", "ratios", "environment")),
-    "quantize_moe": ("quantize_moe", ("mixture", "peers", "policies", "environment")),
+    **{
+        file.stem: ("quantize_moe", ("mixture", "peers", "policies", "environment"))
+        for file in sorted(REPORTS.glob("quantize_moe*.json"))
+    },
     "quantize_qwen": ("_quantize_report", ("rows", "ratios", "environment")),
     "quantize_xeon": ("_quantize_report", ("rows", "ratios", "environment")),
 }
@@ -47,6 +50,66 @@ def test_what_is_committed_for_people_is_made_of_the_committed_rows(load: Load, 
     script, parts = TABLES[name]
     text = load(script).table(*(report(name)[part] for part in parts))
     assert (REPORTS / f"{name}.md").read_text(encoding="utf-8") == text
+
+
+def test_a_mixture_of_another_model_is_reported_by_its_name_and_shape(load: Load) -> None:
+    found = report("quantize_moe")
+    shape = {"experts": 16, "active": 12, "width": 128, "shared": 2816, "hidden": 896, "layers": 24}
+    other = found["mixture"] | {"model": "Qwen2.5-Coder-0.5B-Instruct"} | shape
+    text = load("quantize_moe").table(other, found["peers"], found["policies"], found["environment"])
+    assert "The model: Qwen2.5-Coder-0.5B-Instruct, each MLP cut into 16 experts of 128 channels, " in text
+    assert "a shared expert of 2816" in text
+    assert "the width is 896 of gate and up, 128 of down" in text
+    assert "SmolLM2" not in text
+
+
+def test_a_mixture_is_not_measured_among_the_figures_of_another(load: Load, tmp_path: Path) -> None:
+    moe, dense = load("quantize_moe"), tmp_path / "dense"
+    dense.mkdir()
+    config = {"intermediate_size": 4864, "hidden_size": 896, "num_hidden_layers": 24}
+    (dense / "config.json").write_text(json.dumps(config))
+    asked = {"work": tmp_path, "name": "dense", "experts": 16, "active": 12, "width": 64}
+    (tmp_path / "mixture.json").write_text(json.dumps({"lost": []}))  # made before
+    folder, facts = moe.mixture_of(argparse.Namespace(**asked), dense)
+    assert (folder, facts["shared"]) == (tmp_path / "dense-16x64", 4864 - 16 * 64)
+    with pytest.raises(SystemExit, match="name another --work"):
+        moe.mixture_of(argparse.Namespace(**asked | {"width": 128}), dense)
+
+
+def shape_row(layers: int, peak: float, **changed: Any) -> dict[str, Any]:
+    """A row of quantising blocks in their true shape."""
+    [row] = report("moe_quantize")["rows"][:1]
+    return row | {"model": "m", "layers": layers, "peak_rss_mib": peak} | changed
+
+
+def test_the_report_of_block_shapes_keeps_its_rows_and_compares_depths(load: Load, tmp_path: Path) -> None:
+    shapes = load("quantize_moe_shape")
+    shapes.add(shape_row(1, 4000.0), tmp_path)
+    shapes.add(shape_row(3, 9000.0), tmp_path)
+    shapes.add(shape_row(1, 1000.0, model="a hybrid", linear_attention_layers=1), tmp_path)
+    text = shapes.add(shape_row(3, 4040.0), tmp_path)  # measured again: in the place of the earlier one
+    rows = json.loads((tmp_path / "moe_quantize.json").read_text())["rows"]
+    assert [(row["model"], row["layers"]) for row in rows] == [("a hybrid", 1), ("m", 1), ("m", 3)]
+    assert "Peak memory over depth: m at 3 layers 1.01 of that at 1. " in text
+    assert "| 1, 1 of linear attention |" in text
+    assert (tmp_path / "moe_quantize.md").read_text(encoding="utf-8") == text
+
+
+def test_a_turn_of_block_shapes_is_measured_once(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, measured = load("quantize_moe_shape"), []
+
+    def measure(options: argparse.Namespace, name: str, layers: int) -> dict[str, Any]:
+        measured.append((name, layers, options.samples))
+        return shape_row(layers, 1.0, tokens=shapes.tokens_of(options), threads=options.threads)
+
+    monkeypatch.setattr(shapes, "measure", measure)
+    options = argparse.Namespace(work=tmp_path, samples=16, seq_len=256, threads=2)
+    rows = [shapes.once(options, "m", 1), shapes.once(options, "m", 1), shapes.once(options, "m", 3)]
+    assert rows[0] == rows[1]
+    shapes.once(argparse.Namespace(**vars(options) | {"samples": 8}), "m", 3)  # another text
+    assert measured == [("m", 1, 16), ("m", 3, 16), ("m", 3, 8)]
 
 
 def day(date: str, torch: str = "2.13.0") -> dict[str, Any]:

@@ -20,6 +20,7 @@ import typer
 from test_house import MAY_IMPORT
 
 from qwenq.cli.app import COMMANDS, app, register
+from qwenq.models import catalogue
 from qwenq.recipe import QuantizeRecipe, markdown_table, read_recipe
 from qwenq.workflow import steps_of
 
@@ -219,7 +220,7 @@ def test_released_recipes_are_qwens_settings(name: str) -> None:
 FAMILIES = (
     "qwen2.5-7b-instruct", "qwen2.5-0.5b-instruct", "qwen2.5-math-7b-instruct", "deepseek-r1-distill-qwen-7b",
     "qwen3-8b", "qwen3-0.6b", "qwen3-4b-instruct-2507", "qwen3-30b-a3b", "qwen3-next-80b-a3b", "qwen3.5-27b",
-    "demo",
+    "qwen3.5-35b-a3b", "demo",
 )  # fmt: skip
 
 
@@ -227,6 +228,22 @@ FAMILIES = (
 def test_family_recipes_are_the_defaults(name: str) -> None:
     written = read_recipe(ROOT / "recipes" / f"{name}.toml").quantize
     assert replace(written, group_size="auto") == QuantizeRecipe()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"), [("qwen3.5-27b", {"attn": 16}), ("qwen3.5-35b-a3b", {"attn": 16, "shared_expert": 16})]
+)
+def test_published_recipes_keep_what_qwens_files_keep(name: str, kept: dict[str, int]) -> None:
+    recipe = read_recipe(ROOT / "recipes" / f"{name}-published.toml")
+    assert recipe.quantize.module_bits == kept
+    assert recipe.model == read_recipe(ROOT / "recipes" / f"{name}.toml").model
+
+
+def test_every_released_mixture_is_named_by_a_recipe() -> None:
+    text = "".join(path.read_text(encoding="utf-8") for path in RECIPES)
+    sizes = {size[1] for hub in catalogue.hub_ids() if (size := re.search(r"-([\d.]+[BT]-A\d+B)", hub))}
+    assert {"30B-A3B", "122B-A10B", "2.4T-A95B"} < sizes
+    assert {size for size in sizes if size not in text} == set()
 
 
 def test_the_house_is_described_room_by_room() -> None:

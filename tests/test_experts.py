@@ -18,7 +18,9 @@ from tiny_published import fused, rewrite, write_published
 
 from qwenq.errors import ModelError, StorageError
 from qwenq.events import Advance, Event
+from qwenq.gptq.experts import PULL
 from qwenq.quantization import quantize
+from qwenq.reporting.experts import POLICY
 from qwenq.runtime.engine import load
 
 
@@ -55,6 +57,30 @@ def test_fused_experts_give_the_same_integers_as_experts_apart(
     assert "model.layers.1.mlp.experts.3.down_proj.qweight" in first
 
 
+def test_both_orientations_of_a_vision_mixtures_experts_are_one_model(tmp_path: Path) -> None:
+    """Qwen3-VL-MoE is published as [expert, in, out]; transformers 5 saves [expert, out, in]."""
+
+    def turned(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        fused_names = (".gate_up_proj", ".down_proj")
+        return {name: value.mT if name.endswith(fused_names) else value for name, value in tensors.items()}
+
+    saved, published = (
+        write_published(tmp_path / name, "qwen3_vl_moe", moe_intermediate_size=96)
+        for name in ("saved", "published")
+    )
+    rewrite(published, turned)
+    stored = "model.language_model.layers.0.mlp.experts.gate_up_proj"
+    shapes = [list(load_file(model / "model.safetensors")[stored].shape) for model in (saved, published)]
+    assert shapes == [[4, 192, 64], [4, 64, 192]]
+    tokens = write_calibration(saved, tmp_path / "t.safetensors", samples=8)
+    for model in (saved, published):
+        run(model, tmp_path / f"{model.name}-out", calibration=tokens)
+    first, second = (load_file(tmp_path / f"{n}-out" / "model.safetensors") for n in ("saved", "published"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert "model.language_model.layers.1.mlp.experts.3.down_proj.qweight" in first
+
+
 @pytest.mark.parametrize(
     ("family", "count"),
     [("qwen3_moe", "num_experts"), ("mixtral", "num_local_experts"), ("deepseek_v3", "n_routed_experts")],
@@ -86,11 +112,24 @@ def test_coverage_and_what_is_left_alone_are_in_the_manifest(tmp_path: Path) -> 
     assert all(sum(tokens) == 2 * 4 * 32 for tokens in manifest["expert_tokens"].values())
     assert set(manifest["not_quantised"]) == {f"model.layers.{layer}.mlp.gate.weight" for layer in range(2)}
     assert len(manifest["modules"]) == 2 * (4 + 3 * 4)
+    counts = [tokens for layer in manifest["expert_tokens"].values() for tokens in layer]
+    said = f"calibration gave each of 8 experts {min(counts)} to {max(counts)} tokens"
+    assert sum(line.startswith(said) for line in ear.lines) == 1
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"### Experts\n\nC{said[1:]}" in card
+    assert "none is rounded to nearest." in card
+    first = manifest["expert_tokens"]["model.layers.0.mlp.experts"]
+    assert f"\n| 0 | 4 | {min(first)} | {sorted(first)[1]} | {max(first)} | {first.count(0)} |\n" in card
     (said,) = [line for line in ear.lines if line.startswith("not quantised")]
     assert said == "not quantised: mlp.gate in 2 layers (the router: a few rows that choose the experts)"
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
+def test_the_policy_that_cards_state_is_the_one_in_use() -> None:
+    assert PULL == 1 / 4
+    assert "as a quarter of its input width" in POLICY
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe", "deepseek_v3"])
 def test_a_run_that_resumes_ends_as_a_whole_one(tmp_path: Path, family: str) -> None:
     model = write_published(tmp_path / "m", family)
     recipe = recipe_for(model)

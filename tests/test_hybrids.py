@@ -224,6 +224,17 @@ def test_a_hybrid_writes_its_own_calibration_text(tmp_path: Path) -> None:
             UnsupportedError,
             "names mamba, which is not known",
         ),
+        ({"layer_types": []}, ModelError, "num_hidden_layers = 4, but its layer_types name 0 layers"),
+        (
+            {"layer_types": ["sliding_attention", "full_attention"] * 2},
+            ModelError,
+            "names sliding_attention, which no layer of a qwen3_5_text has",
+        ),
+        (
+            {"model_type": "qwen3", "layer_types": ["linear_attention", "full_attention"] * 2},
+            ModelError,
+            "names linear_attention, which no layer of a qwen3 has",
+        ),
         ({"linear_num_key_heads": 0}, ModelError, "linear_num_key_heads = 0"),
     ],
 )

@@ -22,18 +22,13 @@ from tiny_published import (
     write_dequantised,
     write_published,
 )
-from typer.testing import CliRunner
 
-from qwenq.cli.app import app, register
 from qwenq.errors import ModelError, UnsupportedError
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_config import QuantConfig
 from qwenq.quantization import quantize
 from qwenq.recipe import Recipe
 from qwenq.runtime.engine import load
-
-register()
-MIXTURES = ["olmoe", "qwen2_moe", "mixtral", "glm4_moe", "deepseek_v3"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,44 +79,6 @@ def test_every_matrix_of_a_block_is_quantised_or_named_and_the_rest_stays(
     matrices = {shown[name] for name in kept if before[name].ndim > 1 and ".layers." in name}
     assert matrices == set(manifest_of(tmp_path / "out").get("not_quantised", {}))
     assert all(name.endswith((".gate.weight", "shared_expert_gate.weight")) for name in matrices)
-
-
-@pytest.mark.parametrize("family", ["gemma3_text", "mixtral", "deepseek_v3"])
-def test_commands_run_it(tmp_path: Path, family: str) -> None:
-    model = write_published(tmp_path / "model", family, max_position_embeddings=8192)
-    tokens = write_calibration(model, tmp_path / "t.safetensors")
-    text = tmp_path / "text.txt"
-    text.write_text("Quantise the weights, measure what it cost, and write the table.\n" * 40)
-
-    def call(*argv: object, **options: Any) -> str:
-        result = CliRunner().invoke(app, [str(word) for word in argv], **options)
-        assert result.exit_code == 0, (result.output, result.exception)
-        return result.stdout
-
-    out, v2 = tmp_path / "out", tmp_path / "v2"
-    call("quantize", model, "--calibration", tokens, "--out", out, "--dtype", "float32")
-    assert "KL" in call("check", out, "--against", model, "--text", text, "--samples", 2, "--seq-len", 32)
-    call("convert", out, v2, "--zeros", "v2")
-    before, after = (load_file(folder / "model.safetensors") for folder in (out, v2))
-    assert before.keys() == after.keys()
-    assert all(torch.equal(before[name], after[name]) for name in before if not name.endswith(".qzeros"))
-    first, second = (
-        load(folder, device="cpu", dtype="float32", engine="transformers").logits([[1, 2, 3]])[0]
-        for folder in (out, v2)
-    )
-    assert torch.equal(first, second)
-    said = call(
-        "chat", out, "--engine", "transformers", "--max-new-tokens", 3, "--device", "cpu", input="hello\n"
-    )
-    assert said.strip()
-    lengths = ("--lengths", "16,32", "--samples", 2, "--engine", "transformers", "--device", "cpu")
-    rows = json.loads(call("perplexity", out, "--text", text, *lengths, "--out", tmp_path / "run", "--json"))[
-        "rows"
-    ]
-    assert [row["status"] for row in rows] == ["ok", "ok"]
-    suite = ("--sample", "--tasks", "mmlu", "--limit", 1, "--engine", "transformers", "--device", "cpu")
-    rows = json.loads(call("eval", out, *suite, "--out", tmp_path / "evaluated", "--json"))["rows"]
-    assert rows and all(row["status"] == "ok" for row in rows)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe", "glm4_moe", "deepseek_v3"])

@@ -18,6 +18,7 @@ from qwenq.statistics import (
     equivalence_p,
     macro_accuracy,
     mean_of_sequences,
+    mean_over_modules,
     means_by_position,
     micro_accuracy,
     perplexity,
@@ -37,6 +38,14 @@ def test_the_t_interval_is_scipys() -> None:
     ours = mean_of_sequences(values)
     assert (ours.low, ours.high) == pytest.approx(theirs)
     assert ours.value == pytest.approx(values.mean())
+
+
+def test_experts_of_a_block_count_together_in_a_mean_over_modules() -> None:
+    attention = [(f"model.layers.{layer}.self_attn.o_proj", 0.3) for layer in range(2)]
+    experts = [(f"model.layers.{layer}.mlp.experts.{n}.up_proj", 0.1) for layer in range(2) for n in range(9)]
+    assert mean_over_modules(attention) == pytest.approx(0.3)
+    assert mean_over_modules([*attention, *experts]) == pytest.approx(0.2)
+    assert mean_over_modules([]) == 0
 
 
 @given(hits=st.integers(0, 300), more=st.integers(0, 300))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
@@ -28,6 +29,7 @@ from qwenq.statistics import (
     PositionMean,
     json_number,
     mean_of_sequences,
+    mean_over_modules,
     means_by_position,
     perplexity,
     rate_of_sequences,
@@ -241,12 +243,34 @@ class CheckResult:
             f"× {ratio.value:.4f}{_interval(ratio, '.4f')}",
         }
         if self.modules:
-            error = sum(module.error for module in self.modules) / len(self.modules)
-            rtn = sum(module.rtn_error for module in self.modules) / len(self.modules)
+            error, rtn = _mean_errors(self.modules)
             lines["modules"] = (
                 f"mean error on held-out text {error:.3%} of the output, round-to-nearest {rtn:.3%}"
             )
+        parts = self.errors_by_part()
+        if not parts.keys() <= {"self_attn", "mlp"}:  # of a dense model, the two say little
+            said = (f"{part} {error:.3%} ({rtn:.3%})" for part, (error, rtn) in parts.items())
+            lines["by part"] = f"the same, in brackets round-to-nearest: {', '.join(said)}"
         return lines | {"verdict": str(self.verdict)}
+
+    def errors_by_part(self) -> dict[str, tuple[float, float]]:
+        """Return mean errors, and those of rounding to nearest, by part of a block: all experts are one."""
+        parts: dict[str, list[ModuleError]] = {}
+        for module in self.modules:
+            if found := _PART.search(module.name):
+                parts.setdefault(found[1], []).append(module)
+        return {part: _mean_errors(modules) for part, modules in parts.items()}
+
+
+_PART = re.compile(r"\.layers\.\d+\.(.+?)(?:\.\d+)?\.\w+$", re.ASCII)
+
+
+def _mean_errors(modules: Sequence[ModuleError]) -> tuple[float, float]:
+    """Return the mean error, and that of rounding to nearest."""
+    return (
+        mean_over_modules((module.name, module.error) for module in modules),
+        mean_over_modules((module.name, module.rtn_error) for module in modules),
+    )
 
 
 def _finite(value: Any) -> Any:

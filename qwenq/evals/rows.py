@@ -258,7 +258,7 @@ def _same_row(known: Row, row: Row) -> bool:
 
 
 def _details_of_kl(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the modules' errors; the curve over position, which older manifests do not have; and bits."""
+    """Return the modules' errors; the curve over position, if the manifest has it; bits; experts' tokens."""
     check, mixed = manifest["check"], manifest.get("mixed_bits")
     measured = [part for part in check.get("kl_by_position", []) if part["value"] is not None]
     curve = {
@@ -273,4 +273,5 @@ def _details_of_kl(manifest: dict[str, Any]) -> dict[str, Any]:
         "modules": check["modules"],
         **(curve if measured else {}),
         **({"mixed_bits": bits} if bits else {}),
+        **({"expert_tokens": manifest["expert_tokens"]} if manifest.get("expert_tokens") else {}),
     }

@@ -30,6 +30,7 @@ from qwenq.models.machine import resolve_device
 from qwenq.models.opening import open_model
 from qwenq.models.quantized_folder import LayerStore
 from qwenq.models.transformers_model import Expert, Routed
+from qwenq.statistics import mean_over_modules
 from qwenq.stopping import Terminated, asked, finishing
 
 if TYPE_CHECKING:
@@ -54,12 +55,12 @@ class LayerDone:
     @property
     def error(self) -> float:
         """Return the mean share of output energy lost over the layer's modules."""
-        return sum(stats.error for stats in self.modules.values()) / max(1, len(self.modules))
+        return mean_over_modules((name, stats.error) for name, stats in self.modules.items())
 
     @property
     def rtn_error(self) -> float:
         """Return the same for round-to-nearest."""
-        return sum(stats.rtn_error for stats in self.modules.values()) / max(1, len(self.modules))
+        return mean_over_modules((name, stats.rtn_error) for name, stats in self.modules.items())
 
     def raised_damping(self, asked: float) -> dict[float, list[str]]:
         """Return the modules whose Hessian needed more damping than was asked for, by the damping used."""

@@ -22,7 +22,7 @@ from qwenq.models.unsupported import refuse_by_name
 BUNDLED = "smollm2-135m-instruct"
 """The catalogue name of the model that commands take when none is given."""
 
-_NOT_OF_CONFIG = ("names", "hub", "parameters", "stored_head", "like", "vision")
+_NOT_OF_CONFIG = ("names", "hub", "parameters", "stored_head", "like", "vision", "secondary")
 """Keys of catalogue.toml that are none of config.json."""
 _FLOAT32 = re.compile(r"(^|/)qwen3\.5-")
 """Names of models whose files store decay and norm of linear attention in float32."""
@@ -39,6 +39,7 @@ class Entry:
     stored_head: bool  # the publisher's files hold that copy
     config: dict[str, Any]  # a config.json in the layout of Llama, Qwen2 (of Qwen v1, too) or a later Qwen
     vision_parameters: int = 0  # of the vision tower in the publisher's files
+    secondary: str | None = None  # where sizes come from that no publisher's file was read for
 
     @property
     def shape(self) -> ModelShape:
@@ -136,4 +137,5 @@ def _entry(table: dict[str, Any], data: dict[str, Any]) -> Entry:
         stored_head=table.get("stored_head", False),
         config=qwen2_config(config) if kind == "qwen" else config,
         vision_parameters=vision_parameters(tower | seen) or 0,
+        secondary=table.get("secondary"),
     )

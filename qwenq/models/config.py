@@ -397,7 +397,7 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise _absurd("layer_types", kinds, "a list of names", path)
     layers = config.get("num_hidden_layers")
-    if kinds and layers is not None and len(kinds) != layers:
+    if kinds is not None and layers is not None and len(kinds) != layers:
         raise ModelError(
             f"config.json says num_hidden_layers = {layers}, but its layer_types name {len(kinds)} layers",
             where=path,
@@ -410,6 +410,14 @@ def _check_nested(config: dict[str, Any], path: Path) -> None:
             f"layer_types of config.json names {', '.join(unknown)}, which is not known here",
             where=path,
             hint=f"known are {', '.join(LAYER_KINDS)}",
+        )
+    model_type = config.get("model_type")
+    foreign = "sliding_attention" if model_type in HYBRIDS else "linear_attention"
+    if foreign in (kinds or ()) and model_type in (*HYBRIDS, *PLAIN_ROPE):
+        raise ModelError(
+            f"layer_types of config.json names {foreign}, which no layer of a {model_type} has",
+            where=path,
+            hint=_COPY_AGAIN,
         )
 
     for rope in (config.get("rope_scaling"), config.get("rope_parameters")):

@@ -58,7 +58,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         model = catalogue.BUNDLED
     if weights == "random":
         drawn = catalogue.entry(model)
-        return PlannedModel(drawn.names[0], "catalogue, random weights", drawn.shape, "bfloat16")
+        return PlannedModel(drawn.names[0], _origin(drawn, "random weights"), drawn.shape, "bfloat16")
     if weights != "stored":
         raise UsageError(f"{weights!r} weights", where="--weights", hint="use stored or random")
     if not model.strip():  # `plan "$UNSET"` must not mean the current folder
@@ -73,7 +73,7 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
     if entry is not None:
         shape, dtype = entry.shape, entry.dtype_of(model)
         copied, note = _beside(shape, dtype, entry.vision_parameters, entry.beside(model))
-        return PlannedModel(entry.names[0], "catalogue", shape, dtype, entry, copied, note)
+        return PlannedModel(entry.names[0], _origin(entry), shape, dtype, entry, copied, note)
     refuse_by_name(model)
     if model.count("/") == 1 and not model.startswith((".", "/", "~")):
         return _from_config(_hub_config(model).parent, model, "config.json from the hub")
@@ -82,6 +82,11 @@ def find_model(model: str | None, weights: str = "stored") -> PlannedModel:
         where="MODEL",
         hint=f"did you mean {' or '.join(catalogue.suggestions(model))}? A hub id looks like Qwen/Qwen3-8B",
     )
+
+
+def _origin(entry: catalogue.Entry, *more: str) -> str:
+    """Return where the sizes of an entry come from."""
+    return ", ".join(["catalogue", *more, *([entry.secondary] if entry.secondary else [])])
 
 
 def _from_config(folder: Path, name: str, origin: str) -> PlannedModel:

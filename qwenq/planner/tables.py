@@ -99,6 +99,8 @@ def _generation(plan: Plan) -> RenderableType:
         memory = plan.generation[plan.precisions[-1].label]
         states = f"{_gib(memory.states)} GiB are recurrent states"
         note += f"; of the cache, {states}, which do not grow with the context"
+    if plan.shape.experts is not None and not plan.deployments:  # else each GPU's table says so
+        note += f". {_active(plan)}"
     title = f"Memory, GiB: {options.context} tokens of context, batch {options.batch}"
     return _section(title, columns, rows, note)
 
@@ -160,6 +162,12 @@ def _running(row: Deployment, gpu: Gpu, context: int) -> str:
     return f"{name}: fits, {size}, at most {row.speed.full:,.0f} tokens/s at {context} tokens."
 
 
+def _active(plan: Plan) -> str:
+    """Return what a token reads of a mixture's weights, in each precision."""
+    active = ", ".join(f"{item.label} {_gib(item.active)}" for item in plan.precisions)
+    return f"Weights that a token reads, GiB: {active}"
+
+
 def _quantisation(quantisation: Quantisation) -> RenderableType:
     kind = "RAM" if quantisation.gpu is None else "GPU memory"
     title = f"{kind} while quantising, GiB: calibration with {quantisation.size.tokens}"
@@ -189,8 +197,7 @@ def _deployments(plan: Plan) -> Iterator[RenderableType]:
         reasons = "".join(f"{', '.join(labels)}: {why}.\n" for why, labels in refused.items())
         note = f"{reasons}upper bound: bytes read per token over peak bandwidth. {gpu.source}"
         if plan.shape.experts is not None:
-            active = ", ".join(f"{item.label} {_gib(item.active)}" for item in plan.precisions)
-            note += f". Weights that a token reads, GiB: {active}"
+            note += f". {_active(plan)}"
         title = f"{gpu.title}: {gpu.memory_gib:g} GiB, {gpu.bandwidth_gb_s:,.0f} GB/s"
         yield _section(title, columns, rows, note)
 

@@ -20,6 +20,7 @@ from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.folders import CARD, MANIFEST
 from qwenq.publishing.engines import Verdict, engine_verdicts, read_gptq_folder
 from qwenq.recipe import HUB_ID, quantize_command
+from qwenq.reporting.experts import coverage_markdown, coverage_of
 from qwenq.reporting.text import code, markdown
 from qwenq.storage import atomic_write_bytes, read_json, readable_bytes
 
@@ -254,11 +255,12 @@ def _cost(manifest: Mapping[str, Any]) -> str:
     files = manifest["files"].items()
     weights = sum(facts["bytes"] for name, facts in files if name.endswith(".safetensors"))
     lines = ["## What quantising cost", "", f"The weights take {readable_bytes(weights)}."]
+    coverage = coverage_of(manifest.get("expert_tokens"))
+    experts = ["", *coverage_markdown(coverage)] if coverage else []
     check = manifest.get("check")
     if not check:
-        return "\n".join(
-            [*lines, "", "It was not compared with the unquantised model: its weights are random."]
-        )
+        said = "It was not compared with the unquantised model: its weights are random."
+        return "\n".join([*lines, "", said, *experts])
     rows = [
         ("KL divergence, nats a token", check["kl"], "{:.4f}"),
         ("same most likely token", check["same_top"], "{:.1%}"),
@@ -276,7 +278,7 @@ def _cost(manifest: Mapping[str, Any]) -> str:
         lines.append(f"| {name} | {form.format(found['value'])} | {interval} |")
     verdict = check["verdict"]
     lines += ["", f"Verdict: **{markdown(verdict['word'])}**. {markdown(verdict['sentence'])}."]
-    return "\n".join(lines)
+    return "\n".join([*lines, *experts])
 
 
 def _load(name: str, verdicts: Sequence[Verdict]) -> str:

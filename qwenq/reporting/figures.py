@@ -13,6 +13,7 @@ from qwenq.reporting.card import model_bytes, task_name
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows, point_text
 from qwenq.reporting.losses import bases_of, distinguish, losses
 from qwenq.reporting.text import GIB
+from qwenq.statistics import mean_over_modules
 
 # Mark the trade-off frontier: the models that no other one beats on both axes.
 #
@@ -258,7 +259,8 @@ def _layers(collection: Collection, family: str) -> Figure:
     rows = at_one_point(
         [item for item in collection.of(family, "kl") if _by_layer(item, "error")], anywhere=True
     )
-    series = []
+    series, mixed = [], any(_of_experts(item) for item in rows)
+    together = ", a layer's experts together as one of each linear" if mixed else ""
     for item in rows:
         name, tone = collection.label(item.row.model), item.row.model.precision
         series.append(Series(name, _by_layer(item, "error"), tone))
@@ -267,11 +269,18 @@ def _layers(collection: Collection, family: str) -> Figure:
     return Figure(
         "layers", "lines", "Error of each layer", "layer", "relative error, %", tuple(series),
         "On held-out text, each layer with the unquantised model's input: the squared error of its output, "
-        "relative to it, mean over its modules. Quantising minimises another error, on calibration text, "
-        "which counts what the layers before have changed: there no module is worse than rounding to "
-        "nearest, here one may be.",
+        f"relative to it, mean over its modules{together}. Quantising minimises another error, on "
+        "calibration text, which counts what the layers before have changed: there no module is worse than "
+        "rounding to nearest, here one may be.",
         log_y=True,
     )  # fmt: skip
+
+
+def _of_experts(item: Measured) -> bool:
+    """Return whether modules of experts are among those measured."""
+    modules = item.row.details.get("modules")
+    named = (module.get("name") for module in modules or () if isinstance(module, dict))
+    return any(".experts." in str(name) for name in named)
 
 
 def _bits(collection: Collection, family: str) -> Figure:
@@ -301,10 +310,10 @@ def _bits(collection: Collection, family: str) -> Figure:
 
 def _by_layer(item: Measured, key: str) -> tuple[Point, ...]:
     modules = item.row.details.get("modules")
-    layers: dict[int, list[float]] = defaultdict(list)
+    layers: dict[int, list[tuple[str, float]]] = defaultdict(list)
     for module in modules if isinstance(modules, list) else []:
         found = _LAYER.search(str(module.get("name"))) if isinstance(module, dict) else None
         if found and _number(module.get(key)) and module[key] > 0:
-            layers[int(found[1])].append(float(module[key]) * 100)
-    points = tuple(Point(layer, sum(errors) / len(errors)) for layer, errors in sorted(layers.items()))
+            layers[int(found[1])].append((str(module["name"]), float(module[key]) * 100))
+    points = tuple(Point(layer, mean_over_modules(errors)) for layer, errors in sorted(layers.items()))
     return points if len(points) > 1 else ()

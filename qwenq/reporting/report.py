@@ -16,6 +16,7 @@ from qwenq.reporting.card import (
     split_table,
 )
 from qwenq.reporting.collect import Collection
+from qwenq.reporting.experts import expert_table
 from qwenq.reporting.figures import Figure, figures_of
 from qwenq.reporting.losses import loss_table, summary_of
 from qwenq.reporting.served import served_figures, served_summary, served_table
@@ -77,7 +78,8 @@ def _slugs(families: list[str]) -> list[str]:
 
 _TABLES = (
     *(accuracy_table, speed_table, memory_table),  # as on the cards
-    *(loss_table, long_context_table, closeness_table, split_table, served_table, other_accuracies),
+    *(loss_table, long_context_table, closeness_table, split_table, served_table),
+    *(other_accuracies, expert_table),
 )
 
 

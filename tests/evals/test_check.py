@@ -22,6 +22,7 @@ from qwenq.evals.check import (
     MODULE_TOKENS,
     ROWS,
     CheckResult,
+    ModuleError,
     check,
     chosen_sequences,
     compare_logits,
@@ -240,6 +241,23 @@ def test_json_is_strict_and_whole(case: Case) -> None:
     assert len(plain["modules"]) == 14 and set(plain["modules"][0]) == {"name", "error", "rtn_error"}
     assert plain["dtype"] == "float32" and plain["bits"] == case.quant.bits
     assert set(plain) == set(vars(case.result)) | {"broken"}
+
+
+def test_errors_of_a_mixture_are_told_by_part_and_experts_do_not_hide_attention(case: Case) -> None:
+    assert case.result.errors_by_part().keys() == {"self_attn", "mlp"}
+    assert "by part" not in case.result.summary()
+    experts = [f"model.layers.0.mlp.experts.{number}.up_proj" for number in range(30)]
+    modules = (
+        ModuleError("model.layers.0.linear_attn.out_proj", 0.3, 0.4),
+        *(ModuleError(name, 0.1, 0.2) for name in experts),
+        ModuleError("model.layers.0.mlp.shared_expert.up_proj", 0.2, 0.3),
+    )
+    said = replace(case.result, modules=modules).summary()
+    assert "error on held-out text 20.000% of the output, round-to-nearest 30.000%" in said["modules"]
+    shown = (
+        "linear_attn 30.000% (40.000%), mlp.experts 10.000% (20.000%), mlp.shared_expert 20.000% (30.000%)"
+    )
+    assert said["by part"].endswith(shown)
 
 
 def test_noisy_weights_are_broken(tmp_path: Path) -> None:

@@ -83,5 +83,8 @@ def test_rows_of_a_check_are_those_of_the_manifest() -> None:
         "positions": [16.5, 48.0], "values": [0.15, 0.05], "counts": [256, 248],
         "lows": [0.1, None], "highs": [0.2, None],
     }  # fmt: skip
+    experts = {"model.layers.0.mlp.experts": [3, 0]}
+    row, *_ = _check_rows(manifest | {"expert_tokens": experts}, Model("m", "f", "int4", "m"), "m-int4")
+    assert row.details["expert_tokens"] == experts
     assert (same.metric, same.value) == ("same_top", 0.8)
     assert (ratio.metric, ratio.status, ratio.reason) == ("perplexity.ratio", "failed", "not finite")

@@ -49,6 +49,12 @@ def test_sizes_give_the_totals_in_the_names(name: str) -> None:
         assert shape.active_parameters == pytest.approx(float(active) * 1e9, rel=0.03)
 
 
+def test_sizes_that_no_publishers_file_was_read_for_say_so() -> None:
+    marked = {name: catalogue.entry(name).secondary for name in ALL if catalogue.entry(name).secondary}
+    assert set(marked) == {"qwen3-coder-480b-a35b-instruct", "qwen3.8-27b", "qwen3.8-2.4t-a95b"}
+    assert catalogue.entry("qwen3.8-27b").config == catalogue.entry("qwen3.5-27b").config
+
+
 def test_every_name_is_there_once() -> None:
     every = [key for name in ALL for key in (*catalogue.entry(name).names, *catalogue.entry(name).hub)]
     assert len(every) == len(set(every))

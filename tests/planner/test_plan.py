@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from qwenq.errors import HubError, ModelError, UnsupportedError, UsageError
 from qwenq.models import catalogue
@@ -14,7 +16,7 @@ from qwenq.models.hub import network_errors
 from qwenq.models.unsupported import missing_by_name
 from qwenq.planner.estimates import GIB, gpu
 from qwenq.planner.plan import PlanOptions, find_model, make_plan
-from qwenq.planner.tables import answer
+from qwenq.planner.tables import answer, plan_tables
 
 
 def test_bytes_of_qwen_7b_chat() -> None:
@@ -99,6 +101,14 @@ def test_every_name_of_the_catalogue_is_supported() -> None:
             assert make_plan(found, PlanOptions(gpus=(gpu("h200"),))).precisions[-1].bytes > 0
 
 
+def test_a_plan_says_where_sizes_of_secondary_sources_come_from() -> None:
+    assert "as others report them; widths inferred" in find_model("qwen3.8-2.4t-a95b").origin
+    assert find_model("Qwen/Qwen3.8-27B", "random").origin.startswith(
+        "catalogue, random weights, the sizes of"
+    )
+    assert find_model("qwen3.5-27b").origin == "catalogue"
+
+
 def test_deployments_share_weights_and_cache() -> None:
     plan = make_plan(
         find_model("qwen2.5-72b-instruct"),
@@ -139,6 +149,17 @@ def test_a_mixture_reads_the_active_experts_alone() -> None:
     batch = make_plan(find_model("qwen3-30b-a3b"), PlanOptions(gpus=(h200,), bits=(4,), batch=64))
     assert full.idle > batch.precisions[0].idle > 0
     assert batch.deployments[0].speed.empty < 64 * rates["BF16"].empty
+
+
+@pytest.mark.parametrize("gpus", [(), ("h200",)])
+def test_what_a_token_reads_is_shown_once(gpus: tuple[str, ...]) -> None:
+    console = Console(width=200, file=StringIO(), highlight=False)
+    options = PlanOptions(gpus=tuple(map(gpu, gpus)), bits=(4,))
+    for part in plan_tables(make_plan(find_model("qwen3-30b-a3b"), options)):
+        console.print(part)
+    assert isinstance(console.file, StringIO)
+    words = " ".join(console.file.getvalue().split())
+    assert words.count("Weights that a token reads, GiB: BF16 5.67, Int4 ") == 1
 
 
 def test_states_do_not_grow_with_the_context() -> None:
