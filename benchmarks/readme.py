@@ -93,6 +93,7 @@ def demo_table(report: Report) -> str:
 
 LABELS = {"fp32": "FP32", "bf16": "BF16", "int8": "Int8", "int4": "Int4"}
 NEAR = ("KL divergence (nats/token)",)
+SIGNIFICANT = "; ✗: a significant loss"
 FAST = ("Decode, ", "Peak, generating ")
 """What the columns of decoding begin with; of several lengths the last."""
 SAMPLE = "The questions are the sample suite's, which ships with qwenq: they are not the benchmarks'. "
@@ -132,7 +133,7 @@ def front_table(folder: str, report: Report) -> str:
     headlines = "".join(f"- {_short(line)}\n" for line in section["summary"])
     return (
         f"{table}\n{headlines}\n{SAMPLE if 'sample suite' in captions['accuracy'] else ''}"
-        f"Accuracy: {captions['accuracy']}; ✗: a loss that is no accident. "
+        f"Accuracy: {captions['accuracy']}{SIGNIFICANT if lost else ''}. "
         f"Decoding: each at its fastest attention, on {_hardware(report)}. "
         f"{measured_on(report['rows'], {})}; [the whole report](reports/{folder}/README.md)."
     )
@@ -142,7 +143,7 @@ def _short(line: str) -> str:
     """Return a line of the summary with the verdict on its answers alone: the table has the rest."""
     facts, against, answers = line.partition("; against ")
     base, _, rest = answers.partition(", ")
-    return f"{facts}; answers against {base}: {rest.rpartition('verdict: ')[2]}" if against else line
+    return f"{facts}; accuracy against {base}: {rest.rpartition('verdict: ')[2]}" if against else line
 
 
 def _hardware(report: Report) -> str:
@@ -272,8 +273,8 @@ def cpus_table(report: Report) -> str:
     return (
         f"{markdown_table(['tokens a second', *header], body)}\n"
         f"SmolLM2-135M-Instruct, batch 1; {facts[0]['threads']} threads of {facts[0]['cpu']}, {days}; AVX2: "
-        "AVX-512 is hidden from torch and the kernels. Each was a run of its own, the machine slower in one: "
-        f"compare within a column. The reports: {', '.join(sorted(names))}."
+        "AVX-512 is hidden from PyTorch and the kernels. The two were measured at different times, and the "
+        f"machine's speed drifts: compare within a column. The reports: {', '.join(sorted(names))}."
     )
 
 

@@ -83,10 +83,10 @@ _ATTENTION_MEANS = {
     "flash v2": "FlashAttention-2",
     "flash v1": "FlashAttention",
     "plain": "no fused kernel",
-    "sdpa": "torch's own choice",
-    "grouped": "decode steps laid out for a CPU",
-    "split": "decode steps with the cache split over programs of the GPU",
-    "best": "whichever was fastest when the model was loaded",
+    "sdpa": "PyTorch's choice",
+    "grouped": "decode steps with a cache layout for CPUs",
+    "split": "decode steps whose cache is split over the GPU's thread blocks",
+    "best": "the one that was fastest when the model was loaded",
 }
 GENERATED_2048 = {"qwen-1.8b-chat", "qwen-72b-chat"}
 """Cards whose first memory figure is of generating, as their text says; their heading says encoding."""
@@ -100,7 +100,7 @@ def accuracy_table(collection: Collection, family: str) -> Table | None:
     layout = Layout("Quantization", _score, count="items", used=frozenset({"task"}))
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "items answered correctly, with 95 % intervals")
-    made.caption.append(_how_asked(rows))
+    made.caption += [_how_asked(rows), *_guessed(rows)]
     _add_cut(made, rows, collection)
     asked = {str(item.row.point.get("task")): _score(item)[1] for item in rows if _as_the_cards(item.row)}
     for row in published_of(family):
@@ -114,8 +114,20 @@ def _how_asked(rows: list[Measured]) -> str:
     by: dict[str, dict[str, None]] = {"logits": {}, "generation": {}}
     for item in sorted(rows, key=lambda item: task_order(item.row)):
         by[asked_by(item.row)][task_name(item.row)] = None
-    parts = {"letters asked by logits": by["logits"], "answers by generation": by["generation"]}
+    parts = {"letters by logits": by["logits"], "written answers": by["generation"]}
     return "; ".join(f"{how}: {', '.join(tasks)}" for how, tasks in parts.items() if tasks)
+
+
+def _guessed(rows: list[Measured]) -> list[str]:
+    """Return a caption with the tasks of letters in which every model is at the level of guessing."""
+    from qwenq.comparison import guessing_level  # with numpy
+
+    levels: dict[str, list[float | None]] = {}
+    for item in sorted(rows, key=lambda item: task_order(item.row)):
+        if item.row.metric == "accuracy" and item.row.value is not None:
+            levels.setdefault(task_name(item.row), []).append(guessing_level(item.row))
+    guessed = [f"{task} ({found[0]:.0%})" for task, found in levels.items() if all(found)]
+    return [f"at guessing level, where no loss can show: {', '.join(guessed)}"] if guessed else []
 
 
 def _add_cut(made: Pivot, rows: list[Measured], collection: Collection) -> None:
@@ -158,7 +170,7 @@ def speed_table(collection: Collection, family: str) -> Table | None:
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "by the cards' protocol: the wall clock around one generate call")
     if all(item.row.n is None and "warm_up" not in item.row.settings for item in rows if item.row.value):
-        made.caption.insert(1, "one generation each, not warmed up as far as the rows say")
+        made.caption.insert(1, "one generation each, with no warm-up recorded")
     made.caption += attention_meanings(made)
     for row in published_of(family):
         for kind, pair in row.speed.items():
