@@ -126,7 +126,7 @@ def _guessed(rows: list[Measured]) -> list[str]:
     for item in sorted(rows, key=lambda item: task_order(item.row)):
         if item.row.metric == "accuracy" and item.row.value is not None:
             levels.setdefault(task_name(item.row), []).append(guessing_level(item.row))
-    guessed = [f"{task} ({found[0]:.0%})" for task, found in levels.items() if all(found)]
+    guessed = [f"{task} ({100 * found[0]:.0f} %)" for task, found in levels.items() if all(found)]
     return [f"at guessing level, where no loss can show: {', '.join(guessed)}"] if guessed else []
 
 
