@@ -153,6 +153,17 @@ def test_a_model_beside_its_base_is_shown_by_its_score(
     assert lines[5:7] == [f"mmlu, Tiny int8: {said}", f"mmlu, Tiny int4: {why}"]
 
 
+def test_scores_at_guessing_level_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guessed = replace(row("fp32"), value=0.3, low=0.2, point={"task": "mmlu", "protocol": "card"})
+    none_right = replace(row("fp32"), value=0.0, low=0.0, point={"task": "gsm8k", "protocol": "base"})
+    eval.print_table(tmp_path, [guessed, replace(guessed, model=row("int8").model), none_right])
+    shown = capsys.readouterr().out
+    says_nothing = "this score cannot show what quantising cost"
+    remedy = "; a small model may do better with --protocol base"
+    assert f"mmlu, Tiny fp32, Tiny int8: at guessing level (25%): {says_nothing}{remedy}\n" in shown
+    assert f"gsm8k, Tiny fp32: no item answered correctly: {says_nothing}\n" in shown
+
+
 def test_a_narrow_terminal_has_room_for_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     narrow = partial(Console, file=shown, force_terminal=True, width=80, color_system=None)
