@@ -92,7 +92,7 @@ def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
     wanted = recipe.profile
     assert wanted is not None  # noqa: S101 - the caller has looked
     if 1 in wanted.tokens:
-        yield "profile.tokens = 1: a generation has 2 new tokens or more", "use encode for prompts alone"
+        yield "profile.tokens = 1: a generation has 2 new tokens or more", "encode measures prompts alone"
     if not wanted.tokens and not wanted.encode:
         yield "profile.tokens and profile.encode are empty", "name a length, or leave [profile] out"
     if wanted.budget is not None:

@@ -253,9 +253,7 @@ def open_served(
     server = Server(checked_address(url), checked_key(key), state=ServerState(listener))
     name = served_model(server, name)
     if thinking == "auto":
-        listener(
-            Notice("whether this model thinks, its server decides; --thinking on or off asks for one of them")
-        )
+        listener(Notice("the server decides whether this model thinks; --thinking on or off asks for one"))
     wanted = None if thinking == "auto" else thinking == "on"
     return RemoteModel(server, name, concurrency or CONCURRENCY, wanted)
 

@@ -41,7 +41,7 @@ class Cut:
         """Return what a reader must know; of few as of many."""
         return (
             f"{self.answers:,} of {self.of:,} answers ({self.share:.1%}) were cut at their limit of tokens "
-            "and are judged as far as they go: raise --max-new-tokens"
+            "and are judged as they are: raise --max-new-tokens"
         )
 
 

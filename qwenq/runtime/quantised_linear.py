@@ -259,7 +259,7 @@ class TritonInt4:
         for layer in need.layers:
             size = layer.in_features if need.group_size == -1 else need.group_size
             if size % 32:
-                return f"a group has {size} columns, which is no multiple of 32 ({layer.name})"
+                return f"a group has {size} columns, which is not a multiple of 32 ({layer.name})"
             if not layer.even:
                 return f"the groups of {layer.name} differ in size"
         return None
