@@ -183,7 +183,7 @@ class Int8Head:
         else:
             reason = _unsupported_activations(head.weight.device, head.weight.dtype)
             if reason is None and (columns := head.weight.shape[1]) % _GROUP_SIZE:
-                reason = f"{columns} columns are no multiple of {_GROUP_SIZE}"
+                reason = f"{columns} columns are not a multiple of {_GROUP_SIZE}"
             if reason is None:
                 return cls(head.weight)
         raise UnsupportedError(
