@@ -93,6 +93,7 @@ def demo_table(report: Report) -> str:
 
 LABELS = {"fp32": "FP32", "bf16": "BF16", "int8": "Int8", "int4": "Int4"}
 NEAR = ("KL divergence (nats/token)",)
+SIGNIFICANT = "; ✗: a significant loss"
 FAST = ("Decode, ", "Peak, generating ")
 """What the columns of decoding begin with; of several lengths the last."""
 SAMPLE = "The questions are the sample suite's, which ships with qwenq: they are not the benchmarks'. "
@@ -132,7 +133,7 @@ def front_table(folder: str, report: Report) -> str:
     headlines = "".join(f"- {line}\n" for line in section["summary"])
     return (
         f"{table}\n{headlines}\n{SAMPLE if 'sample suite' in captions['accuracy'] else ''}"
-        f"Accuracy: {captions['accuracy']}; ✗: a significant loss. "
+        f"Accuracy: {captions['accuracy']}{SIGNIFICANT if lost else ''}. "
         f"Decoding: each at its fastest attention, on {_hardware(report)}. "
         f"{measured_on(report['rows'], {})}; [the whole report](reports/{folder}/README.md)."
     )
@@ -265,8 +266,8 @@ def cpus_table(report: Report) -> str:
     return (
         f"{markdown_table(['tokens a second', *header], body)}\n"
         f"SmolLM2-135M-Instruct, batch 1; {facts[0]['threads']} threads of {facts[0]['cpu']}, {days}; AVX2: "
-        "AVX-512 is hidden from torch and the kernels. Each was a run of its own, the machine slower in one: "
-        f"compare within a column. The reports: {', '.join(sorted(names))}."
+        "AVX-512 is hidden from PyTorch and the kernels. The two were measured at different times, and the "
+        f"machine's speed drifts: compare within a column. The reports: {', '.join(sorted(names))}."
     )
 
 

@@ -524,11 +524,11 @@ def read_recipe(path: Path) -> Recipe:
             raise UsageError(
                 f"the file has more than {LARGEST // 1_000_000} MB; no recipe is so long",
                 where=path,
-                hint="see recipes/ for examples",
+                hint="`qwenq recipe settings` lists all that it may hold",
             )
         content = tomllib.loads(text.decode("utf-8-sig"))  # Windows editors write a byte-order mark
     except FileNotFoundError as error:
-        raise UsageError("no such recipe", where=path, hint="see recipes/ for examples") from error
+        raise UsageError("no such recipe", where=path, hint="name a TOML file that is there") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"the recipe cannot be read: {error}", where=path, hint="a recipe is a TOML file in UTF-8"
@@ -540,7 +540,9 @@ def read_recipe(path: Path) -> Recipe:
             if other
             else f"the recipe is not TOML: {error}",
             where=path,
-            hint=f"{'' if other else 'repair that line; '}docs/recipes.md and recipes/ have examples",
+            hint="docs/recipes.md and recipes/ have examples"
+            if other
+            else "repair that line: NAME = VALUE, text in quotes, below a [SECTION]",
         ) from error
     return _validate(content, str(path))
 
@@ -589,7 +591,9 @@ def _explained(error: ValidationError, where: str) -> UsageError:
     if first["type"] != "unexpected_keyword_argument":
         shown = first["input"] if not isinstance(first["input"], dict) else "a table"
         reason = first["msg"].partition(" or an instance of ")[0]  # of a class that users do not know
-        return UsageError(f"{key} = {shown!r}: {reason}", where=where, hint="see docs/recipes.md")
+        return UsageError(
+            f"{key} = {shown!r}: {reason}", where=where, hint="`qwenq recipe settings` lists what each takes"
+        )
     known = [field.name for field in dataclasses.fields(SECTIONS[path[0]] if len(path) > 1 else Recipe)]
     near = process.extractOne(path[-1], known)
     hint = f"did you mean {near[0]!r}?" if near and near[1] >= 60 else f"known keys: {', '.join(known)}"

@@ -26,7 +26,7 @@ from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
-from qwenq.recipe import Recipe, options_of
+from qwenq.recipe import EvalRecipe, Recipe, options_of
 from qwenq.results import RESULTS_FILE
 from qwenq.stopping import with_parent
 from qwenq.storage import append_line, guard_storage, locked
@@ -71,9 +71,12 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "[eval] of random weights would measure chance", "leave [eval] out"
     if recipe.eval is not None and not recipe.eval.tasks:
         yield "eval.tasks is empty: there is nothing to evaluate", "name a task, or leave [eval] out"
-    if recipe.eval is not None and isinstance(recipe.eval.limit, dict):
-        for task in [name for name in recipe.eval.limit if name not in recipe.eval.tasks]:
-            yield f"eval.limit: {task!r} is not asked for", f"eval.tasks are {', '.join(recipe.eval.tasks)}"
+    if recipe.eval is not None and recipe.eval.data is not None and recipe.eval.sample:
+        yield "eval.data and eval.sample exclude each other", "leave one of them out"
+    for key in ("limit", "max_new_tokens") if recipe.eval is not None else ():
+        numbers, tasks = getattr(recipe.eval, key), recipe.eval.tasks
+        for task in [name for name in numbers if name not in tasks] if isinstance(numbers, dict) else ():
+            yield f"eval.{key}: {task!r} is not asked for", f"eval.tasks are {', '.join(tasks)}"
     if recipe.profile is not None:
         yield from _contradictory_points(recipe)
 
@@ -89,7 +92,7 @@ def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
     wanted = recipe.profile
     assert wanted is not None  # noqa: S101 - the caller has looked
     if 1 in wanted.tokens:
-        yield "profile.tokens = 1: a generation has 2 new tokens or more", "use encode for prompts alone"
+        yield "profile.tokens = 1: a generation has 2 new tokens or more", "encode measures prompts alone"
     if not wanted.tokens and not wanted.encode:
         yield "profile.tokens and profile.encode are empty", "name a length, or leave [profile] out"
     if wanted.budget is not None:
@@ -154,9 +157,13 @@ class Chain:
 
 def find_recipe(name: Path) -> Path:
     """Return the file of a recipe: a path, or the name of one that ships with qwenq, such as ``demo``."""
-    if name.is_file() or len(name.parts) != 1:
+    if name.is_file():
         return name
-    return shipped_recipes().get(str(name), name)
+    shipped = shipped_recipes()
+    if str(name) not in shipped and not name.exists():
+        names = ", ".join(sorted(shipped))
+        raise UsageError("no such recipe", where=name, hint=f"name a TOML file, or one of qwenq's: {names}")
+    return shipped.get(str(name), name)
 
 
 def shipped_recipes() -> dict[str, Path]:
@@ -319,7 +326,9 @@ def run_steps(chain: Chain, listener: Listener = silent) -> int:
 
 
 def require_machine(chain: Chain) -> None:
-    """Require what steps that are still to come need of this machine: the bundled model, a sandbox.
+    """Require what steps that are still to come need here: the bundled model, a sandbox, all benchmarks.
+
+    Benchmarks of the hub are downloaded, which the evaluation would do hours later.
 
     Raises:
         QwenqError: it is not there; says how to get it.
@@ -329,11 +338,21 @@ def require_machine(chain: Chain) -> None:
     if waiting and recipe.weights == "stored" and is_bundled(recipe.model):
         require_bundled()
     if recipe.eval is not None and any(step.arguments[:1] == ("eval",) for step in waiting):
-        from qwenq.evals.sandbox.run import find_sandbox
-        from qwenq.evals.tasks.registry import get_task, protocol_names
+        _require_benchmarks(recipe.eval)
 
-        if any(get_task(name, protocol_names(name)[0]).needs_sandbox for name in recipe.eval.tasks):
+
+def _require_benchmarks(wanted: EvalRecipe) -> None:
+    from qwenq.evals.sandbox.run import find_sandbox
+    from qwenq.evals.task import DataSource
+    from qwenq.evals.tasks.registry import get_task, protocol_names
+
+    folder = None if wanted.data is None else Path(wanted.data).expanduser()
+    known = wanted.protocol != "auto"  # else the model decides it, and with it what examples there can be
+    for name in wanted.tasks:
+        task = get_task(name, wanted.protocol if known else protocol_names(name)[0])
+        if task.needs_sandbox:
             find_sandbox()
+        task.items(DataSource(folder, wanted.sample), wanted.subjects, wanted.shots if known else None)
 
 
 def _run_steps(chain: Chain, listener: Listener) -> int:

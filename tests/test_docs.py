@@ -160,6 +160,19 @@ def test_the_readme_is_read_in_one_go() -> None:
     assert len(README.splitlines()) <= 150
 
 
+def test_lines_of_prose_are_narrow() -> None:
+    """Tables, blocks of code and what is filled in from reports have lines as long as they are."""
+    filled = re.compile(r"^<!-- (\w+) -->.*?^<!-- /\1 -->", re.DOTALL | re.MULTILINE)
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    lines = [
+        (page.name, line)
+        for page in pages
+        for line in filled.sub("", FENCES.sub("", page.read_text(encoding="utf-8"))).splitlines()
+        if not line.lstrip().startswith(("|", "[!["))
+    ]
+    assert [(name, line) for name, line in lines if len(line) > 122] == []
+
+
 NUMBERS = (
     "GSM8K", "Int4", "Int8", "SmolLM2-135M-Instruct", "Qwen2.5-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct",
     "Qwen2.5", "Qwen2", "Qwen3", "Qwen3.5", "Qwen3.6", "Qwen3.8", "Qwen (v1)", "Python 3.11", "Apache-2.0",

@@ -177,11 +177,11 @@ def save_stranger(folder: Path, kind: str, **changes: Any) -> Path:
     ("kind", "changes", "said"),
     [
         ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 256}, "a gpt2 has no hidden_size"),
-        ("phi", {}, "no plain stack of blocks: it has"),
+        ("phi", {}, "not a plain stack of blocks: it has"),
         (
             "gpt_oss",
             {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
-            "no linear layer, and no rule says that it may stay",
+            "not a linear layer, and no rule says that it may stay",
         ),
     ],
 )
@@ -233,5 +233,5 @@ def test_a_type_that_transformers_does_not_know_is_refused(tmp_path: Path) -> No
     (model / "config.json").write_text(
         json.dumps(config | {"architectures": ["MistralForSequenceClassification"]})
     )
-    with pytest.raises(UnsupportedError, match="is no causal language model"):
+    with pytest.raises(UnsupportedError, match="is not a causal language model"):
         open_checkpoint(model)

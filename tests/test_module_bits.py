@@ -99,7 +99,7 @@ def test_experts_of_a_block_have_bits_in_common(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "said"), [("no_such", "in the name of no linear layer"), ("(", "no pattern")]
+    ("pattern", "said"), [("no_such", "in the name of no linear layer"), ("(", "not a pattern")]
 )
 def test_a_pattern_that_finds_nothing_is_refused(tmp_path: Path, pattern: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):

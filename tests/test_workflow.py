@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from qwenq.cli.app import app, register
-from qwenq.errors import UsageError
+from qwenq.errors import DataError, UsageError
 from qwenq.recipe import read_recipe
 from qwenq.results import Model, Row, append_row, read_rows
 from qwenq.workflow import Chain, Step, run_steps, steps_of
@@ -193,3 +193,16 @@ def test_what_a_later_step_needs_of_the_machine_is_required_before_the_first(
             run_steps(chain(tmp_path, f'model = "{tmp_path}"\n{evaluation}'))
         letters = evaluation.replace("humaneval", "mmlu")
         assert run_steps(chain(tmp_path, f'model = "{tmp_path}"\n{letters}')) == 0
+
+
+def test_benchmarks_that_are_not_there_are_missed_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwenq.workflow._run_steps", lambda *_: 0)
+    (tmp_path / "data" / "gsm8k").mkdir(parents=True)
+    text = f'model = "{tmp_path}"\n[eval]\ndata = "{tmp_path / "data"}"\ntasks = ["gsm8k"]\n'
+    with pytest.raises(DataError, match="no such benchmark file"):
+        run_steps(chain(tmp_path, text))
+    (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text("{}\n")
+    with pytest.raises(DataError):
+        run_steps(chain(tmp_path, text))

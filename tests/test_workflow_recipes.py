@@ -98,6 +98,8 @@ def test_no_generation_is_asked_for_where_the_recipe_has_none(tmp_path: Path) ->
     ("[eval]\nlimit = 0", "eval.limit"),
     ("[eval]\nlimit = { mmlu = 'ten' }", "eval.limit"),
     ("[eval]\ntasks = ['mmlu']\nlimit = { gsm8k = 3 }", "eval.limit: 'gsm8k' is not asked for"),
+    ("[eval]\ntasks = ['mmlu']\nmax_new_tokens = { gsm8k = 3 }", "eval.max_new_tokens: 'gsm8k' is not"),
+    ("[eval]\ndata = '.'\nsample = true", "eval.data and eval.sample exclude each other"),
     ("[profile]\ntokens = [1]", "profile.tokens = 1: a generation has 2 new tokens or more"),
     ("[profile]\ntokens = []\nencode = []", "profile.tokens and profile.encode are empty"),
     ("[profile]\nattention = ['v9']", "profile.attention = 'v9'"),
@@ -126,7 +128,9 @@ def test_a_recipe_of_qwenqs_own_is_found_by_name_from_any_folder(tmp_path: Path)
     (tmp_path / "demo").write_text("a file here comes first")
     assert qwenq("run", "demo", "--dry-run", cwd=tmp_path).returncode == 2
     assert qwenq("recipe", "check", "qwen3-8b", cwd=tmp_path).returncode == 0
-    assert "no such recipe" in qwenq("run", "nothing", cwd=tmp_path).stderr
+    refused = qwenq("run", "nothing", cwd=tmp_path).stderr
+    assert "no such recipe" in refused
+    assert "demo, " in refused
 
 
 def test_a_package_that_a_task_needs_is_missed_before_the_first_step(

@@ -179,7 +179,7 @@ def _require_alone(endpoint: str | None, models: object, model: str | None) -> N
         )
     if endpoint is not None and models:
         raise UsageError(
-            "--endpoint is about the server's model alone",
+            "with --endpoint only the server's model is measured",
             where="--endpoint",
             hint="name it with --model; local models can go into the same --out in another command",
         )

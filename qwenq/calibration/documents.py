@@ -218,7 +218,7 @@ def _joined_parts(content: Any, where: str) -> Any:
     kinds = sorted({str(part.get("type")) for part in parts} & _MEDIA)
     if kinds:
         raise CalibrationError(
-            f"a message holds a part of type {kinds[0]}: calibration reads text alone",
+            f"a message holds a part of type {kinds[0]}: calibration reads only text",
             where=where,
             hint=TEXT_SUFFICES,
         )

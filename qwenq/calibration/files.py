@@ -175,7 +175,7 @@ def read_file(path: Path, column: str | None = None) -> Iterator[Document]:
             "neither a file nor a folder", where=path, hint="copy what comes out of it to a file"
         )
     if path.is_dir():
-        raise UsageError("a folder is no text", where=path, hint=f"name one file: {ACCEPTED}")
+        raise UsageError("a folder is not a text", where=path, hint=f"name one file: {ACCEPTED}")
     return (document for document in _reader_of(path, column)(path, column) if not document.blank)
 
 
@@ -192,7 +192,7 @@ def _reader_of(path: Path, column: str | None) -> Reader:
         holds_records = first and isinstance(first[0], dict) and _is_record(first[0], column)
         return read_json_lines if holds_records else read_text
     if suffix in _IMAGES:
-        raise CalibrationError(f"a {suffix} image is no calibration text", where=path, hint=TEXT_SUFFICES)
+        raise CalibrationError(f"a {suffix} image is not calibration text", where=path, hint=TEXT_SUFFICES)
     raise UsageError(f"cannot read a {path.suffix} file", where=path, hint=f"accepted: {ACCEPTED}")
 
 

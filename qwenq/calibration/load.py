@@ -76,7 +76,7 @@ def calibration_for(
         drawn = f"{facts.samples} × {facts.seq_len} random tokens calibrate them"
         listener(Notice(f"random weights write no text: {drawn}"))
         return made
-    own = " (the model's own text: as good as C4 here, and it needs no network)"
+    own = " (text that the model wrote itself, without network)"
     source = f"{facts.source}{own if facts.source == 'self' else ''}"
     made_of = (
         f"{facts.samples} × {facts.seq_len} tokens ({_why_so_many(recipe, device, fitting)}) from {source}"

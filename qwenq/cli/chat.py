@@ -66,7 +66,7 @@ def chat(
     device: DeviceName = "auto",
     dtype: DtypeName = "auto",
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Show answers alone, and notes about them.")
+        bool, typer.Option("--quiet", "-q", help="Show only answers, and notes about them.")
     ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Also show kernels, attention, dtype and device.")

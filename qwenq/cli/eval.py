@@ -264,26 +264,34 @@ def _remarks(rows: Sequence[Row]) -> list[str]:
     ]
     lines += _guesses(rows)
     if any(row.point.get("data") == "sample suite" for row in rows):
-        lines.append("the sample suite is not the benchmark: its scores compare with nothing published")
-    limits = {row.point["task"]: row.point["limit"] for row in rows if row.point.get("limit") is not None}
-    if limits:
-        all_ = limits.keys() == {row.point["task"] for row in rows}
-        which, limit = "" if all_ else f"{', '.join(map(str, limits))}: ", next(iter(limits.values()))
-        lines.append(f"{which}limited to the first {limit} items of each subject or task")
+        lines.append(
+            "the sample suite is not the benchmark: its scores are not comparable with any published"
+        )
+    tasks: dict[object, list[str]] = {}
+    for row in rows:
+        tasks.setdefault(row.point.get("limit"), []).append(str(row.point["task"]))
+    for limit, names in tasks.items():
+        if limit is not None:
+            which = "" if len(tasks) == 1 else f"{', '.join(dict.fromkeys(names))}: "
+            lines.append(f"{which}limited to the first {limit} items of each subject or task")
     return lines
 
 
 def _guesses(rows: Sequence[Row]) -> Iterator[str]:
     """Yield a line for each task that some models are at the level of guessing in."""
     from qwenq.comparison import guessing_level
+    from qwenq.evals.tasks.registry import protocol_names
 
-    guessed: dict[tuple[str, float], list[str]] = {}
+    guessed: dict[tuple[str, str, float], list[str]] = {}
     for row in rows:
         if (level := guessing_level(row)) is not None:
-            guessed.setdefault((str(row.point["task"]), level), []).append(row.model.label)
-    for (task, level), models in guessed.items():
+            asked = str(row.point["task"]), str(row.point["protocol"]), level
+            guessed.setdefault(asked, []).append(row.model.label)
+    for (task, protocol, level), models in guessed.items():
         what = f"at guessing level ({level:.0%})" if level else "no item answered correctly"
-        yield f"{task}, {', '.join(models)}: {what}, so what quantising cost cannot show in this score"
+        other = protocol == "card" and "base" in protocol_names(task)
+        remedy = "; a small model may do better with --protocol base" if other else ""
+        yield f"{task}, {', '.join(models)}: {what}: this score cannot show what quantising cost{remedy}"
 
 
 def _headlines(rows: Sequence[Row], tests: dict[int, tuple[Paired, float]]) -> list[str]:

@@ -162,7 +162,8 @@ def _option(setting: Setting, default: str | None) -> Any:
         off = "/" not in setting.flags  # a switch that is off by default has no default to show
         help = setting.help if off else f"{setting.help} [default: {default_shown(setting)}]"
         return Annotated[bool | None, typer.Option(setting.flags, help=help, show_default=False)]
-    limits = f"; {setting.limits}" if setting.limits else ""
+    listed = tuple in setting.kinds  # of these, 0 stands for none, whatever an entry has to be
+    limits = f"; {setting.limits}" if setting.limits and not listed else ""
     help = f"{setting.help} [default: {default_shown(setting, default)}{limits}]"
     if setting.name == "module_bits":
         return Annotated[list[str] | None, typer.Option(metavar="PATTERN=BITS", help=help)]

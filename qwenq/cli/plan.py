@@ -163,12 +163,15 @@ def _sandbox() -> dict[str, str | None]:
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
+    from qwenq.reporting.text import count
+
     facts = found["environment"]
     cpu, versions = facts["cpu"], facts["versions"]
     features = ", ".join(cpu["features"]) or "no instruction set that qwenq uses"
+    cores = f"{count(cpu['cores'], 'cores')}, {count(cpu['threads'], 'threads')}"
     lines = [
         ", ".join(f"{name} {number}" for name, number in versions.items()) + f", Python {facts['python']}",
-        f"CPU     {cpu['model']}, {cpu['cores']} cores, {cpu['threads']} threads: {features}",
+        f"CPU     {cpu['model']}, {cores}: {features}",
         f"memory  {facts['memory_bytes'] / 2**30:.1f} GiB",
         *_gpu_lines(facts["gpus"]),
         f"device  {found['device']}, {found['dtype']}",
@@ -185,10 +188,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
     if sandbox["get"]:
         lines.append(f"                try: {sandbox['get']}")
     lines += ["", "optional packages:"]
+    width = max(len(package["name"]) for package in found["optional"])
     for package in found["optional"]:
         have = f"{package['version']}: {package['for']}" if package["version"] else None
         lack = None if have else f"{package['for']}; {package['get']}"
-        lines.append(_line(package["name"], have, lack))
+        lines.append(_line(package["name"], have, lack, width))
     return [*lines, "", found["summary"]]
 
 

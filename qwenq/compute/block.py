@@ -30,7 +30,7 @@ def unsupported_reason(
     if device.type == "cpu" and dtype in DTYPE_CODES:
         for name, width in widths.items():
             if not width or width % STEP:
-                return f"the width of {name}, {width}, is no multiple of {STEP}"
+                return f"the width of {name}, {width}, is not a multiple of {STEP}"
     return cpu.unsupported_input(device, dtype)
 
 

@@ -145,7 +145,7 @@ def _library(wanted: str, folder: str) -> Library | str:
         if not usable:
             names = ", ".join([variant.name for variant in variants_here()] + ["torch"])
             raise UsageError(
-                f"{wanted!r} is no variant that this CPU can run", where=VARIABLE, hint=f"use {names}"
+                f"{wanted!r} is not a variant that this CPU can run", where=VARIABLE, hint=f"use {names}"
             )
     if not usable:
         return f"there is no variant for this CPU ({_shortcoming()})"

@@ -46,7 +46,7 @@ def unsupported_reason(bits: int, columns: int, outputs: int, group_size: int) -
     if group_size not in GROUP_SIZES or columns % group_size:
         return f"groups of {group_size} of {columns} columns are not of {', '.join(map(str, GROUP_SIZES))}"
     if outputs % OUTPUTS:
-        return f"{outputs} outputs are no multiple of {OUTPUTS}"
+        return f"{outputs} outputs are not a multiple of {OUTPUTS}"
     return None
 
 

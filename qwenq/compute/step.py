@@ -105,7 +105,7 @@ def unsupported_reason(shape: StepShape) -> str | None:
     widths = shape.hidden, shape.ffn, shape.expert_width, shape.shared_width
     heads = shape.head_dim, shape.key_dim, shape.value_dim
     if any(width % MULTIPLE for width in (*widths, *heads)):
-        return f"sizes are no multiples of {MULTIPLE}"
+        return f"sizes are not multiples of {MULTIPLE}"
     if max(heads) > MOST_HEAD_DIM:
         return f"heads are wider than {MOST_HEAD_DIM}"
     return None

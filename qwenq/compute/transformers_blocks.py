@@ -96,7 +96,7 @@ def _unsupported_reason(module: nn.Module, config: Any) -> str | None:
         return f"there is none for the activation {config.hidden_act}"
     for width, of in ((config.hidden_size, "hidden states"), (config.intermediate_size, "the MLP")):
         if width % STEP:
-            return f"the width of {of}, {width}, is no multiple of {STEP}"
+            return f"the width of {of}, {width}, is not a multiple of {STEP}"
     return None
 
 

@@ -390,7 +390,7 @@ def _comparable_modules(
     then only what the whole model computes can be compared.
     """
     if not found.integers:
-        listener(Notice("errors by module are measured of integers only, and these weights are floats"))
+        listener(Notice("errors by module are measured only for integers, and these weights are floats"))
         return []
     stored = set(base.names())
     norms = [name for name in quantised.names() if name.endswith("norm.weight") and name in stored]

@@ -178,7 +178,7 @@ def module_bits(
         try:
             matches = any(re.search(pattern, name) for name in names)
         except re.error as error:
-            raise UsageError(f"{pattern!r} is no pattern: {error}", where="--module-bits") from error
+            raise UsageError(f"{pattern!r} is not a pattern: {error}", where="--module-bits") from error
         if not matches and rules is wanted:
             raise UsageError(
                 f"{pattern!r} is found in the name of no linear layer of a block",

@@ -47,7 +47,7 @@ def gptq_settings(keys: Mapping[str, Any], where: Path) -> dict[str, Any]:
         raise UnsupportedError(
             f"AutoRound's packing_format {packing[:60]!r} is not read",
             where=where,
-            hint=f"read are {', '.join((*_GPTQ, *_AWQ))}",
+            hint=f"supported: {', '.join((*_GPTQ, *_AWQ))}",
         )
     found = {
         "quant_method": "gptq",
@@ -66,13 +66,13 @@ def require_weights_only(keys: Mapping[str, Any], where: Path) -> None:
     kind, activations = keys.get("data_type", "int"), keys.get("act_bits")
     if kind not in (None, "int"):
         raise UnsupportedError(
-            f"AutoRound's data_type {str(kind)[:40]!r} is not read", where=where, hint="read are integers"
+            f"AutoRound's data_type {str(kind)[:40]!r} is not read", where=where, hint="supported: integers"
         )
     if isinstance(activations, int) and activations < _PLAIN_BITS:
         raise UnsupportedError(
             f"AutoRound's activations of {activations} bits are not read",
             where=where,
-            hint="read are models whose weights alone are quantised",
+            hint="supported: models of which only the weights are quantised",
         )
 
 
@@ -88,7 +88,7 @@ def _rules(extra: Any, where: Path) -> dict[str, dict[str, Any]]:
         return {}
     if not isinstance(extra, Mapping) or not all(isinstance(own, Mapping) for own in extra.values()):
         raise ModelError(
-            "extra_config of quantization_config is no object of settings by module",
+            "extra_config of quantization_config is not an object of settings by module",
             where=where,
             hint="copy config.json again",
         )

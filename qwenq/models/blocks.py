@@ -83,7 +83,7 @@ class BlockwiseDecoder:
                 fill_computed(model, device)
         self.blocks: nn.ModuleList = self._inner.layers
         if self._inspected:
-            list(self.kept())  # refuses what is no linear layer, before tensors are looked for
+            list(self.kept())  # refuses what is not a linear layer, before tensors are looked for
         self._require_tensors()
         if self.attention == OURS and (reason := fuse_blocks(self.blocks, config)) is not None:
             missed = f"norms and activations run in torch, which takes longer, because {reason}"

@@ -334,7 +334,7 @@ def _refuse_other_use(config: dict[str, Any], path: Path) -> None:
     known = KNOWN_ARCHITECTURES.get(config["model_type"]) or class_in_transformers(config["model_type"])
     if all(isinstance(name, str) and name != known and _OTHER_USE.fullmatch(name) for name in classes):
         raise UnsupportedError(
-            f"{', '.join(classes)} is no causal language model",
+            f"{', '.join(classes)} is not a causal language model",
             where=path,
             hint=f"name a model whose architectures are {known}",
         )

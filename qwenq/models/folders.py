@@ -125,7 +125,7 @@ def require_renameable(target: Path, option: str) -> None:
     require_utf8(target, option)
     if target.name == "..":
         raise UsageError(
-            "this names no folder of its own", where=target, hint=f"name a new folder, such as {option} model"
+            "this does not name a new folder", where=target, hint=f"name a new folder, such as {option} model"
         )
     try:
         os.lstat(target.parent / f"{target.name}{_LONGER}")

@@ -112,7 +112,7 @@ def foreign_format(config: Mapping[str, Any], where: Path) -> ForeignFormat | No
     raise UnsupportedError(
         f"the model is quantised with {method[:40]!r}, which is not read",
         where=where,
-        hint=f"read are gptq, auto-round, {', '.join(readers)}",
+        hint=f"supported: gptq, auto-round, {', '.join(readers)}",
     )
 
 
@@ -139,7 +139,7 @@ def _awq(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         raise UnsupportedError(
             f"AWQ of {bits} bits in its {version} layout is not read",
             where=where,
-            hint="read is the layout gemm of 4 bits, which AutoAWQ and AutoRound write",
+            hint="supported: the layout gemm of 4 bits, which AutoAWQ and AutoRound write",
         )
 
     def shape(source: TensorSource, module: str) -> tuple[int, ...]:
@@ -184,7 +184,7 @@ def _compressed_tensors(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         f"compressed-tensors' {' and '.join(map(repr, sorted(layouts)))} of "
         f"{' and '.join(map(str, widths))} bits is not read",
         where=where,
-        hint="read are pack-quantized (integers to 8 bits), and int-quantized or float-quantized of 8 bits",
+        hint="supported: pack-quantized (integers to 8 bits), and int-quantized or float-quantized of 8 bits",
     )
 
 
@@ -317,7 +317,7 @@ def _fp8(keys: Mapping[str, Any], where: Path) -> ForeignFormat:
         raise UnsupportedError(
             f"FP8 with weight_block_size {block!r} is not read",
             where=where,
-            hint="read are blocks of two sizes, such as [128, 128]",
+            hint="supported: blocks of two sizes, such as [128, 128]",
         )
 
     def dequantise(source: TensorSource, module: str) -> Tensor:

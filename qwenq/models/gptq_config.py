@@ -331,7 +331,7 @@ def _dynamic(value: Any) -> dict[str, dict[str, Any]]:
                 raise ValueError("too long")
             re.compile(pattern.removeprefix("-:").removeprefix("+:"))
         except (re.error, ValueError, RecursionError, OverflowError) as error:
-            what = f"the rule {_shown(pattern)} of dynamic is no pattern: {error}"
+            what = f"the rule {_shown(pattern)} of dynamic is not a pattern: {error}"
             raise _wrong(what, "dynamic") from error
         if "bits" in settings:
             _bits(settings["bits"])

@@ -122,7 +122,7 @@ def base_of(folder: Path) -> dict[str, Any]:
         return {}
     names = [base[key] for key in ("model", "name", "fingerprint", "folder") if base.get(key) is not None]
     if not all(isinstance(name, str) and "\0" not in name for name in names):
-        raise CorruptFileError("the manifest calls the model's base something that is no name", where=path)
+        raise CorruptFileError("the manifest calls the model's base something that is not a name", where=path)
     return base
 
 

@@ -33,7 +33,7 @@ def require_plain_stack(model: Any, folder: Path | None) -> None:
     )
     if (name := next(surplus, None)) is not None:
         raise UnsupportedError(
-            f"transformers' {type(model).__name__} is no plain stack of blocks: it has {name}",
+            f"transformers' {type(model).__name__} is not a plain stack of blocks: it has {name}",
             where=folder,
             hint=_HINT,
         )

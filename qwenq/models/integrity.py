@@ -78,7 +78,7 @@ def require_numbers(name: str, tensor: torch.Tensor, where: Path | None = None) 
     """
     if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
         raise UnsupportedError(
-            f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, which is no plain weight",
+            f"{name} holds {str(tensor.dtype).removeprefix('torch.')}, which is not a plain weight",
             where=where,
             hint="use the model's 16-bit or 32-bit checkpoint",
         )

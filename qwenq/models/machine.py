@@ -79,7 +79,9 @@ def resolve_device(wanted: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):  # nothing was tried on others
-        raise UsageError(f"{wanted!r} is no device", where="--device", hint="use cpu, cuda, cuda:1 or auto")
+        raise UsageError(
+            f"{wanted!r} is not a device", where="--device", hint="use cpu, cuda, cuda:1 or auto"
+        )
     if device.type == "cuda" and (device.index or 0) >= gpus:
         built, hint = "", "use --device cpu"
         if torch.version.cuda is None:

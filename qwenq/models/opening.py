@@ -41,7 +41,7 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
 
 BUNDLED_NOTICE = (
     "no MODEL given: using the bundled SmolLM2-135M-Instruct; "
-    "name a Qwen with e.g. `qwenq quantize Qwen/Qwen2.5-0.5B-Instruct`"
+    "name a Qwen by its folder or hub id, such as Qwen/Qwen2.5-0.5B-Instruct"
 )
 _NAME_ONE = "name a folder with config.json, or a hub id like Qwen/Qwen2.5-0.5B"
 _ALIKE = 60.0  # of 100: how near a sibling's name has to be to be suggested

@@ -144,7 +144,7 @@ def random_checkpoint(
     """
     config = catalogue.config_for(name_or_config) if isinstance(name_or_config, str) else dict(name_or_config)
     if dtype not in _DTYPES:
-        raise UsageError(f"{dtype!r} is no dtype for weights", hint=f"use {', '.join(_DTYPES)}")
+        raise UsageError(f"{dtype!r} is not a dtype for weights", hint=f"use {', '.join(_DTYPES)}")
     if layers is not None:
         if layers < 1:
             raise UsageError(f"a model of {layers} layers cannot be made", hint="give at least 1")

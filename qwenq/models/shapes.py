@@ -300,7 +300,7 @@ class ModelShape:
             raise UsageError(f"{bits} bits are not supported", where="--bits", hint="use 4 or 8")
         if group_size != -1 and group_size <= 0:
             raise UsageError(
-                f"group size {group_size} is no size", where="--group-size", hint="use 128 or -1"
+                f"group size {group_size} is not a size", where="--group-size", hint="use 128 or -1"
             )
         for module in self.linears():
             per_word = 32 // module.bits(bits)

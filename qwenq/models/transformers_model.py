@@ -228,8 +228,8 @@ def kept_of(block: nn.Module) -> dict[str, str]:
         reason = _reason(module)
         if reason is None:
             raise UnsupportedError(
-                f"{name} {list(parameter.shape)} of a {type(block).__name__} is no linear layer, and no rule "
-                "says that it may stay as it is",
+                f"{name} {list(parameter.shape)} of a {type(block).__name__} is not a linear layer, and no "
+                "rule says that it may stay as it is",
                 hint="this architecture is not supported yet",
             )
         kept[name] = reason

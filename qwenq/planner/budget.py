@@ -49,7 +49,7 @@ def allowed_bytes(budget: str | float, sizes: Sizes, shape: ModelShape | None) -
         nbytes = int(float(text) * sizes.elements / 8)
     else:
         raise UsageError(
-            f"{text!r} is no size",
+            f"{text!r} is not a size",
             where=_OPTION,
             hint="give bits of a weight (4.5), bytes (450MB), or a GPU and tokens (rtx-4090:8192)",
         )

@@ -31,11 +31,13 @@ def gpu(name: str) -> Gpu:
     if found is None:
         from rapidfuzz import process
 
-        nearest = process.extractOne(name.lower(), list(_known()))
+        typed = name.lower().replace("-", "")
+        near = [each for each in _known() if typed and each.replace("-", "").startswith(typed)]
+        near = near or [str(match[0]) for match in process.extract(name.lower(), list(_known()), limit=1)]
         raise UsageError(
             f"GPU {name!r} is not known",
             where="--gpu",
-            hint=f"did you mean {nearest[0]}? Known: {', '.join(_known())}" if nearest else None,
+            hint=f"did you mean {' or '.join(near[:3])}? Known: {', '.join(_known())}",
         )
     return found
 

@@ -125,11 +125,13 @@ def _time(quantisation: Quantisation, gpu: Gpu | None) -> str:
     """Return the estimated time of quantising and what it rests on, or why there is none."""
     if (hours := quantisation.hours) is None:
         measured = gpu is not None and gpu.quantising_tflops is not None
-        why = "only dense models were timed on it" if measured else "no rate was measured on it"
-        return f"; estimated time unavailable: {why}"
+        why = "on this GPU only dense models were timed" if measured else "this GPU was not timed"
+        return f"; no time estimate: {why}"
     length = f"{hours:.1f} hours" if hours >= 1.5 else f"{max(1, round(60 * hours))} min"
-    basis = "two cores of an AMD EPYC" if quantisation.gpu is None else "it, from the rate of a 7B model"
-    return f"; estimated time {length} on {basis}"
+    basis = (
+        " on two cores of an AMD EPYC" if quantisation.gpu is None else ", from a 7B model timed on this GPU"
+    )
+    return f"; estimated time: {length}{basis}"
 
 
 def _quantising(each: Quantisation, kind: str, gpu: Gpu | None = None) -> str:
@@ -154,7 +156,7 @@ def _running(row: Deployment, gpu: Gpu, context: int) -> str:
     count = row.split.gpus
     name = f"Running {row.precision}" + (f" on {count} GPUs" if count > 1 else "")
     if not row.split.possible:
-        return f"{name}: not possible with {', '.join(row.split.obstacles)}."
+        return f"{name}: not possible, as {', '.join(row.split.obstacles)} cannot be shared evenly."
     each = " each" if count > 1 else ""
     size = f"{row.memory / GIB:.1f} of {gpu.memory_gib:g} GiB{each}"
     if not row.fits:
@@ -187,7 +189,7 @@ def _deployments(plan: Plan) -> Iterator[RenderableType]:
                 continue
             possible = "yes" if row.split.possible else "no"
             if not row.split.possible:
-                why = f"{row.split.gpus} GPUs cannot share it: {', '.join(row.split.obstacles)}"
+                why = f"{row.split.gpus} GPUs cannot share {', '.join(row.split.obstacles)} evenly"
                 refused.setdefault(why, []).append(row.precision)
             figures = (
                 (f"{row.speed.empty:,.0f}", f"{row.speed.full:,.0f}") if row.split.possible else ("", "")

@@ -342,7 +342,7 @@ def _tensor_parallel(folder: GptqFolder, gpus: int) -> Iterator[Problem]:
             f"use --group-size {smaller[0]}" if smaller else "use fewer GPUs",
         )
     for leaf, count in sorted(rows):
-        yield Problem(f"the {count:,} outputs of {leaf} are no multiple of {gpus} GPUs", choose)
+        yield Problem(f"the {count:,} outputs of {leaf} are not a multiple of {gpus} GPUs", choose)
 
 
 def _experts_in_marlin(folder: GptqFolder, gpus: int) -> Iterator[Problem]:

@@ -347,7 +347,7 @@ def _existing(card: Path) -> str:
 def _manifest(folder: Path) -> dict[str, Any]:
     found = read_json(folder / MANIFEST)
     if not {"base", "quantization", "calibration", "files"} <= set(found):
-        missing = "is no manifest of qwenq" if found else "is missing"
+        missing = "is not a manifest of qwenq" if found else "is missing"
         raise ModelError(
             f"{MANIFEST} {missing}", where=folder, hint="a card is made of what `qwenq quantize` wrote"
         )

@@ -123,7 +123,7 @@ def _images(folder: Path) -> Iterator[str]:
         inside = file.is_file() and file.resolve().is_relative_to(folder.resolve())
         if not inside or file.suffix.lower() not in _IMAGES:
             raise ModelError(
-                f"{CARD} shows {name}, which is no image in this folder",
+                f"{CARD} shows {name}, which is not an image in this folder",
                 where=folder / CARD,
                 hint="put it there, make it anew with `qwenq report`, or remove it from the card",
             )
@@ -177,7 +177,7 @@ def _explained(planned: Upload, made: Sequence[str]) -> Iterator[None]:
         elif isinstance(error, HfHubHTTPError):
             status = error.response.status_code if error.response is not None else 0
             refused = {
-                401: "the hub wants a token that it knows (401)",
+                401: "the hub asks for a valid token (401)",
                 403: "the hub does not let this token write (403)",
             }
             why, hint = (

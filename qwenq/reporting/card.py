@@ -41,7 +41,7 @@ class Cut:
         """Return what a reader must know; of few as of many."""
         return (
             f"{self.answers:,} of {self.of:,} answers ({self.share:.1%}) were cut at their limit of tokens "
-            "and are judged as far as they go: raise --max-new-tokens"
+            "and are judged as they are: raise --max-new-tokens"
         )
 
 
@@ -84,10 +84,10 @@ _ATTENTION_MEANS = {
     "flash v2": "FlashAttention-2",
     "flash v1": "FlashAttention",
     "plain": "no fused kernel",
-    "sdpa": "torch's own choice",
-    "grouped": "decode steps laid out for a CPU",
-    "split": "decode steps with the cache split over programs of the GPU",
-    "best": "whichever was fastest when the model was loaded",
+    "sdpa": "PyTorch's choice",
+    "grouped": "decode steps with a cache layout for CPUs",
+    "split": "decode steps whose cache is split over the GPU's thread blocks",
+    "best": "the one that was fastest when the model was loaded",
 }
 GENERATED_2048 = {"qwen-1.8b-chat", "qwen-72b-chat"}
 """Cards whose first memory figure is of generating, as their text says; their heading says encoding."""
@@ -115,7 +115,7 @@ def _how_asked(rows: list[Measured]) -> str:
     by: dict[str, dict[str, None]] = {"logits": {}, "generation": {}}
     for item in sorted(rows, key=lambda item: task_order(item.row)):
         by[asked_by(item.row)][task_name(item.row)] = None
-    parts = {"letters asked by logits": by["logits"], "answers by generation": by["generation"]}
+    parts = {"letters by logits": by["logits"], "written answers": by["generation"]}
     return "; ".join(f"{how}: {', '.join(tasks)}" for how, tasks in parts.items() if tasks)
 
 
@@ -157,7 +157,7 @@ def speed_table(collection: Collection, family: str) -> Table | None:
     made = pivot(rows, layout, collection)
     made.caption.insert(0, "by the cards' protocol: the wall clock around one generate call")
     if all(item.row.n is None and "warm_up" not in item.row.settings for item in rows if item.row.value):
-        made.caption.insert(1, "one generation each, not warmed up as far as the rows say")
+        made.caption.insert(1, "one generation each, with no warm-up recorded")
     made.caption += attention_meanings(made)
     for row in published_of(family):
         for kind, pair in row.speed.items():

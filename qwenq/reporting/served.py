@@ -57,10 +57,10 @@ def _where_served(rows: list[Measured]) -> str:
     """Describe the servers: their kinds, and their hardware as far as their addresses tell it."""
     servers = [server for item in rows if isinstance(server := item.row.settings.get("server"), dict)]
     kinds = dict.fromkeys(clean(server["kind"]) for server in servers if server.get("kind"))
-    owned = f"models owned, by the server's list, by {', '.join(kinds)}; " if kinds else ""
+    named = f"owner in the server's list of models: {', '.join(kinds)}; " if kinds else ""
     if servers and all(server.get("place") == HERE for server in servers):
-        return f"{owned}by its address it ran on the machine below, which sent the requests, too"
-    return f"{owned}its hardware is unknown, and the machine below sent the requests"
+        return f"{named}the server's address is the machine below, which also sent the requests"
+    return f"{named}the server's hardware is unknown; the machine below sent the requests"
 
 
 def served_figures(collection: Collection, family: str) -> Iterator[Figure]:
@@ -115,8 +115,8 @@ def _counted(rows: list[Measured]) -> Iterator[str]:
         }
     named = {
         "usage": "the server's usage",
-        "chunks": "chunks, where the server streams no usage",
-        "contradicted": "chunks, where its usage contradicts what it streamed",
+        "chunks": "streamed chunks, as the server reports no usage",
+        "contradicted": "streamed chunks, as the server's usage contradicts them",
     }
     if found & named.keys():
         yield f"tokens counted by {' and by '.join(text for name, text in named.items() if name in found)}"

@@ -163,6 +163,6 @@ def find_dtype(name: str | torch.dtype, device: torch.device, engine: str = "fas
         return torch.bfloat16 if widened else compute_dtype(device)
     if name not in DTYPES:
         raise UsageError(
-            f"{name!r} is no dtype that models run in", where="--dtype", hint=f"use {', '.join(DTYPES)}"
+            f"{name!r} is not a dtype that models run in", where="--dtype", hint=f"use {', '.join(DTYPES)}"
         )
     return DTYPES[name]

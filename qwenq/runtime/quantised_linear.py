@@ -184,7 +184,7 @@ class Int8Head:
         else:
             reason = _unsupported_activations(head.weight.device, head.weight.dtype)
             if reason is None and (columns := head.weight.shape[1]) % _GROUP_SIZE:
-                reason = f"{columns} columns are no multiple of {_GROUP_SIZE}"
+                reason = f"{columns} columns are not a multiple of {_GROUP_SIZE}"
             if reason is None:
                 return cls(head.weight)
         raise UnsupportedError(
@@ -260,7 +260,7 @@ class TritonInt4:
         for layer in need.layers:
             size = layer.in_features if need.group_size == -1 else need.group_size
             if size % 32:
-                return f"a group has {size} columns, which is no multiple of 32 ({layer.name})"
+                return f"a group has {size} columns, which is not a multiple of 32 ({layer.name})"
             if not layer.even:
                 return f"the groups of {layer.name} differ in size"
         return None

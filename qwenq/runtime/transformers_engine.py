@@ -387,7 +387,7 @@ def _build(checkpoint: Checkpoint, weights: Weights, dtype: torch.dtype, process
     for module in sorted(weights.quantised):
         if not isinstance(places.get(module), torch.nn.Linear):
             raise ModelError(
-                f"{module} is quantised, and is no linear layer of this architecture",
+                f"{module} is quantised, and is not a linear layer of this architecture",
                 where=f"{module}.qweight",
                 hint=_OF_TWO_MODELS,
             )

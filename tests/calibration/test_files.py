@@ -185,7 +185,7 @@ def test_the_hint_names_the_encoding_to_convert_from(tmp_path: Path, content: by
 
 
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"(?s)a folder is no text.*\.jsonl"):
+    with pytest.raises(UsageError, match=r"(?s)a folder is not a text.*\.jsonl"):
         read_file(tmp_path)
     with pytest.raises(UsageError, match=r"(?s)cannot read a \.docx file.*accepted: \.txt"):
         read_file(write(tmp_path / "a.docx", "x"))

@@ -86,7 +86,7 @@ def test_a_dropped_round_is_told(tmp_path: Path) -> None:
     [
         (["--temperature", "-1"], "the temperature -1.0"),
         (["--top-p", "0"], "top-p 0.0"),
-        (["--device", "abacus"], "'abacus' is no device"),
+        (["--device", "abacus"], "'abacus' is not a device"),
     ],
 )
 def test_wrong_options(folder: Path, arguments: list[str], says: str) -> None:

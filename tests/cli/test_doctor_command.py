@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -122,6 +123,8 @@ def test_the_same_for_people_and_as_json() -> None:
     assert "; None" not in shown.output
     for expected in ("engine:", "kernel:", "attention:", "sandbox", "dequantise    yes", "torch "):
         assert expected in shown.output
+    packages = shown.output.partition("optional packages:\n")[2].partition("\n\n")[0].splitlines()
+    assert len({re.search(r" (yes|no ) ", line).start() for line in packages}) == 1  # in one column
     told = json.loads(CliRunner().invoke(app, ["doctor", "--device", "cpu", "--json"]).output)
     assert told["device"] == "cpu"
     assert all(package["version"] or package["get"] for package in told["optional"])

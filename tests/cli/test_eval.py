@@ -153,6 +153,17 @@ def test_a_model_beside_its_base_is_shown_by_its_score(
     assert lines[5:7] == [f"mmlu, Tiny int8: {said}", f"mmlu, Tiny int4: {why}"]
 
 
+def test_scores_at_guessing_level_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guessed = replace(row("fp32"), value=0.3, low=0.2, point={"task": "mmlu", "protocol": "card"})
+    none_right = replace(row("fp32"), value=0.0, low=0.0, point={"task": "gsm8k", "protocol": "base"})
+    eval.print_table(tmp_path, [guessed, replace(guessed, model=row("int8").model), none_right])
+    shown = capsys.readouterr().out
+    says_nothing = "this score cannot show what quantising cost"
+    remedy = "; a small model may do better with --protocol base"
+    assert f"mmlu, Tiny fp32, Tiny int8: at guessing level (25%): {says_nothing}{remedy}\n" in shown
+    assert f"gsm8k, Tiny fp32: no item answered correctly: {says_nothing}\n" in shown
+
+
 def test_a_narrow_terminal_has_room_for_the_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = io.StringIO()
     narrow = partial(Console, file=shown, force_terminal=True, width=80, color_system=None)
@@ -196,8 +207,10 @@ def test_what_was_limited_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[
     """A limit above the number of a task's items is none of that task's."""
     whole, other = row("fp32"), row("fp32")
     cut = replace(other, point={**other.point, "task": "gsm8k", "limit": 5})
+    more = replace(other, point={**other.point, "task": "mmlu", "limit": 8})
     line = "limited to the first 5 items of each subject or task"
-    for rows, said in (([whole], []), ([cut], [line]), ([whole, cut], [f"gsm8k: {line}"])):
+    both = [f"gsm8k: {line}", f"mmlu: {line.replace('5', '8')}"]
+    for rows, said in (([whole], []), ([cut], [line]), ([whole, cut], both[:1]), ([cut, more], both)):
         eval.print_table(tmp_path, rows)
         assert [one for one in capsys.readouterr().out.splitlines() if "limited to" in one] == said
 
@@ -254,9 +267,9 @@ def test_a_score_at_guessing_level_is_said_to_show_nothing(
     near = replace(compared("mmlu", 1, 1), value=0.28, low=0.24)
     none = replace(compared("humaneval", 1, 1), value=0.0, low=0.0)
     out = printed([near, none, replace(compared("gsm8k", 1, 1), low=0.2)], tmp_path, capsys)
-    said = "so what quantising cost cannot show in this score"
-    assert f"mmlu, Tiny int4: at guessing level (25%), {said}" in out
-    assert f"humaneval, Tiny int4: no item answered correctly, {said}" in out
+    said = "this score cannot show what quantising cost"
+    assert f"mmlu, Tiny int4: at guessing level (25%): {said}" in out
+    assert f"humaneval, Tiny int4: no item answered correctly: {said}" in out
     assert out.count(said) == 2
 
 

@@ -240,7 +240,7 @@ def test_other_dtypes_and_widths_run_in_torch_with_a_notice() -> None:
     assert "cuda" in str(unsupported_reason(torch.device("cuda"), torch.float32))
     assert "not for float16" in str(unsupported_reason(place, torch.float16))
     assert fallback_notice("norms", place, torch.float16) is None, "there is none: nothing is missed"
-    said = "norms run in torch, which takes longer, because the width of a head, 24, is no multiple of 16"
+    said = "norms run in torch, which takes longer, because the width of a head, 24, is not a multiple of 16"
     assert fallback_notice("norms", place, torch.float32, {"a head": 24}) == said
     x = drawn(0, 3, 24).half()
     assert torch.equal(rms_norm(x, x[0], 1e-6), functional.rms_norm(x, (24,), x[0], 1e-6))

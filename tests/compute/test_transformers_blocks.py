@@ -135,7 +135,7 @@ def test_keys_of_earlier_tokens_are_refused(tmp_path: Path) -> None:
     ("changes", "because"),
     [
         ({"hidden_act": "gelu"}, "activation gelu"),
-        ({"intermediate_size": 100}, "the MLP, 100, is no multiple of 16"),
+        ({"intermediate_size": 100}, "the MLP, 100, is not a multiple of 16"),
     ],
 )
 def test_other_architectures_keep_transformers_modules_with_a_notice(
@@ -195,7 +195,7 @@ def test_a_decoder_knows_why_its_attention_is_torchs(tmp_path: Path) -> None:
     model = open_checkpoint(write_family(tmp_path / "m", head_dim=24))
     decoder = BlockwiseDecoder(model, CPU, torch.bfloat16)
     assert decoder.attention == transformers_blocks.TORCH
-    assert decoder.attention_reason == "the width of a head, 24, is no multiple of 16"
+    assert decoder.attention_reason == "the width of a head, 24, is not a multiple of 16"
     assert str(decoder.fallback_notice).endswith(decoder.attention_reason)
     assert BlockwiseDecoder(model, CPU, torch.float16).fallback_notice is None
 

@@ -218,7 +218,7 @@ def test_a_fixed_rule_stays_and_counts(tmp_path: Path) -> None:
         ({"budget": 4.5}, "too small"),
         ({"budget": 9.5}, "more than 8 bits"),
         ({"budget": "1GB"}, "more than 8 bits"),
-        ({"budget": "much"}, "is no size"),
+        ({"budget": "much"}, "is not a size"),
         ({"budget": 5.0, "bits": 8}, "--bits is 8"),
         ({"budget": 6.0, "module_bits": {"proj": 8}}, "no bits are left to choose"),
     ],

@@ -91,7 +91,7 @@ def test_flags_that_transformers_itself_has_saved_are_read(tmp_path: Path, flag:
     ["LlamaForSequenceClassification", "LlamaForTokenClassification", "LlamaForRewardModel", "LlamaModel"],
 )
 def test_models_that_are_no_language_models_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"{name} is no causal language model") as caught:
+    with pytest.raises(UnsupportedError, match=f"{name} is not a causal language model") as caught:
         read_config(write(tmp_path, architectures=[name]))
     assert "LlamaForCausalLM" in str(caught.value.hint)
 

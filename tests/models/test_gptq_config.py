@@ -103,7 +103,7 @@ def test_rules_survive_being_written_and_read() -> None:
     ("dynamic", "said"),
     [
         ([1], "has to be an object of rules"),
-        ({"(": {}}, "is no pattern"),
+        ({"(": {}}, "is not a pattern"),
         ({"x": 3}, "no object"),
         ({"x": {"bits": 5}}, "bits is 5"),
         ({"x": {"group_size": 0}}, "group_size is 0"),

@@ -159,7 +159,14 @@ def test_scales_that_float16_cannot_hold_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize(
     ("out_features", "in_features", "groups", "bits", "top"),
-    [(8, 12, 1, 4, 15), (12, 8, 1, 4, 15), (8, 24, 5, 4, 15), (8, 8, 1, 4, 16), (32, 48, 1, 3, 7), (32, 32, 1, 5, 7)],
+    [
+        (8, 12, 1, 4, 15),
+        (12, 8, 1, 4, 15),
+        (8, 24, 5, 4, 15),
+        (8, 8, 1, 4, 16),
+        (32, 48, 1, 3, 7),
+        (32, 32, 1, 5, 7),
+    ],
 )
 def test_what_no_layout_holds_is_refused(
     out_features: int, in_features: int, groups: int, bits: int, top: int

@@ -59,7 +59,8 @@ def test_a_quantised_model_belongs_to_its_base(
     "name",
     [
         "Qwen3-8B-AWQ", "Qwen3-8B-FP8", "Qwen3-8B-FP8-dynamic", "Qwen3-8B-quantized.w4a16", "Qwen3-8B-W8A8",
-        "Qwen3-8B-int4-AutoRound", "Qwen3-8B-Int3", "Qwen3-8B-4bit-AWQ", "Qwen3-8B-GPTQ-Int4", "Qwen3-8B-autoround",
+        "Qwen3-8B-int4-AutoRound", "Qwen3-8B-Int3", "Qwen3-8B-4bit-AWQ", "Qwen3-8B-GPTQ-Int4",
+        "Qwen3-8B-autoround",
     ],
 )  # fmt: skip
 def test_the_names_that_others_give_end_in_how_they_quantised(name: str) -> None:

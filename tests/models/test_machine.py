@@ -79,7 +79,7 @@ def test_cuda() -> None:
 
 @pytest.mark.parametrize("name", ["meta", "mps", "tpu", "", "cuda:x", "cpu cuda"])
 def test_a_device_that_nothing_here_runs_on_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=r"(?s)is no device.*use cpu, cuda"):
+    with pytest.raises(UsageError, match=r"(?s)is not a device.*use cpu, cuda"):
         resolve_device(name)
 
 

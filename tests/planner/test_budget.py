@@ -56,6 +56,6 @@ def test_a_gpu_has_to_hold_the_cache_too() -> None:
 
 @pytest.mark.parametrize("budget", ["lots", "", "4.5 bits", "rtx-4090:", "rtx-4090:0", "-4", "nan", "1TB"])
 def test_what_is_no_size_is_refused_with_examples(budget: str) -> None:
-    with pytest.raises(UsageError, match="is no size") as caught:
+    with pytest.raises(UsageError, match="is not a size") as caught:
         allowed_bytes(budget, SIZES, None)
     assert "450MB" in str(caught.value.hint)

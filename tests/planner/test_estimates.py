@@ -23,3 +23,9 @@ def test_a_misspelt_gpu_is_suggested() -> None:
         gpu("rtx4090")
     assert "did you mean rtx-4090" in str(error.value)
     assert "a100-80g" in str(error.value)
+
+
+def test_a_shortened_gpu_is_completed() -> None:
+    with pytest.raises(UsageError, match="not known") as error:
+        gpu("a100")
+    assert "did you mean a100-80g or a100-40g?" in str(error.value)

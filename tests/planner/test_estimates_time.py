@@ -78,12 +78,13 @@ def test_where_no_rate_was_measured_the_reason_is_given_instead_of_a_time(model:
     cards = (gpu("h200"), gpu("rtx-4090"))
     unknown = make_plan(find_model(model), PlanOptions(gpus=cards))
     assert [each.hours for each in unknown.quantisation] == [None, None]
-    reasons = ("only dense models were timed on it.", "no rate was measured on it.")
+    reasons = ("on this GPU only dense models were timed.", "this GPU was not timed.")
     lines = [line for line in answer(unknown) if line.startswith("Quantising")]
     for line, reason in zip(lines, reasons, strict=True):
-        assert line.endswith(f"; estimated time unavailable: {reason}")
+        assert line.endswith(f"; no time estimate: {reason}")
     dense = make_plan(find_model("qwen2.5-7b-instruct"), PlanOptions(gpus=cards))
     assert [each.hours is None for each in dense.quantisation] == [False, True]
-    assert any("; estimated time 9 min on it, from the rate of a 7B model." in line for line in answer(dense))
+    estimate = "; estimated time: 9 min, from a 7B model timed on this GPU."
+    assert any(estimate in line for line in answer(dense))
     (line, *_) = answer(make_plan(find_model(model), PlanOptions()))
     assert "hours on two cores of an AMD EPYC" in line

@@ -312,7 +312,7 @@ def test_the_answer_comes_first() -> None:
     first, second = answer(make_plan(model, asked))
     assert first == (
         "Quantising on NVIDIA GeForce RTX 4090 24 GB: 19.8 of 24 GiB of GPU memory with 64 × 2048 tokens: "
-        "fits; the usual 128 × 2048 tokens need 32.6; estimated time unavailable: no rate was measured on it."
+        "fits; the usual 128 × 2048 tokens need 32.6; no time estimate: this GPU was not timed."
     )
     large, _ = answer(make_plan(model, replace(asked, samples=128, seq_len=2048)))
     assert large == (
@@ -326,4 +326,5 @@ def test_the_answer_comes_first() -> None:
     shared = make_plan(
         find_model("qwen2.5-72b-instruct"), PlanOptions(gpus=(gpu("h200"),), tensor_parallel=(1, 2))
     )
-    assert list(answer(shared))[-1] == "Running Int4 on 2 GPUs: not possible with 231 groups of down_proj."
+    reason = "231 groups of down_proj cannot be shared evenly"
+    assert list(answer(shared))[-1] == f"Running Int4 on 2 GPUs: not possible, as {reason}."

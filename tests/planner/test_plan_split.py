@@ -107,7 +107,7 @@ def test_a_plan_agrees_with_the_engines_rules_for_the_folder(
     folder = run(write_published(tmp_path / "m", family), tmp_path / "out", group_size=group_size).folder
     read = read_gptq_folder(open_checkpoint(folder))
     shape = ModelShape.from_config(read.config)  # type: ignore[arg-type]
-    words = re.compile(r"cannot be split|no multiple|cannot be shared")
+    words = re.compile(r"cannot be split|not a multiple|cannot be shared")
     for verdict in engine_verdicts(read, ["vllm"], GPUS):
         refused = any(words.search(problem.reason) for problem in verdict.problems)
         assert split(shape, verdict.gpus, group_size).possible is not refused, verdict

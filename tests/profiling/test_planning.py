@@ -159,8 +159,8 @@ def test_what_is_not_a_duration_is_refused(text: str) -> None:
 
 
 def test_an_unknown_device_is_refused() -> None:
-    with pytest.raises(UsageError, match="no device"):
-        read_device({"error": {"what": "'tpu' is no device", "where": "--device", "hint": "use cpu"}})
+    with pytest.raises(UsageError, match="not a device"):
+        read_device({"error": {"what": "'tpu' is not a device", "where": "--device", "hint": "use cpu"}})
 
 
 def test_attention_counts_the_square_of_a_prompt() -> None:

@@ -464,4 +464,5 @@ def test_a_server_on_another_processor_is_not_compared(server: Server, tmp_path:
 def test_a_report_says_where_the_server_ran(server: Server, tmp_path: Path) -> None:
     (section,) = make_report(collect([served_run(server, tmp_path / "run")]), "t").sections
     (table,) = [table for table in section.tables if table.key == "served"]
-    assert any("by vllm; by its address it ran on the machine below" in text for text in table.caption)
+    caption = "; ".join(table.caption)
+    assert "list of models: vllm; the server's address is the machine below" in caption

@@ -194,7 +194,7 @@ def test_without_a_token_it_says_how_to_get_one(hub: UploadHub, made: Path, tmp_
     hub.token = "hf_other"
     found = push(hub, made, home=tmp_path)
     assert found["kind"] == "HubError"
-    assert "wants a token that it knows (401)" in found["error"]
+    assert "asks for a valid token (401)" in found["error"]
     assert "hf auth login" in found["error"]
 
 
@@ -224,7 +224,7 @@ def test_an_image_that_is_not_in_the_folder_is_refused(
     (copy / "README.md").write_text(f"![a]({shown})")
     found = push(hub, copy, home=tmp_path)
     assert found["kind"] == "ModelError"
-    assert f"README.md shows {shown}, which is no image in this folder" in found["error"]
+    assert f"README.md shows {shown}, which is not an image in this folder" in found["error"]
     assert hub.repos == {}
 
 

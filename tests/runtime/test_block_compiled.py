@@ -204,7 +204,7 @@ def test_another_thread_of_python_gets_the_same_text() -> None:
         ("llama-biases", INT4, {}, "there are biases behind attention or in the MLP"),
         ("qwen3", QuantConfig(bits=4, group_size=32, sym=False), {}, "zero points off the middle"),
         ("qwen3", QuantConfig(bits=4, group_size=32, desc_act=True), {}, "columns in activation order"),
-        ("qwen3", INT4, {"head_dim": 16}, "sizes are no multiples of 32"),
+        ("qwen3", INT4, {"head_dim": 16}, "sizes are not multiples of 32"),
     ],
 )
 def test_unsupported_models_get_a_note_with_the_reason(

@@ -275,9 +275,9 @@ def test_device_and_dtype_names() -> None:
     assert resolve_device("cpu").type == "cpu"
     assert find_dtype("bfloat16", torch.device("cpu")) is torch.bfloat16
     assert find_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
-    with pytest.raises(UsageError, match="'tpu' is no device"):
+    with pytest.raises(UsageError, match="'tpu' is not a device"):
         resolve_device("tpu")
-    with pytest.raises(UsageError, match="is no dtype"):
+    with pytest.raises(UsageError, match="is not a dtype"):
         find_dtype("int3", torch.device("cpu"))
 
 

@@ -243,7 +243,7 @@ def test_uneven_groups_run_dequantised_with_a_note(engine: str) -> None:
 @pytest.mark.parametrize(
     ("module", "says"),
     [
-        ("model.embed_tokens", "model.embed_tokens is quantised, and is no linear layer"),
+        ("model.embed_tokens", "model.embed_tokens is quantised, and is not a linear layer"),
         ("model.layers.7.mlp.down_proj", "model.layers.7.mlp.down_proj.weight has no place"),
     ],
 )
