@@ -42,7 +42,7 @@ class Report:
     collection: Collection
     sections: tuple[Section, ...]
     commands: tuple[str, ...]  # exact commands that made the rows, in order; empty where no run recorded them
-    dates: tuple[str, ...]  # of the first and the last row
+    date: str  # of the first row, and of the last one where it is another; empty where none has one
 
 
 def make_report(collection: Collection, title: str) -> Report:
@@ -56,7 +56,7 @@ def make_report(collection: Collection, title: str) -> Report:
             for family, slug in zip(collection.families, _slugs(collection.families), strict=True)
         ),
         commands=_commands(collection),
-        dates=(dates[0], dates[-1]) if dates else (),
+        date=" to ".join(dict.fromkeys([*dates[:1], *dates[-1:]])),
     )
 
 

@@ -160,9 +160,9 @@ PLOTS = "plots"
 def report_markdown(report: Report) -> str:
     """Return the whole document."""
     parts = [f"# {markdown(report.title)}"]
-    if date := " to ".join(dict.fromkeys(report.dates)):
+    if report.date:
         page = "[The same as a page](index.html) whose tables sort."
-        parts.append(f"Measured {markdown(date)} with qwenq. {page}")
+        parts.append(f"Measured {markdown(report.date)} with qwenq. {page}")
     several = len(report.sections) > 1
     for section in report.sections:
         if several:
@@ -290,8 +290,7 @@ def _subtitle(report: Report) -> str:
     measured = report.collection.measured
     names = dict.fromkeys(map(hardware_names(measured), measured))
     hardware = [name for name in names if not any(other.startswith(f"{name}, ") for other in names)]
-    date = " to ".join(dict.fromkeys(report.dates))
-    return " · ".join(part for part in (*hardware, date) if part)
+    return " · ".join(part for part in (*hardware, report.date) if part)
 
 
 def _opened(line: str) -> tuple[str, str, str]:
