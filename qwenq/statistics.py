@@ -143,9 +143,6 @@ def wilson(rate: float, count: float) -> tuple[float, float]:
     return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
-# Estimate accuracies with their standard errors and 95 % intervals.
-
-
 RESAMPLES = 10_000
 SEED = 0
 
@@ -395,9 +392,6 @@ def _crossing(holds: Callable[[float], bool], low: float, high: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return high
-
-
-# Compute the power of McNemar's test, and the smallest drop that a sample can show.
 
 
 POWER = 0.8

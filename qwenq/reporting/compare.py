@@ -94,9 +94,6 @@ def _similarity(old: Measured, new: Measured) -> tuple[bool, ...]:
     return method, one.group_size == other.group_size, one.name == other.name
 
 
-# Compare two runs row by row: which rows are comparable, how they differ, whether the difference is real.
-
-
 @dataclass(frozen=True)
 class Metric:
     """How two values of a metric are compared."""

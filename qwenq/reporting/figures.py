@@ -1,4 +1,4 @@
-"""Turn rows into figures as data, which plots.py draws."""
+"""Turn rows into figures as data, which plots.py draws: what rows hold, nothing smoothed or filled in."""
 
 from __future__ import annotations
 
@@ -13,14 +13,9 @@ from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_poi
 from qwenq.reporting.losses import bases_of, distinguish, losses
 from qwenq.reporting.text import GIB
 
-# Mark the trade-off frontier: the models that no other one beats on both axes.
-#
-# One model beats another if it is at least as good on both axes and better on one of them (Pareto
-# dominance). Two at the very same place do not beat each other.
-
 
 def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
-    """Return the points in order of x, each marked with whether another one beats it.
+    """Return the points in order of x, each marked with whether another one beats it (Pareto dominance).
 
     More y is better; so is ``less`` x, as of bytes, or more, as of speed.
     """
@@ -30,9 +25,6 @@ def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
         for point, (x, y) in zip(points, places, strict=True)
     )
     return tuple(sorted(marked, key=lambda point: point.x))
-
-
-# A figure exists only if rows hold its data; no number is smoothed or filled in.
 
 
 Kind = Literal["points", "lines", "stack", "balance"]

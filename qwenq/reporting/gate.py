@@ -282,9 +282,6 @@ _MOST_RATIO = 10.0
 _SHARES = ("accuracy", "same_top")
 _EXAMPLES = {"ratio": {"up": "0.95", "down": "1.05"}, "difference": {"up": "-0.02", "down": "0.05"}}
 
-# Write the verdict for a terminal, a pull request, a test report, and GitHub's annotations.
-
-
 UNCHANGED = {"the same", "within noise", "inconclusive", f"no loss beyond {points(MARGIN)} points"}
 """Effects of passed rows that are only counted."""
 MOST_ROWS = 60

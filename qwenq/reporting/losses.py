@@ -23,8 +23,6 @@ from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
 from qwenq.results import Model, Row, Value, intervals_overlap
 from qwenq.statistics import format_p
 
-# Test what quantising cost in accuracy, by items lost and won against the unquantised model.
-
 
 @dataclass(frozen=True)
 class Loss:
@@ -166,9 +164,6 @@ def _cells(loss: Loss) -> tuple[Cell, ...]:
         Cell(format_p(test.p), test.p, mark=mark),
         Cell("none" if drop is None else fixed(1)(drop * 100), drop),
     )
-
-
-# Summarise each quantised model in a sentence: what it saves and what it costs.
 
 
 def summary_of(collection: Collection, family: str) -> Iterator[str]:

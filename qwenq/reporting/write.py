@@ -25,8 +25,6 @@ from qwenq.reporting.text import GIB, LONGEST_SENTENCE, clean, count, markdown, 
 from qwenq.results import REPORT_FILE, RESULTS_FILE
 from qwenq.storage import atomic_write_bytes, held
 
-# List what runs were measured on; what all runs share is listed once.
-
 
 def environment_lines(collection: Collection) -> list[tuple[str, str]]:
     """Return pairs of fact and value; facts that differ between runs name the run.
@@ -87,9 +85,6 @@ def _gib(nbytes: Any) -> str:
     return f"{nbytes / GIB:.1f} GiB" if isinstance(nbytes, int) and 0 < nbytes < 2**63 else ""
 
 
-# Write a report for programs: ``results.json`` and, with a line per row, ``results.csv``.
-
-
 FORMAT = 1
 
 
@@ -146,9 +141,6 @@ def _record(item: Measured) -> dict[str, Any]:
         "date": row.date,
     }
     return {key: spreadsheet(value) if isinstance(value, str) else value for key, value in record.items()}
-
-
-# Write a report as Markdown.
 
 
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -308,9 +300,6 @@ def _hash(text: str) -> str:
 @cache
 def _asset(name: str) -> str:
     return files("qwenq.reporting").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-# Write a report in all its forms into one folder.
 
 
 def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:
