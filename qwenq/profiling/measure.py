@@ -248,13 +248,12 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
     point, engine = bench.point, bench.engine
     (sampling, how), ends = protocol_sampling(bench.checkpoint), end_ids(bench.checkpoint)
     counter: EnergyCounter | None = None
-    try:
-        if point.tp > 1:
-            raise UnsupportedError("the energy of several devices is not added up")
-        counter = EnergyCounter(engine.device)
-        why = ""
-    except UnsupportedError as error:
-        why = error.what
+    why = "the energy of several devices is not added up"
+    if point.tp == 1:
+        try:
+            counter = EnergyCounter(engine.device)
+        except UnsupportedError as error:
+            why = error.what
 
     def once() -> float:
         with stopwatch(engine.device) as watch:
