@@ -222,14 +222,11 @@ def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
 
 
 def _compared(old: Measured, match: Match, news: list[Measured]) -> Comparison:
-    if old.row.status != "ok" and not (match.found and match.found[0].row.status == "ok"):
-        after = match.found[0].row if match.found else None
-        return Comparison(old.row, after, why="not measured in the baseline")
-    if match.why:
-        return Comparison(old.row, None, why=match.why)
-    if not match.found:
-        return Comparison(old.row, None, why=_nearest(old.row, news))
-    new = match.found[0]
+    new = match.found[0] if match.found else None
+    if old.row.status != "ok" and (new is None or new.row.status != "ok"):
+        return Comparison(old.row, new and new.row, why="not measured in the baseline")
+    if match.why or new is None:
+        return Comparison(old.row, None, why=match.why or _nearest(old.row, news))
     if old.row.status != "ok":
         return Comparison(None, new.row)
     if why := _not_comparable(old, new):
@@ -418,13 +415,12 @@ def _pooled(item: Measured, others: Sequence[Measured], *, judged: bool) -> Meas
 
 def _median_row(rows: Sequence[Row]) -> Row:
     values = [row.value for row in rows if row.value is not None]
-    lows = [row.low for row in rows if row.low is not None]
-    highs = [row.high for row in rows if row.high is not None]
+    bounds = [each for row in rows for each in (row.value, row.low, row.high) if each is not None]
     return replace(
         rows[0],
         value=median(values),
-        low=min([*values, *lows]),
-        high=max([*values, *highs]),
+        low=min(bounds),
+        high=max(bounds),
         n=sum(row.n or 1 for row in rows),
         details={**rows[0].details, "interval": f"all of {len(rows)} repeats", "repeats": values},
     )

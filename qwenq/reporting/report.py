@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from qwenq.reporting.card import (
     accuracy_table,
@@ -94,15 +93,8 @@ def _section(collection: Collection, family: str, slug: str) -> Section:
 
 def _commands(collection: Collection) -> tuple[str, ...]:
     """Return the commands of runs and rows, each once."""
-    found: dict[str, None] = {}
-    for run in collection.runs:
-        found |= dict.fromkeys(_listed(run.environment.get("command")))
-        found |= dict.fromkeys(_listed(run.environment.get("commands")))
-    for item in collection.measured:
-        found |= dict.fromkeys(_listed(item.row.details.get("command")))
-    return tuple(found)
-
-
-def _listed(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [clean(text, LONGEST_COMMAND) for text in values if isinstance(text, str) and text.strip()]
+    given = [run.environment.get(key) for run in collection.runs for key in ("command", "commands")]
+    given += [item.row.details.get("command") for item in collection.measured]
+    texts = [text for value in given for text in (value if isinstance(value, list) else [value])]
+    shown = (clean(text, LONGEST_COMMAND) for text in texts if isinstance(text, str) and text.strip())
+    return tuple(dict.fromkeys(shown))
