@@ -21,9 +21,6 @@ from qwenq.statistics import (
     p_phrase,
 )
 
-# Choose the unquantised model that a quantised one is compared with.
-
-
 PLAIN = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 """Precisions of unquantised models, the preferred first, and the dtype that each is computed in."""
 
@@ -58,9 +55,6 @@ def guessing_level(row: Row) -> float | None:
         return None
     low = row.low if level and row.low is not None else row.value
     return level if low <= level else None
-
-
-# Compare a model with its base on the same items, and summarise all comparisons in one headline.
 
 
 @dataclass(frozen=True)
@@ -234,9 +228,6 @@ def _figures(one: TaskComparison, tests: int) -> str:
     corrected = f", {format_p(one.p)} after Holm's correction for {tests} tests" if tests > 1 else ""
     figures = f"{one.pairing.format_change(one.change)}; {p_phrase(one.pairing.p)}{corrected}"
     return f"{100 * one.before:.1f} → {100 * one.after:.1f} % ({figures})"
-
-
-# Pair rows of results.
 
 
 def items_of(row: Row) -> Mapping[str, bool] | None:

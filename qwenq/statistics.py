@@ -99,13 +99,14 @@ class PositionMean:
 STRETCHES = 16
 
 
-def means_by_position(values: NDArray[np.float64], count: int = STRETCHES) -> tuple[PositionMean, ...]:
-    """Return means of [sequences, tokens] over at most ``count`` ranges of equal length along the tokens.
+def means_by_position(values: NDArray[np.float64]) -> tuple[PositionMean, ...]:
+    """Return means of [sequences, tokens] over at most ``STRETCHES`` ranges of equal length along the tokens.
 
     The figure is never below zero; nor are the intervals' bounds.
     """
     sequences, tokens = values.shape
-    edges = [round(n * tokens / min(count, tokens)) for n in range(min(count, tokens) + 1)]
+    count = min(STRETCHES, tokens)
+    edges = [round(n * tokens / count) for n in range(count + 1)]
     made = []
     for start, end in pairwise(edges):
         mean = mean_of_sequences(values[:, start:end]).within(0.0)
@@ -159,9 +160,6 @@ def wilson(rate: float, count: float) -> tuple[float, float]:
     return min(rate, max(0.0, centre - half)), max(rate, min(1.0, centre + half))
 
 
-# Estimate accuracies with their standard errors and 95 % intervals.
-
-
 RESAMPLES = 10_000
 SEED = 0
 
@@ -186,7 +184,7 @@ def micro_accuracy(correct: Sequence[bool]) -> Accuracy:
     return Accuracy(value, math.sqrt(value * (1 - value) / n), low, high, n)
 
 
-def macro_accuracy(correct: Sequence[bool], subjects: Sequence[str | None], seed: int = SEED) -> Accuracy:
+def macro_accuracy(correct: Sequence[bool], subjects: Sequence[str | None]) -> Accuracy:
     """Return the mean of the subjects' shares, with an interval from a bootstrap within subjects.
 
     From a subject of n items, n - 1 are drawn, which makes the resampled variance unbiased (Rao and Wu, JASA
@@ -201,7 +199,7 @@ def macro_accuracy(correct: Sequence[bool], subjects: Sequence[str | None], seed
     value, n = float(shares.mean()), len(correct)
     if sizes.min() < 2:
         return Accuracy(value, None, None, None, n)
-    draws = np.random.default_rng(seed).binomial(sizes - 1, shares, size=(RESAMPLES, len(sizes)))
+    draws = np.random.default_rng(SEED).binomial(sizes - 1, shares, size=(RESAMPLES, len(sizes)))
     means = (draws / (sizes - 1)).mean(axis=1)  # [resamples]
     error = float(means.std(ddof=1))
     if error == 0:
@@ -398,10 +396,10 @@ def change_interval(lost: int, won: int, n: int, confidence: float = 0.95) -> tu
     return low, high
 
 
-def equivalence_p(lost: int, won: int, n: int, margin: float = MARGIN) -> float:
-    """Return the p value of TOST: below 0.05, both a drop and a gain of the margin are excluded."""
-    above = statistic(lost, won, n, -margin)
-    below = statistic(lost, won, n, margin)
+def equivalence_p(lost: int, won: int, n: int) -> float:
+    """Return the p value of TOST: below 0.05, both a drop and a gain of ``MARGIN`` are excluded."""
+    above = statistic(lost, won, n, -MARGIN)
+    below = statistic(lost, won, n, MARGIN)
     return max(NormalDist().cdf(-above), NormalDist().cdf(below))
 
 
@@ -411,9 +409,6 @@ def _crossing(holds: Callable[[float], bool], low: float, high: float) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return high
-
-
-# Compute the power of McNemar's test, and the smallest drop that a sample can show.
 
 
 POWER = 0.8

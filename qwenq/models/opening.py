@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qwenq.errors import HubError, UsageError
 from qwenq.models.bundled import is_bundled
@@ -14,16 +14,22 @@ from qwenq.models.folders import local_path
 from qwenq.models.unsupported import refuse_to_run
 from qwenq.recipe import HUB_ID
 
+if TYPE_CHECKING:
+    import torch
+
 Weights = Literal["stored", "random"]
 
 
-def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Checkpoint:
+def open_model(
+    model: str | None, weights: str = "stored", seed: int = 0, device: str | torch.device = "cpu"
+) -> Checkpoint:
     """Open MODEL; its ``notices`` say how it was found.
 
     Args:
         model: a folder, a hub id, None for the bundled model; with random weights a catalogue name.
         weights: "stored" or "random" (nothing is read or written: tensors are drawn as they are asked for).
         seed: of random weights.
+        device: that draws them.
     """
     if weights == "stored":
         resolved = resolve_model(model)
@@ -36,7 +42,7 @@ def open_model(model: str | None, weights: str = "stored", seed: int = 0) -> Che
 
     name = catalogue.BUNDLED if model is None or is_bundled(model) else model
     notice = f"random weights (seed {seed}) in the shape of {name}: for speed and memory, not for accuracy"
-    return replace(random_checkpoint(name, seed), notices=[notice])
+    return replace(random_checkpoint(name, seed, device=device), notices=[notice])
 
 
 BUNDLED_NOTICE = (

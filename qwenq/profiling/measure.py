@@ -36,7 +36,7 @@ from qwenq.profiling.spec import Point
 from qwenq.results import Row
 from qwenq.runtime.generation import stopwatch
 from qwenq.runtime.sampling import end_ids, protocol_sampling
-from qwenq.statistics import MOST, Summary, enough, repeat, summarise
+from qwenq.statistics import Summary, repeat, summarise
 
 if TYPE_CHECKING:
     from qwenq.runtime.engine import Engine
@@ -44,18 +44,11 @@ if TYPE_CHECKING:
 
 def checkpoint_of(point: Point) -> Checkpoint:
     """Return the point's model, before it is rounded."""
-    from qwenq.models.bundled import is_bundled
-    from qwenq.models.catalogue import BUNDLED
     from qwenq.models.machine import resolve_device
     from qwenq.models.opening import open_model
-    from qwenq.models.random_weights import random_checkpoint
 
     subject = point.subject
-    if subject.weights == "random":  # drawn where they are used
-        given = subject.given
-        name = BUNDLED if given is None or is_bundled(given) else given
-        return random_checkpoint(name, subject.seed, device=resolve_device(point.device))
-    return open_model(subject.given)
+    return open_model(subject.given, subject.weights, subject.seed, resolve_device(point.device))
 
 
 def engine_for(point: Point, checkpoint: Checkpoint, team: Team) -> Engine:
@@ -182,10 +175,8 @@ def _load(point: Point, until: float, team: Team) -> Bench:
     if subject.rounded:
         checkpoint = rounded(checkpoint, subject.rounded)
     engine = engine_for(point, checkpoint, team)
-    settings: dict[str, Any] = {
-        "dtype": str(engine.dtype).removeprefix("torch."),
-        "prompt": "one token id, repeated",
-    }
+    dtype = str(engine.dtype).removeprefix("torch.")
+    settings: dict[str, Any] = {"dtype": dtype, "prompt": "one token id, repeated"}
     if subject.weights == "random":
         settings["weights"] = f"random, seed {subject.seed}"
     if subject.rounded:
@@ -210,7 +201,7 @@ def _generating(bench: Bench) -> Iterator[Row]:
     load_peak = bench.meter.peak()
     bench.meter.reset()
     engine.generate([bench.prompt], min(8, point.tokens), exact_tokens=True)  # warm-up
-    decoding = decode_speed(bench, rounds=0)
+    decoding = decode_speed(bench, None)
     estimate = point.tokens / decoding.speeds[-1]
     held, warm_peak, prompt_peak = bench.meter.now(), bench.meter.peak(), 0
     reset_error = bench.meter.reset()
@@ -218,7 +209,7 @@ def _generating(bench: Bench) -> Iterator[Row]:
         speed, energy = _protocol(bench)
         yield speed
     else:
-        decode_speed(bench, rounds=0)  # memory is that of a full cache all the same, and of the prompt
+        decode_speed(bench, None)  # memory is that of a full cache all the same, and of the prompt
         prompt_peak = warm_peak if point.context > 1 else 0
         left = f"its share of the budget leaves {bench.left():.0f} s"
         reason = f"one generation takes about {estimate:.0f} s, and {left}"
@@ -226,7 +217,7 @@ def _generating(bench: Bench) -> Iterator[Row]:
         energy = bench.absent("energy.token", reason, again=True)
     yield from _memory_rows(bench, max(load_peak, warm_peak), held, reset_error, prompt_peak)
     yield energy
-    found = decode_speed(bench, rounds=MOST, patience=min(PATIENCE, bench.left(0.6)))
+    found = decode_speed(bench, min(PATIENCE, bench.left(0.6)))
     cache = bench.cache_bytes
     yield found.row(bench)
     prefill(bench)
@@ -257,13 +248,12 @@ def _protocol(bench: Bench) -> tuple[Row, Row]:
     point, engine = bench.point, bench.engine
     (sampling, how), ends = protocol_sampling(bench.checkpoint), end_ids(bench.checkpoint)
     counter: EnergyCounter | None = None
-    try:
-        if point.tp > 1:
-            raise UnsupportedError("the energy of several devices is not added up")
-        counter = EnergyCounter(engine.device)
-        why = ""
-    except UnsupportedError as error:
-        why = error.what
+    why = "the energy of several devices is not added up"
+    if point.tp == 1:
+        try:
+            counter = EnergyCounter(engine.device)
+        except UnsupportedError as error:
+            why = error.what
 
     def once() -> float:
         with stopwatch(engine.device) as watch:
@@ -313,15 +303,14 @@ def _memory_rows(
 
 def _bandwidth(bench: Bench, found: Decoding, cache: int) -> Row:
     """Return the bytes that a step has to read per second, as a share of a copy's bandwidth."""
-    position, seconds = found.positions[0], 1 / found.curve[0]
-    slots = bench.point.context + bench.point.tokens
+    position, slots = found.positions[0], bench.point.context + bench.point.tokens
     try:
         read = step_bytes(bench.engine)
     except UnsupportedError as error:
         return bench.absent("bandwidth.share", error.what)
     states = state_bytes(bench.engine.new_cache(1, 1))
     read += (cache - states) * position // slots + 2 * states
-    copied, achieved = copy_bandwidth(bench.engine.device), read / seconds
+    copied, achieved = copy_bandwidth(bench.engine.device), read * found.curve[0]
     details = {
         "bytes_per_step": read,
         "position": position,
@@ -411,8 +400,8 @@ class Decoding:
         return bench.summary("speed.decode", summarise(self.speeds), details=curve, settings=settings)
 
 
-def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decoding:
-    """Time at most that many rounds, until their interval is narrow; 0: the warm-up alone, for estimates."""
+def decode_speed(bench: Bench, patience: float | None) -> Decoding:
+    """Time rounds as `repeat` does; None: the warm-up alone, for estimates."""
     point, engine = bench.point, bench.engine
     cache = engine.new_cache(1, point.context + point.tokens)
     tokens = torch.tensor(bench.prompt[:1], device=engine.device)
@@ -428,17 +417,18 @@ def decode_speed(bench: Bench, *, rounds: int, patience: float = 0.0) -> Decodin
     run(point.context, 1)  # compiles, where anything has to be
     steps = steps_at_once(point.tokens, run(point.context, 1))
     positions = spread(point.context, point.context + point.tokens - steps)
-    warm = tuple(run(position, steps) for position in positions)
+    rounds: list[tuple[float, ...]] = []
+
+    def visit() -> float:
+        rounds.append(tuple(run(position, steps) for position in positions))
+        return 1 / _mean(positions, rounds[-1])
+
+    visit()  # warm-up
     bench.cache_bytes = cache_bytes(cache)
-    if rounds == 0:
-        return Decoding(positions, (warm,), steps)
-    made: list[tuple[float, ...]] = []
-    began = time.monotonic()
-    while True:
-        made.append(tuple(run(position, steps) for position in positions))
-        found = Decoding(positions, tuple(made), steps)
-        if len(made) >= rounds or enough(found.speeds, time.monotonic() - began, patience):
-            return found
+    if patience is not None:
+        rounds.clear()
+        repeat(visit, patience)
+    return Decoding(positions, tuple(rounds), steps)
 
 
 def spread(first: int, last: int) -> tuple[int, ...]:

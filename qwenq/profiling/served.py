@@ -143,7 +143,7 @@ def profile_served(
     out: Path,
     listener: Listener = silent,
     *,
-    environment: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any],
     budget: float | None = None,
     command: str = "",
 ) -> list[Row]:
@@ -159,20 +159,16 @@ def profile_served(
     note_kept(len(load.concurrency) - len(todo), len(load.concurrency), listener)
     if todo:
         began, session = time.monotonic(), _Session.begin(target, load, listener)
-        if environment is not None:
-            write_environment(out, dict(environment))
-        mine = {} if environment is None else {MACHINE: machine(environment)}
-        known = (
-            environment is not None and environment.get("gpus") == [] and place_of(target.server.url) == HERE
-        )
-        device = {"device": "cpu"} if known else {}
+        write_environment(out, dict(environment))
+        known = environment.get("gpus") == [] and place_of(target.server.url) == HERE
+        where = {MACHINE: machine(environment), **({"device": "cpu"} if known else {})}
         for number, each in enumerate(todo):
             left = SECONDS * len(todo) if budget is None else budget - (time.monotonic() - began)
             seconds = min(SECONDS, max(0.0, left) / (len(todo) - number))
             label = f"{target.model.name}, concurrency {each}"
             listener(Start(label, len(todo), "points", number, seconds, seconds if budget else None))
             for row in session.rows(each, seconds):
-                record(row, out, {**mine, **device}, command, label, listener)
+                record(row, out, where, command, label, listener)
     places = [load.place(each) for each in load.concurrency]
     rows = [row for row in read_rows(out) if row.model == target.model and row.point in places]
     speeds = [row for row in rows if row.metric == "speed.served"]

@@ -298,12 +298,7 @@ def _plain(
         return Subject(given, weights, seed, None, PRECISIONS[precision], model)
     bits, group_size = BITS[precision], group_size_for(shape)
     base = result_model(checkpoint, torch.bfloat16, name)
-    model = Model(
-        name=base.name,
-        fingerprint=f"rounded-{bits}-{group_size}:{base.fingerprint}",
-        precision=precision,
-        family=base.family,
-        nbytes=shape.quantised_bytes(bits, group_size),
-        group_size=group_size,
-    )
+    fingerprint = f"rounded-{bits}-{group_size}:{base.fingerprint}"
+    nbytes = shape.quantised_bytes(bits, group_size)
+    model = Model(base.name, fingerprint, precision, base.family, nbytes, group_size)
     return Subject(given, weights, seed, bits, "auto", model)

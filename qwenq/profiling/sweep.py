@@ -26,7 +26,7 @@ def run_sweep(
     out: Path,
     listener: Listener = silent,
     *,
-    environment: Mapping[str, Any] | None = None,
+    environment: Mapping[str, Any],
     budget: float | None = None,
     command: str = "",
     measure: Measure | None = None,
@@ -34,7 +34,7 @@ def run_sweep(
     """Measure the points that the folder does not have yet, or has from another machine only.
 
     Args:
-        environment: of this machine, recorded in each row and in the folder; None: machines are not compared.
+        environment: of this machine, recorded in each row and in the folder.
         budget: seconds for all points; each gets its share of the rest when it begins, the cheapest first, so
             that as many as can be are measured. A point for which too little is left has rows with that
             reason. The first one is always measured: its loading time corrects the estimates of the others.
@@ -42,10 +42,8 @@ def run_sweep(
         measure: replaced in tests; None: in processes of their own.
     """
     held = read_rows(out) if (out / RESULTS_FILE).exists() else []
-    mine = {} if environment is None else {MACHINE: machine(environment)}
-    if environment is not None:
-        held = _held_here(planned, held, out, environment, listener)
-        write_environment(out, dict(environment))
+    held, here = _held_here(planned, held, out, environment, listener), {MACHINE: machine(environment)}
+    write_environment(out, dict(environment))
     todo = [each for each in planned if not is_done(each.point, held)]
     if budget is not None:
         todo.sort(key=lambda each: each.needed)
@@ -66,7 +64,7 @@ def run_sweep(
             listener(Start(label, len(todo), "points", number, rest[0].seconds, seconds))
             for row in runner.refused(rest[0], seconds, left) or runner.rows(each, seconds):
                 if row.value is not None or (row.identity, row.model) not in figures:
-                    record(row, out, mine, command, label, listener)  # else an earlier figure is kept
+                    record(row, out, here, command, label, listener)  # else an earlier figure is kept
 
 
 def note_kept(kept: int, count: int, listener: Listener) -> None:

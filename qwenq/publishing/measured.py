@@ -98,7 +98,7 @@ def _fill_card(folder: Path, collection: Collection, plots: Path) -> Path:
     section = report.sections[collection.families.index(model.family)]
     shown = [f"{section.slug}-{figure.key}.png" for figure in section.figures]
     before = (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).exists() else ""
-    text = _text(mine, section, collection.label(model), " to ".join(dict.fromkeys(report.dates)))
+    text = _text(mine, section, collection.label(model), report.date)
     written = write_model_card(folder, measured=Measured(text, tuple(_scores(mine, fingerprint))))
     for name in shown:
         atomic_write_bytes(folder / CARD_PLOTS / name, (plots / name).read_bytes())

@@ -71,9 +71,6 @@ def asked_by(row: Row) -> str:
     return "logits" if letters else "generation"
 
 
-# Make the model card's three tables with its headings, and the published figures beside ours.
-
-
 TASKS = {
     **{"mmlu": "MMLU", "ceval": "CEval (val)", "gsm8k": "GSM8K", "humaneval": "Humaneval"},
     **{"math": "MATH", "mbpp": "MBPP", "bbh": "BBH", "cmmlu": "CMMLU"},  # on the base models' cards
@@ -380,9 +377,6 @@ def model_bytes(collection: Collection, family: str) -> dict[Model, int]:
 def _task_and_rule(item: Measured) -> tuple[Any, str]:
     task, rule = clean(item.row.point.get("task")), clean(item.row.metric.partition(".")[2])
     return (task, rule), f"{task}, {rule}"
-
-
-# Tabulate perplexity by context length, as the cards of Qwen's base models do.
 
 
 def long_context_table(collection: Collection, family: str) -> Table | None:

@@ -14,9 +14,6 @@ from qwenq.errors import UsageError
 from qwenq.reporting.text import LONGEST_COMMAND, clean, count
 from qwenq.results import HERE, RESULTS_FILE, Model, Row, Value, each_run, read_environment
 
-# Read run folders into one collection of rows, each with its run, hardware and a label for its model.
-
-
 PRECISIONS = {
     "fp32": "FP32",
     "bf16": "BF16",

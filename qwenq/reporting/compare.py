@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 from qwenq.comparison import PLAIN, Paired, corrected_p, other_items, paired
 from qwenq.reporting.collect import PRECISIONS, Collection, Measured, machine_difference
 from qwenq.reporting.text import clean
-from qwenq.results import Model, Row, intervals_overlap
+from qwenq.results import Row, intervals_overlap
 from qwenq.statistics import ALPHA
 
 # Match the rows of two runs: each row of the baseline with at most one row of the new run.
@@ -58,10 +58,11 @@ def _match(old: Measured, found: list[Measured], claims: dict[int, list[Measured
         return Match(found, why)
     if not found or old.row.status != "ok" or len(rivals := claims[id(found[0])]) == 1:
         return Match(found)
-    similar = [_similarity(rival, found[0]) for rival in rivals]
-    if _similarity(old, found[0]) < max(similar):
+    same = [rival for rival in rivals if rival.row.model.fingerprint == found[0].row.model.fingerprint]
+    similar = _most_similar(found[0], same or rivals)
+    if not any(old is each for each in similar):
         return Match(why=f"missing in the new run, which has one of {len(rivals)} such models")
-    if similar.count(max(similar)) > 1:
+    if len(similar) > 1:
         why = f"{len(rivals)} models of the baseline could be the same model: {_EMPTY_FOLDER}"
         return Match(found, why)
     return Match(found)
@@ -81,26 +82,16 @@ def _candidates(old: Measured, news: list[Measured], known: set[str]) -> list[Me
 
 
 def _most_similar(old: Measured, news: list[Measured]) -> list[Measured]:
-    """Narrow several rows down by method, group size and name, in this order."""
-    for index, trait in enumerate(_traits(old.row.model)):
-        if len(news) > 1:
-            news = [item for item in news if _traits(item.row.model)[index] == trait] or news
-    return news
-
-
-def _traits(model: Model) -> tuple[bool, int | None, str]:
-    """Return what distinguishes models of one precision: rounded on the fly or not, group size, name."""
-    return (model.rounded_from is not None, model.group_size, model.name)
+    """Return the rows of the models that share most with the old one's."""
+    most = max((_similarity(old, item) for item in news), default=())
+    return [item for item in news if _similarity(old, item) == most]
 
 
 def _similarity(old: Measured, new: Measured) -> tuple[bool, ...]:
-    """Return which traits two models share, the most telling first."""
+    """Return what two models of one precision share: rounded on the fly or not, group size, name."""
     one, other = old.row.model, new.row.model
-    shared = (a == b for a, b in zip(_traits(one), _traits(other), strict=True))
-    return (one.fingerprint == other.fingerprint, *shared)
-
-
-# Compare two runs row by row: which rows are comparable, how they differ, whether the difference is real.
+    method = (one.rounded_from is None) == (other.rounded_from is None)
+    return method, one.group_size == other.group_size, one.name == other.name
 
 
 @dataclass(frozen=True)
@@ -231,14 +222,11 @@ def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
 
 
 def _compared(old: Measured, match: Match, news: list[Measured]) -> Comparison:
-    if old.row.status != "ok" and not (match.found and match.found[0].row.status == "ok"):
-        after = match.found[0].row if match.found else None
-        return Comparison(old.row, after, why="not measured in the baseline")
-    if match.why:
-        return Comparison(old.row, None, why=match.why)
-    if not match.found:
-        return Comparison(old.row, None, why=_nearest(old.row, news))
-    new = match.found[0]
+    new = match.found[0] if match.found else None
+    if old.row.status != "ok" and (new is None or new.row.status != "ok"):
+        return Comparison(old.row, new and new.row, why="not measured in the baseline")
+    if match.why or new is None:
+        return Comparison(old.row, None, why=match.why or _nearest(old.row, news))
     if old.row.status != "ok":
         return Comparison(None, new.row)
     if why := _not_comparable(old, new):
@@ -427,13 +415,12 @@ def _pooled(item: Measured, others: Sequence[Measured], *, judged: bool) -> Meas
 
 def _median_row(rows: Sequence[Row]) -> Row:
     values = [row.value for row in rows if row.value is not None]
-    lows = [row.low for row in rows if row.low is not None]
-    highs = [row.high for row in rows if row.high is not None]
+    bounds = [each for row in rows for each in (row.value, row.low, row.high) if each is not None]
     return replace(
         rows[0],
         value=median(values),
-        low=min([*values, *lows]),
-        high=max([*values, *highs]),
+        low=min(bounds),
+        high=max(bounds),
         n=sum(row.n or 1 for row in rows),
         details={**rows[0].details, "interval": f"all of {len(rows)} repeats", "repeats": values},
     )

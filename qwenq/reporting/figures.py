@@ -1,4 +1,4 @@
-"""Turn rows into figures as data, which plots.py draws."""
+"""Turn rows into figures as data, which plots.py draws: what rows hold, nothing smoothed or filled in."""
 
 from __future__ import annotations
 
@@ -8,21 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from qwenq.comparison import Paired
 from qwenq.reporting.card import model_bytes, task_name
 from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_point, decode_rows, point_text
 from qwenq.reporting.losses import bases_of, distinguish, losses
 from qwenq.reporting.text import GIB
 from qwenq.statistics import mean_over_modules
 
-# Mark the trade-off frontier: the models that no other one beats on both axes.
-#
-# One model beats another if it is at least as good on both axes and better on one of them (Pareto
-# dominance). Two at the very same place do not beat each other.
-
 
 def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
-    """Return the points in order of x, each marked with whether another one beats it.
+    """Return the points in order of x, each marked with whether another one beats it (Pareto dominance).
 
     More y is better; so is ``less`` x, as of bytes, or more, as of speed.
     """
@@ -32,9 +26,6 @@ def frontier(points: Sequence[Point], *, less: bool) -> tuple[Point, ...]:
         for point, (x, y) in zip(points, places, strict=True)
     )
     return tuple(sorted(marked, key=lambda point: point.x))
-
-
-# A figure exists only if rows hold its data; no number is smoothed or filled in.
 
 
 Kind = Literal["points", "lines", "stack", "balance"]
@@ -150,16 +141,16 @@ def _percent(share: float | None) -> float | None:
 
 
 def _balance(collection: Collection, family: str) -> Figure:
-    found = [loss for loss in losses(collection, family) if isinstance(loss.pairing, Paired)]
+    found = [loss for loss in losses(collection, family) if loss.tested]
     names, lost, won = [], [], []
     bases = bases_of(found, collection)
     for index, (loss, place) in enumerate(zip(found, distinguish(found, collection), strict=True)):
         against = f" against {collection.label(loss.before.model)}" if len(bases) > 1 else ""
         where = f", {place}" if place else ""
         names.append(f"{task_name(loss.after)}, {collection.label(loss.after.model)}{against}{where}")
-        if isinstance(loss.pairing, Paired):
-            lost.append(Point(index, -loss.pairing.lost, str(loss.pairing.lost)))
-            won.append(Point(index, loss.pairing.won, str(loss.pairing.won)))
+        if test := loss.tested:
+            lost.append(Point(index, -test.pairing.lost, str(test.pairing.lost)))
+            won.append(Point(index, test.pairing.won, str(test.pairing.won)))
     return Figure(
         "items", "balance", "Items lost and won", "items", "",
         (Series("lost", tuple(lost), "lost"), Series("won", tuple(won), "won")) if found else (),
@@ -180,7 +171,7 @@ def _decode(collection: Collection, family: str) -> Figure:
 
 def _kl(collection: Collection, family: str) -> Figure:
     rows = at_one_point([item for item in collection.of(family, "kl") if _curve(item)], anywhere=True)
-    series = tuple(_with_intervals(_line(collection, item), item) for item in rows)
+    series = tuple(_line(collection, item) for item in rows)
     return Figure(
         "kl", "lines", "KL divergence by position", "position in the text", "nats a token", series,
         "How far each model's next-token distribution is from the unquantised one's, by how much text it has "
@@ -189,23 +180,14 @@ def _kl(collection: Collection, family: str) -> Figure:
 
 
 def _line(collection: Collection, item: Measured) -> Series:
-    name = collection.label(item.row.model)
-    points = tuple(Point(x, y) for x, y in _curve(item))
-    return Series(name, points, item.row.model.precision)
-
-
-def _with_intervals(line: Series, item: Measured) -> Series:
-    """Add ``lows`` and ``highs`` of the row's details if every mark has a pair."""
-    lows, highs = item.row.details.get("lows"), item.row.details.get("highs")
-    if not isinstance(lows, list) or not isinstance(highs, list):
-        return line
-    if not len(lows) == len(highs) == len(line.points):
-        return line
-    points = (
-        replace(point, low=low, high=high) if _number(low) and _number(high) and low <= high else point
-        for point, low, high in zip(line.points, lows, highs, strict=True)
-    )
-    return replace(line, points=tuple(points))
+    """Return a row's curve, with the intervals of ``lows`` and ``highs`` where every mark has a pair."""
+    curve, bounds = _curve(item), [item.row.details.get(key) for key in ("lows", "highs")]
+    whole = all(isinstance(found, list) and len(found) == len(curve) for found in bounds)
+    points = []
+    for (x, y), *pair in zip(curve, *(bounds if whole else ()), strict=True):
+        known = len(pair) == 2 and all(map(_number, pair)) and pair[0] <= pair[1]
+        points.append(Point(x, y, "", *pair) if known else Point(x, y))
+    return Series(collection.label(item.row.model), tuple(points), item.row.model.precision)
 
 
 def _curve(item: Measured) -> list[tuple[float, float]]:

@@ -210,12 +210,9 @@ def _apply(item: Comparison, asked: list[Condition]) -> Judged:
         asked = named
     results = {condition: condition.violated(item) for condition in asked}
     answered = tuple(condition for condition, violated in results.items() if violated is not None)
-    outcomes: list[tuple[bool | None, Outcome]] = [(True, "regression"), (None, "not comparable")]
-    for wanted, outcome in outcomes:
-        for condition, violated in results.items():
-            if violated is wanted:
-                return Judged(item, outcome, condition, item.why, answered)
-    return Judged(item, "passed", asked[0], item.why, answered)
+    outcomes: dict[bool | None, Outcome] = {True: "regression", None: "not comparable", False: "passed"}
+    condition = min(results, key=lambda condition: list(outcomes).index(results[condition]))
+    return Judged(item, outcomes[results[condition]], condition, item.why, answered)
 
 
 _CONDITION = re.compile(
@@ -284,9 +281,6 @@ def _beyond(limit: float, metric: str) -> str:
 _MOST_RATIO = 10.0
 _SHARES = ("accuracy", "same_top")
 _EXAMPLES = {"ratio": {"up": "0.95", "down": "1.05"}, "difference": {"up": "-0.02", "down": "0.05"}}
-
-# Write the verdict for a terminal, a pull request, a test report, and GitHub's annotations.
-
 
 UNCHANGED = {"the same", "within noise", "inconclusive", f"no loss beyond {points(MARGIN)} points"}
 """Effects of passed rows that are only counted."""
@@ -364,24 +358,21 @@ def _not_judged(verdict: Verdict) -> list[Judged]:
 
 def _rest(rows: list[Judged]) -> str:
     """Return ``3 rows only in the new run: 2 kl, size``."""
-    new = [row for row in rows if row.comparison.before is None]
-    old = [row for row in rows if row.comparison.before is not None]
-    groups = [
-        (old, "not covered by a condition, or not measured in the baseline"),
-        (new, "only in the new run"),
-    ]
     parts = []
-    for group, what in groups:
-        counts = Counter(clean(row.comparison.row.metric) for row in group)
+    for new, what in (
+        (False, "not covered by a condition, or not measured in the baseline"),
+        (True, "only in the new run"),
+    ):
+        items = [row.comparison for row in rows if (row.comparison.before is None) is new]
+        counts = Counter(clean(item.row.metric) for item in items)
         metrics = ", ".join(name if number == 1 else f"{number} {name}" for name, number in counts.items())
-        parts += [f"{count(len(group), 'rows')} {what}: {metrics}"] if group else []
+        parts += [f"{count(len(items), 'rows')} {what}: {metrics}"] if items else []
     return "; ".join(parts)
 
 
 def _idle(verdict: Verdict, condition: Condition) -> str:
-    if condition in verdict.blind:
-        return "judged nothing: no row has what it needs"
-    return "judged nothing: the baseline has no such row"
+    blind = condition in verdict.blind
+    return f"judged nothing: {'no row has what it needs' if blind else 'the baseline has no such row'}"
 
 
 def _reason(judged: Judged) -> str:
@@ -456,30 +447,31 @@ def _folded(title: str, rows: list[Judged]) -> str:
 
 def junit_text(verdict: Verdict) -> str:
     """Return JUnit XML: a failure is a regression, an error a row that is not comparable."""
-    empty = _judged_nothing(verdict)
-    counts = {
-        "tests": len(verdict.judged) + len(verdict.idle) + empty,
-        "failures": len(verdict.of("regression")),
-        "errors": len(verdict.of("not comparable")) + len(verdict.unjudged) + empty,
-        "skipped": len(verdict.of("not judged")) + len(verdict.idle) - len(verdict.unjudged),
-    }
-    suite = ET.Element("testsuite", {"name": "qwenq compare", **{key: str(n) for key, n in counts.items()}})
-    tags = {"regression": "failure", "not comparable": "error", "not judged": "skipped"}
-    for judged in verdict.judged:
-        item = judged.comparison
-        case = ET.SubElement(suite, "testcase", {"classname": clean(item.row.metric), "name": item.name})
-        if tag := tags.get(judged.outcome):
-            message = _joined(_reason(judged), change_text(item)) or "no condition"
-            ET.SubElement(case, tag, {"message": clean(message)})
-    for condition in verdict.idle:
-        case = ET.SubElement(suite, "testcase", {"classname": condition.metric, "name": str(condition)})
-        tag = "error" if condition in verdict.unjudged else "skipped"
-        ET.SubElement(case, tag, {"message": _idle(verdict, condition)})
-    if empty:
-        case = ET.SubElement(suite, "testcase", {"classname": "gate", "name": "something to judge"})
-        ET.SubElement(case, "error", {"message": verdict.headline})
+    cases = list(_test_cases(verdict))
+    tags = Counter(tag for *_, tag, _ in cases)
+    counts = {"failures": tags["failure"], "errors": tags["error"], "skipped": tags["skipped"]}
+    attributes = {"tests": str(len(cases)), **{name: str(number) for name, number in counts.items()}}
+    suite = ET.Element("testsuite", {"name": "qwenq compare", **attributes})
+    for kind, name, tag, message in cases:
+        case = ET.SubElement(suite, "testcase", {"classname": kind, "name": name})
+        if tag:
+            ET.SubElement(case, tag, {"message": message})
     ET.indent(suite)
     return ET.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
+
+
+def _test_cases(verdict: Verdict) -> Iterator[tuple[str, str, str, str]]:
+    """Yield class, name, tag of the outcome and message of each test; one that passed has no tag."""
+    tags = {"regression": "failure", "not comparable": "error", "not judged": "skipped", "passed": ""}
+    for judged in verdict.judged:
+        item = judged.comparison
+        message = _joined(_reason(judged), change_text(item)) or "no condition"
+        yield clean(item.row.metric), item.name, tags[judged.outcome], clean(message)
+    for condition in verdict.idle:
+        tag = "error" if condition in verdict.unjudged else "skipped"
+        yield condition.metric, str(condition), tag, _idle(verdict, condition)
+    if _judged_nothing(verdict):
+        yield "gate", "something to judge", "error", verdict.headline
 
 
 def github_annotations(verdict: Verdict) -> Iterator[str]:

@@ -22,9 +22,7 @@ from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_poi
 from qwenq.reporting.tables import MISSING, Cell, Line, Table
 from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
 from qwenq.results import Model, Row, Value, intervals_overlap
-from qwenq.statistics import ALPHA, format_p
-
-# Test what quantising cost in accuracy, by items lost and won against the unquantised model.
+from qwenq.statistics import format_p
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,12 @@ class Loss:
         return (self.after.value or 0.0) - (self.before.value or 0.0)
 
     @property
-    def significant(self) -> bool:
-        """Return whether more items were lost than won, significantly."""
-        if not isinstance(self.pairing, Paired) or self.p is None:
-            return False
-        return self.p < ALPHA and self.pairing.lost > self.pairing.won
+    def tested(self) -> TaskComparison | None:
+        """Return the comparison item by item; None without a pairing."""
+        if isinstance(self.pairing, str) or self.p is None:
+            return None
+        before, after = self.before.value or 0.0, self.after.value or 0.0
+        return TaskComparison(task_name(self.after), before, after, self.pairing, self.p)
 
 
 def losses(collection: Collection, family: str) -> list[Loss]:
@@ -112,9 +111,9 @@ def loss_table(collection: Collection, family: str) -> Table | None:
         named = [task_name(loss.after), collection.label(loss.after.model)]
         named += [collection.label(loss.before.model)] if len(bases) > 1 else []
         named += [place or MISSING] if any(places) else []
-        words = "not tested"
-        if isinstance(loss.pairing, Paired):
-            words = loss.pairing.describe_change(loss.change, loss.p, tests)
+        words, test = "not tested", loss.tested
+        if test:
+            words = test.pairing.describe_change(test.change, test.p, tests)
             if guess := _guess(loss):
                 words += f"; {collection.label(loss.before.model)} is {guess}, so no loss can show"
         labels = (Cell(label, label) for label in [*named, words])
@@ -158,29 +157,25 @@ def bases_of(found: Iterable[Loss], collection: Collection) -> list[str]:
 
 def _cells(loss: Loss) -> tuple[Cell, ...]:
     before, after = loss.before.value or 0.0, loss.after.value or 0.0
-    mark = "significant" if loss.significant else ""
+    test = loss.tested
+    mark = "significant" if test and test.lost else ""
     shown = (
         Cell(PERCENT(before), before),
         Cell(PERCENT(after), after),
         Cell(signed(loss.change * 100), loss.change, mark=mark if loss.change < 0 else ""),
     )
-    missing = Cell(MISSING)
-    if isinstance(loss.pairing, str):
-        untested = Cell("n/a", note=loss.pairing)
+    if test is None:
+        missing, untested = Cell(MISSING), Cell("n/a", note=str(loss.pairing))
         return (*shown, missing, missing, untested, missing, missing)
-    pairing, p = loss.pairing, 1.0 if loss.p is None else loss.p
-    drop = pairing.detectable
+    pairing, drop = test.pairing, test.pairing.detectable
     return (
         *shown,
         Cell(f"{pairing.lost:,}", pairing.lost),
         Cell(f"{pairing.won:,}", pairing.won),
         Cell(format_p(pairing.p), pairing.p),
-        Cell(format_p(p), p, mark=mark),
+        Cell(format_p(test.p), test.p, mark=mark),
         Cell("none" if drop is None else fixed(1)(drop * 100), drop),
     )
-
-
-# Summarise each quantised model in a sentence: what it saves and what it costs.
 
 
 def summary_of(collection: Collection, family: str) -> Iterator[str]:
@@ -281,12 +276,7 @@ def _accuracy(collection: Collection, found: list[Loss], tests: int) -> Iterator
 
     Scores that cannot show a loss, and those that many cut answers make worthless, are named behind it.
     """
-    tested = []
-    for loss in found:
-        if isinstance(loss.pairing, Paired) and loss.p is not None:
-            scores = loss.before.value or 0.0, loss.after.value or 0.0
-            tested.append(TaskComparison(task_name(loss.after), *scores, loss.pairing, loss.p))
-    if tested:
+    if tested := [test for loss in found if (test := loss.tested)]:
         bases = " and ".join(bases_of(found, collection))
         yield f"against {bases}, {headline(tested, tests, len(found) - len(tested))}"
     guessed: dict[str, list[str]] = defaultdict(list)

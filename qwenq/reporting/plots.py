@@ -20,6 +20,7 @@ from qwenq.storage import atomic_write_bytes
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.transforms import Transform
 
 COLOURS = {
     "fp32": "#737985", "bf16": "#2566ad", "fp16": "#2566ad", "int8": "#11836a", "int4": "#cf5b16",
@@ -128,25 +129,31 @@ def _canvas(figure: Figure, size: tuple[float, float]) -> Iterator[tuple[Canvas,
             axes = canvas.subplots()
             axes.set_xlabel(clean(figure.x_label, LONGEST_NAME))
             axes.set_ylabel(clean(figure.y_label, LONGEST_NAME))
-            draw = _bars if figure.kind in {"stack", "balance"} else _curves
-            draw(figure, axes)
+            if figure.kind in {"stack", "balance"}:
+                _bars(figure, axes)
+            else:
+                _curves(figure, canvas, axes)
             yield canvas, axes
     finally:
         logger.setLevel(before)
 
 
-def _curves(figure: Figure, axes: Axes) -> None:
+def _curves(figure: Figure, canvas: Canvas, axes: Axes) -> None:
+    from matplotlib.transforms import ScaledTranslation
+
     marks = figure.kind == "points"
     for index, series in enumerate(figure.series):
-        aside = 3.0 * (index - (len(figure.series) - 1) / 2) if marks else 0.0
-        _curve(axes, index, series, aside, marks=marks)
+        # Moved aside by points, so that intervals at one x do not cover each other.
+        aside = 3.0 / 72 * (index - (len(figure.series) - 1) / 2) if marks else 0.0
+        moved = axes.transData + ScaledTranslation(aside, 0, canvas.dpi_scale_trans)
+        _curve(axes, index, series, moved, marks=marks)
     points = [point for series in figure.series for point in series.points]
     heights = [(p.x, y) for p in points for y in (p.y, p.low, p.high) if y is not None]
     axes.update_datalim(heights)  # matplotlib leaves out what is moved
     axes.autoscale_view()
     if marks:
         axes.set_xlim(left=0)
-        _names(figure, axes)
+        _names(figure, canvas, axes)
     elif figure.log_y:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # its own would be set as mathematics
@@ -155,19 +162,8 @@ def _curves(figure: Figure, axes: Axes) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _curve(axes: Axes, index: int, series: Series, aside: float, *, marks: bool) -> None:
-    """Draw one series.
-
-    Args:
-        index: place of the series in its figure.
-        aside: points by which it is moved, so that intervals at one x do not cover each other.
-        marks: draw marks joined by a thin line, instead of a line with small marks.
-    """
-    from matplotlib.transforms import ScaledTranslation
-
-    canvas = axes.get_figure(root=True)
-    assert canvas is not None  # noqa: S101 - axes of a canvas
-    moved = axes.transData + ScaledTranslation(aside / 72, 0, canvas.dpi_scale_trans)
+def _curve(axes: Axes, index: int, series: Series, moved: Transform, *, marks: bool) -> None:
+    """Draw the series of that index; ``marks``: large ones joined by a thin line, instead of small ones."""
     colour, size = COLOURS[tone_of(series.tone)], 5.0 if marks else 2.5
     shown: Any = {"color": colour, "markersize": size, "transform": moved}
     axes.plot(
@@ -190,29 +186,21 @@ def _curve(axes: Axes, index: int, series: Series, aside: float, *, marks: bool)
             axes.plot(*bounds, color=colour, alpha=0.5, linewidth=1, zorder=1, transform=moved)
 
 
-def _names(figure: Figure, axes: Axes) -> None:
+def _names(figure: Figure, canvas: Canvas, axes: Axes) -> None:
     """Write each model's name once, above its highest mark; raised where it would touch another."""
     highest: dict[str, tuple[float, float]] = {}
     for point in (point for series in figure.series for point in series.points):
         top = point.y if point.high is None else point.high
         x, before = highest.get(point.label, (point.x, top))
         highest[point.label] = (x, max(top, before))
-    width, canvas = axes.get_xlim()[1] or 1.0, axes.get_figure(root=True)
-    assert canvas is not None  # noqa: S101 - axes of a canvas
+    width = axes.get_xlim()[1] or 1.0
     points = 72 * 0.8 * canvas.get_size_inches()[0]  # of the axes' width, nearly
     raised, last = 0, float("-inf")
     for name, (x, top) in sorted(highest.items(), key=lambda entry: entry[1][0]):
         near = (x - last) / width * points < 4.6 * len(name) + 6
         raised, last = (raised + 1) % 3 if near else 0, x
-        offset = (0, 4 + 10 * raised)
-        axes.annotate(
-            clean(name, LONGEST_NAME),
-            (x, top),
-            xytext=offset,
-            textcoords="offset points",
-            fontsize=8,
-            ha="center",
-        )
+        above: Any = {"xytext": (0, 4 + 10 * raised), "textcoords": "offset points"}
+        axes.annotate(clean(name, LONGEST_NAME), (x, top), fontsize=8, ha="center", **above)
 
 
 def _bars(figure: Figure, axes: Axes) -> None:
@@ -220,13 +208,8 @@ def _bars(figure: Figure, axes: Axes) -> None:
     stacked, left = figure.kind == "stack", [0.0] * len(figure.categories)
     for index, series in enumerate(figure.series):
         widths = [point.y for point in series.points]
-        bars = axes.barh(
-            rows,
-            widths,
-            left=left if stacked else None,
-            height=0.6,
-            color=COLOURS[tone_of(series.tone)],
-        )
+        colour = COLOURS[tone_of(series.tone)]
+        bars = axes.barh(rows, widths, left=left if stacked else None, height=0.6, color=colour)
         bars.set_label(clean(series.name))
         for row, bar in enumerate(bars):
             bar.set_gid(f"bar-{index}-{row}")

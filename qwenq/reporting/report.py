@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 from qwenq.reporting.card import (
     accuracy_table,
@@ -43,7 +42,7 @@ class Report:
     collection: Collection
     sections: tuple[Section, ...]
     commands: tuple[str, ...]  # exact commands that made the rows, in order; empty where no run recorded them
-    dates: tuple[str, ...]  # of the first and the last row
+    date: str  # of the first row, and of the last one where it is another; empty where none has one
 
 
 def make_report(collection: Collection, title: str) -> Report:
@@ -57,7 +56,7 @@ def make_report(collection: Collection, title: str) -> Report:
             for family, slug in zip(collection.families, _slugs(collection.families), strict=True)
         ),
         commands=_commands(collection),
-        dates=(dates[0], dates[-1]) if dates else (),
+        date=" to ".join(dict.fromkeys([*dates[:1], *dates[-1:]])),
     )
 
 
@@ -96,15 +95,8 @@ def _section(collection: Collection, family: str, slug: str) -> Section:
 
 def _commands(collection: Collection) -> tuple[str, ...]:
     """Return the commands of runs and rows, each once."""
-    found: dict[str, None] = {}
-    for run in collection.runs:
-        found |= dict.fromkeys(_listed(run.environment.get("command")))
-        found |= dict.fromkeys(_listed(run.environment.get("commands")))
-    for item in collection.measured:
-        found |= dict.fromkeys(_listed(item.row.details.get("command")))
-    return tuple(found)
-
-
-def _listed(value: Any) -> list[str]:
-    values = value if isinstance(value, list) else [value]
-    return [clean(text, LONGEST_COMMAND) for text in values if isinstance(text, str) and text.strip()]
+    given = [run.environment.get(key) for run in collection.runs for key in ("command", "commands")]
+    given += [item.row.details.get("command") for item in collection.measured]
+    texts = [text for value in given for text in (value if isinstance(value, list) else [value])]
+    shown = (clean(text, LONGEST_COMMAND) for text in texts if isinstance(text, str) and text.strip())
+    return tuple(dict.fromkeys(shown))

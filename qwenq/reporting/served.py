@@ -107,19 +107,14 @@ def _lengths(item: Measured) -> Place:
 
 def _counted(rows: list[Measured]) -> Iterator[str]:
     """Yield how the tokens of answers were counted, where a row says so."""
-    found: set[str] = set()
-    for item in rows:
-        by = item.row.details.get("counted_by")
-        found |= {
-            name for name in ("usage", "chunks", "contradicted") if isinstance(by, dict) and by.get(name)
-        }
+    by = [found for item in rows if isinstance(found := item.row.details.get("counted_by"), dict)]
     named = {
         "usage": "the server's usage",
         "chunks": "streamed chunks, as the server reports no usage",
         "contradicted": "streamed chunks, as the server's usage contradicts them",
     }
-    if found & named.keys():
-        yield f"tokens counted by {' and by '.join(text for name, text in named.items() if name in found)}"
+    if used := [text for name, text in named.items() if any(found.get(name) for found in by)]:
+        yield f"tokens counted by {' and by '.join(used)}"
 
 
 def served_summary(collection: Collection, family: str) -> Iterator[str]:

@@ -71,9 +71,6 @@ def spreadsheet(text: object) -> str:
     return f"'{shown}" if shown[:1] in tuple("=+-@＝＋－＠") else shown
 
 
-# Format figures, in one place, so that every form of a report shows the same digits.
-
-
 GIB = 2**30
 
 

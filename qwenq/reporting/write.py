@@ -25,8 +25,6 @@ from qwenq.reporting.text import GIB, LONGEST_SENTENCE, clean, count, markdown, 
 from qwenq.results import REPORT_FILE, RESULTS_FILE
 from qwenq.storage import atomic_write_bytes, held
 
-# List what runs were measured on; what all runs share is listed once.
-
 
 def environment_lines(collection: Collection) -> list[tuple[str, str]]:
     """Return pairs of fact and value; facts that differ between runs name the run.
@@ -87,9 +85,6 @@ def _gib(nbytes: Any) -> str:
     return f"{nbytes / GIB:.1f} GiB" if isinstance(nbytes, int) and 0 < nbytes < 2**63 else ""
 
 
-# Write a report for programs: ``results.json`` and, with a line per row, ``results.csv``.
-
-
 FORMAT = 1
 
 
@@ -148,9 +143,6 @@ def _record(item: Measured) -> dict[str, Any]:
     return {key: spreadsheet(value) if isinstance(value, str) else value for key, value in record.items()}
 
 
-# Write a report as Markdown.
-
-
 SUPERSCRIPT = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 SIGNIFICANT = "\\*"
 PLOTS = "plots"
@@ -160,9 +152,9 @@ PLOTS = "plots"
 def report_markdown(report: Report) -> str:
     """Return the whole document."""
     parts = [f"# {markdown(report.title)}"]
-    if date := " to ".join(dict.fromkeys(report.dates)):
+    if report.date:
         page = "[The same as a page](index.html) whose tables sort."
-        parts.append(f"Measured {markdown(date)} with qwenq. {page}")
+        parts.append(f"Measured {markdown(report.date)} with qwenq. {page}")
     several = len(report.sections) > 1
     for section in report.sections:
         if several:
@@ -290,8 +282,7 @@ def _subtitle(report: Report) -> str:
     measured = report.collection.measured
     names = dict.fromkeys(map(hardware_names(measured), measured))
     hardware = [name for name in names if not any(other.startswith(f"{name}, ") for other in names)]
-    date = " to ".join(dict.fromkeys(report.dates))
-    return " · ".join(part for part in (*hardware, date) if part)
+    return " · ".join(part for part in (*hardware, report.date) if part)
 
 
 def _opened(line: str) -> tuple[str, str, str]:
@@ -309,9 +300,6 @@ def _hash(text: str) -> str:
 @cache
 def _asset(name: str) -> str:
     return files("qwenq.reporting").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-# Write a report in all its forms into one folder.
 
 
 def write_report(runs: list[Path], out: Path, title: str | None = None) -> Path:

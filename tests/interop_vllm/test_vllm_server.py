@@ -57,7 +57,7 @@ def _best(scores: list[float]) -> int:
 def test_it_is_measured_as_it_serves(tmp_path: Path, served: str) -> None:
     said: list[str] = []
     target = find_target(served, "quantised", None, notices_to(said))
-    rows = profile_served(target, Load((1, 2), 32, 8), tmp_path, notices_to(said), budget=20)
+    rows = profile_served(target, Load((1, 2), 32, 8), tmp_path, notices_to(said), environment={}, budget=20)
     assert {row.metric for row in rows} == set(METRICS)
     assert all(row.status == "ok" for row in rows), said
     assert all(row.value == 0 for row in rows if row.metric == "failed.served")

@@ -52,7 +52,7 @@ def measure(
     listener = notices_to([] if said is None else said)
     target = find_target(server.url, None, None, listener, timeout=timeout)
     target = replace(target, server=replace(target.server, pause=0.001))
-    rows = profile_served(target, load, out, listener)
+    rows = profile_served(target, load, out, listener, environment={})
     return {(row.point["concurrency"], row.metric): row for row in rows}
 
 

@@ -21,7 +21,9 @@ def test_a_real_server_is_measured(tmp_path: Path) -> None:
     said: list[str] = []
     with llama_server() as url:
         target = find_target(url, "smollm2", None, notices_to(said))
-        rows = profile_served(target, Load((1, 2), 32, 8), tmp_path, notices_to(said), budget=20)
+        rows = profile_served(
+            target, Load((1, 2), 32, 8), tmp_path, notices_to(said), environment={}, budget=20
+        )
     assert {row.metric for row in rows} == set(METRICS)
     assert all(row.status == "ok" for row in rows)
     assert all(row.value == 0 for row in rows if row.metric == "failed.served")

@@ -56,42 +56,42 @@ def planned(points: list[Point], **changes: str) -> list[Planned]:
 
 
 def test_every_point_has_all_its_rows(points: list[Point], tmp_path: Path) -> None:
-    run_sweep(planned(points), tmp_path, Silent(), command="qwenq profile", measure=Fake())
+    run_sweep(planned(points), tmp_path, Silent(), environment={}, command="qwenq profile", measure=Fake())
     rows = read_rows(tmp_path)
     assert len(rows) == sum(len(point.metrics) for point in points)
     assert {row.details["command"] for row in rows} == {"qwenq profile"}
 
 
 def test_the_same_command_measures_nothing_again(points: list[Point], tmp_path: Path) -> None:
-    run_sweep(planned(points), tmp_path, Silent(), measure=Fake())
+    run_sweep(planned(points), tmp_path, Silent(), environment={}, measure=Fake())
     again = Fake()
-    run_sweep(planned(points), tmp_path, listener := Silent(), measure=again)
+    run_sweep(planned(points), tmp_path, listener := Silent(), environment={}, measure=again)
     assert listener.notes == ["4 of 4 points were measured earlier"]
     assert again.asked == []
 
 
 def test_a_stop_keeps_what_is_done(points: list[Point], tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        run_sweep(planned(points), tmp_path, Silent(), measure=Fake(stop_at=1))
+        run_sweep(planned(points), tmp_path, Silent(), environment={}, measure=Fake(stop_at=1))
     assert len(read_rows(tmp_path)) == len(points[0].metrics) + 2
     rest = Fake()
-    run_sweep(planned(points), tmp_path, Silent(), measure=rest)
+    run_sweep(planned(points), tmp_path, Silent(), environment={}, measure=rest)
     assert [point for point, _ in rest.asked] == points[1:]
     assert all(row.status == "ok" for row in read_rows(tmp_path))
 
 
 def test_failed_points_are_rows_and_tried_again(points: list[Point], tmp_path: Path) -> None:
-    run_sweep(planned(points), tmp_path, Silent(), measure=Fake(fail={1: "failed"}))
+    run_sweep(planned(points), tmp_path, Silent(), environment={}, measure=Fake(fail={1: "failed"}))
     assert {row.status for row in read_rows(tmp_path)} == {"ok", "failed"}
     again = Fake()
-    run_sweep(planned(points), tmp_path, Silent(), measure=again)
+    run_sweep(planned(points), tmp_path, Silent(), environment={}, measure=again)
     assert [point for point, _ in again.asked] == [points[1]]
     assert {row.status for row in read_rows(tmp_path)} == {"ok"}
 
 
 def test_what_cannot_run_at_one_length_is_not_tried_at_the_next(points: list[Point], tmp_path: Path) -> None:
     fake = Fake(fail={0: "unavailable"})
-    run_sweep(planned(points), tmp_path, Silent(), measure=fake)
+    run_sweep(planned(points), tmp_path, Silent(), environment={}, measure=fake)
     assert [point for point, _ in fake.asked] == [points[0], points[1], points[3]]
     missing = [row for row in read_rows(tmp_path) if row.status == "unavailable"]
     assert len(missing) == len(points[0].metrics) + len(points[2].metrics)
@@ -100,7 +100,9 @@ def test_what_cannot_run_at_one_length_is_not_tried_at_the_next(points: list[Poi
 
 def test_what_does_not_fit_is_a_row(points: list[Point], tmp_path: Path) -> None:
     fake = Fake()
-    run_sweep(planned(points, too_large="it needs about 9 GB"), tmp_path, Silent(), measure=fake)
+    run_sweep(
+        planned(points, too_large="it needs about 9 GB"), tmp_path, Silent(), environment={}, measure=fake
+    )
     assert fake.asked == []
     assert {(row.status, row.reason) for row in read_rows(tmp_path)} == {
         ("unavailable", "it needs about 9 GB")
@@ -112,7 +114,7 @@ def sweep_with(
 ) -> dict[Point, set[tuple[str, str | None]]]:
     """Status and reason of every point's rows."""
     monkeypatch.setattr("qwenq.profiling.sweep.time.monotonic", fake.now)
-    run_sweep(planned, out, Silent(), budget=budget, measure=fake)
+    run_sweep(planned, out, Silent(), environment={}, budget=budget, measure=fake)
     found: dict[Point, set[tuple[str, str | None]]] = {}
     for each in planned:
         rows = [
@@ -198,11 +200,13 @@ def test_what_a_later_run_cannot_do_takes_no_figure_away(
 ) -> None:
     """All but one figure of the second point are there; the same command crashes, and then has no time."""
     *_, last = points[1].metrics
-    run_sweep(planned(points), tmp_path, Silent(), measure=Fake())
+    run_sweep(planned(points), tmp_path, Silent(), environment={}, measure=Fake())
     append_row(tmp_path, points[1].without("unavailable", "no time", [last], again=True)[0])
     append_row(tmp_path, points[0].without("failed", "killed", [last], again=True)[0])
     before = {row.metric: row for row in read_rows(tmp_path) if row.point == points[1].place}
-    run_sweep(planned(points), tmp_path, Silent(), measure=Fake(fail={0: "failed", 1: "failed"}))
+    run_sweep(
+        planned(points), tmp_path, Silent(), environment={}, measure=Fake(fail={0: "failed", 1: "failed"})
+    )
     fake = Fake(loads=[10.0])
     found = sweep_with(fake, planned(points), tmp_path, 3.0, monkeypatch)
     assert [point for point, _ in fake.asked] == points[:1]
@@ -217,8 +221,8 @@ def test_under_a_budget_the_cheapest_points_come_first(points: list[Point], tmp_
     costs = [9.0, 1.0, 4.0]
     plan = [Planned(point, cost, 10.0, 0.0, 100) for point, cost in zip(points, costs, strict=False)]
     fake = Fake()
-    run_sweep(plan, tmp_path, Silent(), budget=600.0, measure=fake)
+    run_sweep(plan, tmp_path, Silent(), environment={}, budget=600.0, measure=fake)
     assert [point for point, _ in fake.asked] == [points[1], points[2], points[0]]
     without = Fake()
-    run_sweep(plan, tmp_path / "other", Silent(), measure=without)
+    run_sweep(plan, tmp_path / "other", Silent(), environment={}, measure=without)
     assert [point for point, _ in without.asked] == list(points[:3])
