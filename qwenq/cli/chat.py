@@ -23,8 +23,9 @@ from qwenq.cli.options import (
     RealWeights,
     ThinkingChoice,
 )
-from qwenq.cli.printing import note, note_events, say
+from qwenq.cli.printing import note_events
 from qwenq.errors import UsageError, visible
+from qwenq.progress import note, say
 from qwenq.results import Model
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose, listed_names, listed_numbers
-from qwenq.cli.printing import columns, print_json, table_console, wrapped
+from qwenq.cli.printing import columns, print_json, table_console
 from qwenq.errors import UsageError, VerificationError
+from qwenq.progress import StepListener, wrapped
 
 if TYPE_CHECKING:
     from qwenq.checking import Checked
@@ -87,7 +88,7 @@ def check(
     none       too few tokens to judge by
     """
     from qwenq.checking import check_folders
-    from qwenq.cli.progress import StepListener, with_details
+    from qwenq.cli.progress import with_details
 
     if engines is not None:
         _check_engines(quantised, engines, tp, as_json=as_json)

@@ -13,10 +13,11 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed, Verbose
-from qwenq.cli.printing import columns, note, print_json, table_console
-from qwenq.cli.progress import StepListener, with_details
+from qwenq.cli.printing import columns, print_json, table_console
+from qwenq.cli.progress import with_details
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
+from qwenq.progress import StepListener, note
 
 if TYPE_CHECKING:
     from qwenq.models.tokenizer import Tokenizer

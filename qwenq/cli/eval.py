@@ -29,8 +29,9 @@ from qwenq.cli.options import (
     server_decides,
     typed_options,
 )
-from qwenq.cli.printing import columns, note, print_rows, stop_notice, table_console, typed_command, wrapped
+from qwenq.cli.printing import columns, print_rows, stop_notice, table_console, typed_command
 from qwenq.errors import UsageError
+from qwenq.progress import StepListener, note, wrapped
 from qwenq.reporting.card import cut_of
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def evaluate(
     """
     from qwenq import api
     from qwenq.api.measurements import each_once
-    from qwenq.cli.progress import StepListener, with_details
+    from qwenq.cli.progress import with_details
     from qwenq.distributed import process_group
 
     chosen, prompts = given["eval"], _batch(batch)

@@ -24,7 +24,8 @@ from qwenq.cli.options import (
     listed_numbers,
 )
 from qwenq.cli.printing import print_rows, print_tables, stop_notice, typed_command
-from qwenq.cli.progress import StepListener, with_details
+from qwenq.cli.progress import with_details
+from qwenq.progress import StepListener
 
 
 @app.command()

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from qwenq.cli.app import app
-from qwenq.cli.printing import note, print_json
+from qwenq.cli.printing import print_json
 from qwenq.models.folders import local_path
+from qwenq.progress import note
 
 
 @app.command()
