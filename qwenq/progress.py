@@ -193,7 +193,7 @@ def _bar(unit: str) -> Bar:
         console=console,
         transient=True,
         redirect_stdout=not console.stderr,  # what is piped on while a bar is on standard error stays there
-        speed_estimate_period=3600,  # a speed of rich's last half a minute is none where one piece takes longer
+        speed_estimate_period=3600,  # rich's half a minute knows no speed where one piece takes longer
     )
 
 

@@ -160,18 +160,19 @@ def _print_text(found: Checked, text: str, count: int) -> None:
 
 def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:
     """Print whether engines load a folder; the exit code is 1 where one does not on any number of GPUs."""
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.opening import resolve_model
+    from qwenq.models.opening import open_model
     from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
     names = () if engines == "all" else listed_names(engines, "--for")
     gpus = listed_numbers(tp, "--tp", "1,2,4,8")
     if min(gpus) < 1:
         raise UsageError(f"--tp has to be at least 1, not {min(gpus)}", where="--tp", hint="like 1,2,4,8")
-    folder = resolve_model(model).folder
-    verdicts = engine_verdicts(read_gptq_folder(open_checkpoint(folder)), names, gpus)
+    checkpoint = open_model(model)
+    verdicts = engine_verdicts(read_gptq_folder(checkpoint), names, gpus)
     if as_json:
-        print_json({"model": str(folder), "verdicts": [asdict(v) | {"loads": v.loads} for v in verdicts]})
+        print_json(
+            {"model": str(checkpoint.folder), "verdicts": [asdict(v) | {"loads": v.loads} for v in verdicts]}
+        )
     else:
         for verdict in verdicts:
             several = f" on {verdict.gpus} GPUs" if verdict.gpus > 1 else ""
@@ -185,6 +186,6 @@ def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:
     if useless:
         raise VerificationError(
             f"not loaded by {', '.join(sorted(useless))}",
-            where=folder,
+            where=checkpoint.folder,
             hint="see the reasons above; these are rules for files, no engine was started",
         )
