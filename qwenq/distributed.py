@@ -48,19 +48,12 @@ class StoppedError(QwenqError):
 
 @dataclass
 class Team:
-    """The processes of one command.
+    """The processes of one command."""
 
-    Attributes:
-        rank: of this process, from 0.
-        world: number of processes.
-        local_rank: of this process among those of its machine.
-        launched: torchrun started it, perhaps as the only one: results must not depend on their number.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    launched: bool = False
+    rank: int = 0  # of this process
+    world: int = 1  # number of processes
+    local_rank: int = 0  # of this process among those of its machine
+    launched: bool = False  # by torchrun, perhaps as the only one: results must not depend on their number
     _store: Any = field(default=None, repr=False)
     _published: int = field(default=0, repr=False)
     _waited: int = field(default=0, repr=False)

@@ -110,13 +110,7 @@ class Quantised:
 
 @dataclass
 class Job:
-    """One run: inputs resolved, choices made, work folder open.
-
-    Attributes:
-        quant: the settings for config.json.
-        mixed: which modules have 8 bits, where a size was asked for.
-        team: the processes that take part; this one is rank 0.
-    """
+    """One run: inputs resolved, choices made, work folder open."""
 
     recipe: Recipe
     base: Checkpoint
@@ -124,12 +118,12 @@ class Job:
     device: torch.device
     decoder: BlockwiseDecoder
     settings: Settings
-    quant: QuantConfig
+    quant: QuantConfig  # the settings for config.json
     listener: Listener
-    team: Team
+    team: Team  # the processes that take part; this one is rank 0
     seconds: dict[str, float] = field(default_factory=dict)
-    resumed: int = 0
-    mixed: MixedBits | None = None
+    resumed: int = 0  # layers of an earlier run
+    mixed: MixedBits | None = None  # which modules have 8 bits, where a size was asked for
 
     @property
     def work(self) -> Path:

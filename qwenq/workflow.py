@@ -20,13 +20,14 @@ from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
+from qwenq.comparison import PLAIN
 from qwenq.environment import __version__
 from qwenq.errors import UsageError
 from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
-from qwenq.recipe import Recipe, options_of
+from qwenq.recipe import EvalRecipe, ProfileRecipe, Recipe, options_of
 from qwenq.results import RESULTS_FILE
 from qwenq.stopping import with_parent
 from qwenq.storage import append_line, guard_storage, locked
@@ -75,7 +76,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for task in [name for name in recipe.eval.limit if name not in recipe.eval.tasks]:
             yield f"eval.limit: {task!r} is not asked for", f"eval.tasks are {', '.join(recipe.eval.tasks)}"
     if recipe.profile is not None:
-        yield from _contradictory_points(recipe)
+        yield from _contradictory_points(recipe.profile)
 
 
 def _is_path(name: str) -> bool:
@@ -83,11 +84,9 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix != "" or name.count("/") > 1
 
 
-def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _contradictory_points(wanted: ProfileRecipe) -> Iterator[tuple[str, str]]:
     from qwenq.profiling.planning import parse_budget
 
-    wanted = recipe.profile
-    assert wanted is not None  # noqa: S101 - the caller has looked
     if 1 in wanted.tokens:
         yield "profile.tokens = 1: a generation has 2 new tokens or more", "use encode for prompts alone"
     if not wanted.tokens and not wanted.encode:
@@ -102,34 +101,23 @@ def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
 # Turn a recipe into steps: commands of qwenq in order, and what decides whether each is necessary again.
 
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: for people and the journal.
-        arguments: of ``python -m module``.
-        makes: the file or folder that exists when it is done.
-        reads: files and folders whose change makes it necessary again.
-        always: run it every time: it is a verdict.
-        whole: ``makes`` appears complete or not at all, under a name that holds all that decides it: the
-            journal is not needed.
-        alias: a link to ``makes`` under a name without that hash.
-        module: ``qwenq``; another one in tests.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    makes: Path
-    reads: tuple[Path, ...] = ()
-    always: bool = False
+    name: str  # for people and the journal
+    arguments: tuple[str, ...]  # of ``python -m module``
+    makes: Path  # the file or folder that exists when it is done
+    reads: tuple[Path, ...] = ()  # files and folders whose change makes it necessary again
+    always: bool = False  # run it every time: it is a verdict
+    # ``makes`` appears complete or not at all, under a name that holds all that decides it: no journal is
+    # needed
     whole: bool = False
-    alias: Path | None = None
-    module: str = "qwenq"
+    alias: Path | None = None  # a link to ``makes`` under a name without that hash
+    module: str = "qwenq"  # another one in tests
 
     def fingerprint(self) -> str:
         """Return a hash of the command, of qwenq's version, and of sizes and times of the files it reads."""
@@ -139,17 +127,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """Steps of a recipe, and where they write.
-
-    Attributes:
-        work: run folder: rows, journal, quantised models.
-        page: the report; None where nothing was measured.
-    """
+    """Steps of a recipe, and where they write."""
 
     recipe: Recipe
     steps: tuple[Step, ...]
-    work: Path
-    page: Path | None
+    work: Path  # run folder: rows, journal, quantised models
+    page: Path | None  # the report; None where nothing was measured
 
 
 def find_recipe(name: Path) -> Path:
@@ -180,15 +163,15 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     name = recipe.report.name or file.stem
     folder = work or Path("runs") / name
     quantised = {p: folder / "models" / _model_folder(recipe, p) for p in precisions(recipe) if p in BITS}
-    plain = [precision for precision in precisions(recipe) if precision in DTYPES]
+    plain = [precision for precision in precisions(recipe) if precision in PLAIN]
     rounded = recipe.weights == "random" and recipe.profile is not None  # on the fly, by `qwenq profile`
     made = {} if rounded else {p: _quantise(recipe, file, p, out) for p, out in quantised.items()}
     steps = list(made.values())
     _require_sound(recipe, file)
     if recipe.eval is not None:
-        steps += [*_evaluate(recipe, folder, plain, quantised)]
+        steps += _evaluate(recipe, recipe.eval, folder, plain, quantised)
     if recipe.profile is not None:
-        steps.append(_profile(recipe, folder, plain, quantised))
+        steps.append(_profile(recipe, recipe.profile, folder, plain, quantised))
     page = None
     if recipe.eval is not None or recipe.profile is not None:
         page = Path(recipe.report.folder) / name / "index.html"
@@ -224,24 +207,25 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
     return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
 
 
-def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
+def _evaluate(
+    recipe: Recipe, wanted: EvalRecipe, folder: Path, plain: list[str], quantised: dict[str, Path]
+) -> Iterator[Step]:
     """Yield the evaluations, the unquantised model first: the others are paired with its answers."""
-    wanted, base, rows = recipe.eval, recipe.model or "bundled", folder / RESULTS_FILE
-    assert wanted is not None  # noqa: S101 - the caller has looked
+    base, rows = recipe.model or "bundled", folder / RESULTS_FILE
     data = None if wanted.data is None else Path(wanted.data).expanduser()  # no shell does it for a step
     for precision in (*plain, *quantised):
         made = quantised.get(precision)
-        own = {"data": data, "dtype": DTYPES.get(precision, wanted.dtype)}
+        own = {"data": data, "dtype": PLAIN.get(precision, wanted.dtype)}
         options = options_of("eval", {**vars(wanted), **own})
         reads = (made, *_local(wanted.data)) if made else _local(recipe.model, wanted.data)
         arguments = ("eval", str(made or base), *options, "--out", str(folder))
         yield Step(f"evaluate {precision}", arguments, rows, reads)
 
 
-def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Step:
+def _profile(
+    recipe: Recipe, wanted: ProfileRecipe, folder: Path, plain: list[str], quantised: dict[str, Path]
+) -> Step:
     """Return one command for all models; it keeps what it has measured, and continues there."""
-    wanted = recipe.profile
-    assert wanted is not None  # noqa: S101 - the caller has looked
     random = recipe.weights == "random"
     names = [recipe.model or "bundled"]
     if random:  # int8 and int4 of random weights are rounded on the fly: no folder of theirs is made
