@@ -20,7 +20,6 @@ from importlib.resources import files
 from pathlib import Path
 from types import FrameType
 
-from qwenq.comparison import PLAIN
 from qwenq.environment import __version__
 from qwenq.errors import UsageError
 from qwenq.events import Listener, Notice, Start, silent
@@ -101,6 +100,7 @@ def _contradictory_points(wanted: ProfileRecipe) -> Iterator[tuple[str, str]]:
 # Turn a recipe into steps: commands of qwenq in order, and what decides whether each is necessary again.
 
 
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 BITS = {"int8": 8, "int4": 4}
 
 
@@ -163,7 +163,7 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     name = recipe.report.name or file.stem
     folder = work or Path("runs") / name
     quantised = {p: folder / "models" / _model_folder(recipe, p) for p in precisions(recipe) if p in BITS}
-    plain = [precision for precision in precisions(recipe) if precision in PLAIN]
+    plain = [precision for precision in precisions(recipe) if precision in DTYPES]
     rounded = recipe.weights == "random" and recipe.profile is not None  # on the fly, by `qwenq profile`
     made = {} if rounded else {p: _quantise(recipe, file, p, out) for p, out in quantised.items()}
     steps = list(made.values())
@@ -215,7 +215,7 @@ def _evaluate(
     data = None if wanted.data is None else Path(wanted.data).expanduser()  # no shell does it for a step
     for precision in (*plain, *quantised):
         made = quantised.get(precision)
-        own = {"data": data, "dtype": PLAIN.get(precision, wanted.dtype)}
+        own = {"data": data, "dtype": DTYPES.get(precision, wanted.dtype)}
         options = options_of("eval", {**vars(wanted), **own})
         reads = (made, *_local(wanted.data)) if made else _local(recipe.model, wanted.data)
         arguments = ("eval", str(made or base), *options, "--out", str(folder))
