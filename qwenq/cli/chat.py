@@ -79,7 +79,7 @@ def chat(
     /help lists the commands. When the input is not a terminal, every line of it is one question.
     """
     from qwenq import api
-    from qwenq.models.qwen_tokenizer import without_surrogates
+    from qwenq.models.chatml import without_surrogates
     from qwenq.runtime.sampling import Sampling
 
     temperature = 0.0 if greedy else temperature

@@ -21,7 +21,7 @@ from tokenizers import decoders
 
 from qwenq import stopping
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
-from qwenq.models.chatml import DEFAULT_MAX_WINDOW, PROCESS, Message
+from qwenq.models.chatml import DEFAULT_MAX_WINDOW, PROCESS, Message, without_surrogates
 from qwenq.models.config import check_labels
 from qwenq.models.folders import refuse_foreign_links, refuse_large
 from qwenq.models.qwen_tokenizer import (
@@ -33,7 +33,6 @@ from qwenq.models.qwen_tokenizer import (
     byte_of_char,
     read_ranks,
     require_ids,
-    without_surrogates,
 )
 from qwenq.storage import read_json
 
