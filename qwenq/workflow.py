@@ -283,8 +283,8 @@ def is_done(chain: Chain, step: Step) -> bool:
         return False
     if step.whole:
         return True
-    end = _journal(chain.work).get(step.name)
-    return end is not None and end.fingerprint == step.fingerprint() and end.rows <= _rows(chain.work)
+    fingerprint, rows = _journal(chain.work).get(step.name, ("", 0))
+    return fingerprint == step.fingerprint() and rows <= _rows(chain.work)
 
 
 def run_steps(chain: Chain, listener: Listener = silent) -> int:
@@ -401,31 +401,26 @@ def _execute(step: Step) -> tuple[int, bool]:
     return code if code >= 0 else 128 - code, bool(received)
 
 
-@dataclass(frozen=True)
-class _End:
-    """Entry of the journal: fingerprint of the step, and size of the file of rows then, which only grows."""
-
-    fingerprint: str
-    rows: int
-
-
 def _rows(work: Path) -> int:
     """Return the bytes of the run's rows; fewer than a step left there: the file was begun anew since."""
     path = work / RESULTS_FILE
     return path.stat().st_size if path.exists() else 0
 
 
-def _journal(work: Path) -> dict[str, _End]:
-    """Return the last entry of each step; a line that a kill cut off is skipped."""
+def _journal(work: Path) -> dict[str, tuple[str, int]]:
+    """Return the last entry of each step: its fingerprint, and the bytes of rows then, which only grow.
+
+    A line that a kill cut off is skipped.
+    """
     try:
         lines = (work / JOURNAL).read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return {}
-    ends: dict[str, _End] = {}
+    ends: dict[str, tuple[str, int]] = {}
     for line in lines:
         try:
             entry = json.loads(line)
-            ends[entry["step"]] = _End(entry["fingerprint"], int(entry.get("rows", 0)))
+            ends[entry["step"]] = entry["fingerprint"], int(entry.get("rows", 0))
         except (ValueError, TypeError, KeyError):
             continue
     return ends

@@ -274,27 +274,27 @@ def _from_documents(
     # imported here: it loads transformers, which reading files does not need
     from qwenq.calibration.self_text import separator_of
 
-    pool = read_pool(documents, max(POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted.tokens))
-    if not pool.documents:
+    pool, read_to_end = read_pool(documents, max(POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted.tokens))
+    if not pool:
         raise CalibrationError("the text is empty", where=spec, hint="give one with words in it")
     separator = separator_of(tokenizer)
-    ids = (ids_of(document, tokenizer) for document in shuffled(pool.documents, seed))
+    ids = (ids_of(document, tokenizer) for document in shuffled(pool, seed))
     packed = pack(ids, wanted, [] if separator is None else [separator], where=spec, progress=progress)
     for tokens in (packed.tokens, packed.held_out):
         check_vocabulary(tokens, int(checkpoint.config["vocab_size"]), spec)
-    texts = sum(isinstance(document.content, str) for document in pool.documents)
+    texts = sum(isinstance(document.content, str) for document in pool)
     return CalibrationSet.of(
         packed.tokens,
         packed.held_out,
         source=spec,
-        template="plain" if texts == len(pool.documents) else "chat" if texts == 0 else "mixed",
+        template="plain" if texts == len(pool) else "chat" if texts == 0 else "mixed",
         seed=seed,
         held_out_from=packed.held_out_from,
         documents=packed.documents,
-        documents_read=len(pool.documents),
-        source_read_to_end=pool.read_to_end,
+        documents_read=len(pool),
+        source_read_to_end=read_to_end,
         tokenizer=tokenizer.fingerprint,
-        notices=notices_of(pool.documents, tokenizer),
+        notices=notices_of(pool, tokenizer),
     )
 
 

@@ -182,16 +182,13 @@ class QwenTokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
-        max_window: int | None = None,
         tools: Sequence[Any] = (),
     ) -> list[int]:
         """Encode the ChatML prompt of a conversation, as `chatml.build_context` does.
 
         Qwen v1 calls no tools: ``tools`` are left out, as `template` tells.
         """
-        return build_context(
-            self, messages, add_generation_prompt=add_generation_prompt, max_window=max_window
-        ).ids
+        return build_context(self, messages, add_generation_prompt=add_generation_prompt).ids
 
     def _encode_ordinary(self, text: str) -> list[int]:
         text = to_nfc(text)

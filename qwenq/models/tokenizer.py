@@ -175,10 +175,8 @@ class HfTokenizer:
         eos_ids: ids that end a generation: the generation config's, and the tokenizer's own.
         bos_id: the id that begins a text, if the model has one; `encode` never adds it.
         pad_id: the id to fill batches with, if there is one.
-        max_window: None: only Qwen v1's generation config limits the history in a chat prompt.
     """
 
-    max_window: int | None = None
     _template_args: Mapping[str, bool] = MappingProxyType({})
 
     def __init__(self, path: Path, generation: dict[str, Any]) -> None:
@@ -283,26 +281,9 @@ class HfTokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
-        max_window: int | None = None,
         tools: Sequence[Any] = (),
     ) -> list[int]:
-        """Encode the prompt that the folder's chat template renders.
-
-        With ``max_window``, the oldest rounds are left out until the prompt is shorter than that, the
-        system message and the last round always kept.
-        """
-        ids = self._render(messages, add_generation_prompt, tools)
-        while max_window is not None and len(ids) >= max_window:
-            starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
-            if len(starts) < 2:
-                break
-            messages = [*messages[: starts[0]], *messages[starts[1] :]]
-            ids = self._render(messages, add_generation_prompt, tools)
-        return ids
-
-    def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any]
-    ) -> list[int]:
+        """Encode the prompt that the folder's chat template renders."""
         if not self._hf.chat_template:
             raise UsageError(
                 "this model has no chat template", where=self._path, hint="use its -Chat or -Instruct sibling"
