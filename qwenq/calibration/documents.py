@@ -167,10 +167,11 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
             if key not in ("role", "from", "content", "value") and value not in (None, "", [], {})
         }
         if named == _CALL and isinstance(content, str):
-            more = {**more, "tool_calls": _calls(content, where)}
+            calls = _json_list(content, "a function_call", where)
+            more["tool_calls"] = [{"type": "function", "function": _cleaned(call)} for call in calls]
             content = None
-        if isinstance(calls := more.get("tool_calls"), list):
-            more["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        if isinstance(named_calls := more.get("tool_calls"), list):
+            more["tool_calls"] = [_with_parsed_arguments(call) for call in named_calls]
         joined = "" if content is None and (more or "content" in turn) else _joined_parts(content, where)
         if isinstance(named, str) and isinstance(joined, str):
             return {"role": _role(named, where), "content": without_surrogates(joined), **more}
@@ -190,12 +191,6 @@ def _role(named: str, where: str) -> str:
         where=where,
         hint=f"use {', '.join(ROLES)}",
     )
-
-
-def _calls(text: str, where: str) -> list[Any]:
-    """Return the calls that a turn of the role function_call holds as JSON text, as tool_calls."""
-    calls = _json_list(text, "a function_call", where)
-    return [{"type": "function", "function": _cleaned(call)} for call in calls]
 
 
 def _with_parsed_arguments(call: Any) -> Any:

@@ -107,7 +107,8 @@ def check(
         )
     result = found.result
     if as_json:
-        _print_json(found, text, seed)
+        about = {"quantised": str(found.quantised), "base": str(found.base), "format": found.format}
+        print_json({**about, "text": text, "seed": seed, "notices": found.notices, **result.to_json()})
     else:
         _print_text(found, text, modules)
     if result.broken:
@@ -118,18 +119,6 @@ def check(
         )
     if not as_json:
         next_commands(*with_model(quantised, against or named_base(found.quantised) or found.base))
-
-
-def _print_json(found: Checked, text: str, seed: int) -> None:
-    about = {
-        "quantised": str(found.quantised),
-        "base": str(found.base),
-        "format": found.format,
-        "text": text,
-        "seed": seed,
-        "notices": found.notices,
-    }
-    print_json({**about, **found.result.to_json()})
 
 
 def _print_text(found: Checked, text: str, count: int) -> None:

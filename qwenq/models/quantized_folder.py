@@ -130,7 +130,7 @@ class LayerStore:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return all packed tensors of a finished layer."""
-        source = self._source([index])
+        source = self.source([index])
         return {name: source.read(name) for name in source.names()}
 
     def discard(self) -> None:
@@ -142,11 +142,8 @@ class LayerStore:
         """Let another process work here."""
         self._lock.close()
 
-    def source(self, count: int) -> SafetensorsSource:
-        """Return the packed tensors of the first ``count`` layers, which are read one at a time."""
-        return self._source(range(count))
-
-    def _source(self, indices: Iterable[int]) -> SafetensorsSource:
+    def source(self, indices: Iterable[int]) -> SafetensorsSource:
+        """Return the packed tensors of finished layers, which are read one at a time."""
         return SafetensorsSource([self._layers / str(self._finished(index)["file"]) for index in indices])
 
     def _finished(self, index: int) -> dict[str, Any]:
@@ -264,7 +261,7 @@ def stage(
         if folder.exists():  # of a run that was killed while it wrote
             shutil.rmtree(folder)
         folder.mkdir()
-    tensors = _tensors(checkpoint, store.source(layers))
+    tensors = _tensors(checkpoint, store.source(range(layers)))
     entries = [(name, source.info(inner)) for name, (source, inner) in tensors.items()]
 
     def read(name: str) -> torch.Tensor:

@@ -64,21 +64,18 @@ def refuse_holes(loaded: Any, path: Path) -> None:
 def refuse_growth(loaded: Any, path: Path) -> None:
     """Multiply how much each rule can lengthen a text, in normalizer and decoder; count its copies."""
     backend = getattr(loaded, "backend_tokenizer", None)
-    for part in ("normalizer", "decoder"):
+    for part, times_of, most, does in (
+        ("normalizer", _growth, MOST, "could make a text {:.3g} times as long"),
+        ("decoder", _growth, MOST, "could make a text {:.3g} times as long"),
+        ("post_processor", _copies, 1, "gives each text {} times"),
+    ):
         rules = getattr(backend, part, None)
-        if rules is not None and (times := _growth(json.loads(rules.__getstate__()))) > MOST:
+        if rules is not None and (times := times_of(json.loads(rules.__getstate__()))) > most:
             raise ModelError(
-                f"the {part} of this tokenizer could make a text {times:.3g} times as long",
+                f"the {part} of this tokenizer {does.format(times)}",
                 where=path,
                 hint="do not trust this model; no real tokenizer does that",
             )
-    processor = getattr(backend, "post_processor", None)
-    if processor is not None and (times := _copies(json.loads(processor.__getstate__()))) > 1:
-        raise ModelError(
-            f"the post_processor of this tokenizer gives each text {times} times",
-            where=path,
-            hint="do not trust this model; no real tokenizer does that",
-        )
 
 
 def _copies(rule: Any) -> int:
