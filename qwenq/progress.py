@@ -12,8 +12,6 @@ from datetime import timedelta
 from textwrap import wrap
 from typing import TYPE_CHECKING, Self
 
-import typer
-
 from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, silent
 from qwenq.storage import readable_bytes
 
@@ -62,7 +60,9 @@ def say(line: str, *, err: bool = True, indent: str = "  ") -> None:
     if _live and stream is not None and (stream.isatty() or _live[-1].is_jupyter):
         _live[-1].print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
     else:
-        typer.echo(line, err=err)
+        from typer import echo  # what only imports qwenq has no use for it
+
+        echo(line, err=err)
 
 
 def note(line: str) -> None:
@@ -136,7 +136,7 @@ class StepListener:
         elif start.unit == "items" and start.total is not None:
             known = f", {start.done:,} answered earlier" if start.done else ""
             items = "1 item" if start.total == 1 else f"{start.total:,} items"
-            typer.echo(f"{start.step}: {items}{known}", err=True)
+            say(f"{start.step}: {items}{known}")
 
     def _time_from(self, done: int) -> None:
         """Measure the pace from now on: what is done so far is known from earlier and took no time."""
@@ -170,7 +170,7 @@ class StepListener:
                 counts = f"{readable_bytes(self._done)} of {readable_bytes(self._total)}"
             else:
                 counts = f"{self._done:,} of {self._total:,} {self._step.unit}"
-            typer.echo(f"{self._step.step}: {', '.join(filter(None, (counts, share, pace)))}", err=True)
+            say(f"{self._step.step}: {', '.join(filter(None, (counts, share, pace)))}")
 
 
 def _bar(unit: str) -> Bar:
