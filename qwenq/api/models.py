@@ -197,9 +197,10 @@ def load(
     Raises:
         QwenqError: no such model, device, kernel, …, or not enough memory.
     """
+    from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.identity import model_name, precision_of
     from qwenq.models.machine import resolve_device
-    from qwenq.models.opening import open_model
+    from qwenq.models.opening import resolve_model
     from qwenq.models.tokenizer import load_tokenizer
     from qwenq.runtime import engine as engines
     from qwenq.runtime.chat import require_chat, thinking_in_chat
@@ -207,13 +208,15 @@ def load(
     resolve_device(device)  # before a download
     given = None if model is None else str(model)
     with shown(progress) as listener:
-        checkpoint = open_model(given)
-        notify(listener, checkpoint.notices)
-        tokenizer, thinks = load_tokenizer(checkpoint.folder), False
+        resolved = resolve_model(given)
+        notify(listener, resolved.notices)
+        tokenizer, thinks = load_tokenizer(resolved.folder), False
         if for_chat:
             require_chat(tokenizer)
         if tokenizer.template is not None or thinking != "auto":
             tokenizer, thinks = thinking_in_chat(tokenizer, thinking)
+        checkpoint = open_checkpoint(resolved.folder)
+        notify(listener, checkpoint.notices)
         runner = engines.load(
             checkpoint,
             device=device,
