@@ -16,15 +16,7 @@ from qwenq.calibration.calibration_set import CalibrationSet, load_saved, random
 from qwenq.calibration.datasets import is_hub_id, read_folder, read_hub
 from qwenq.calibration.documents import Document
 from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, bare_suffix, read_file
-from qwenq.calibration.sequences import (
-    Sizes,
-    check_vocabulary,
-    ids_of,
-    notices_of,
-    pack,
-    read_pool,
-    shuffled,
-)
+from qwenq.calibration.sequences import Sizes, check_vocabulary, ids_of, notices_of, pack, read_pool, shuffled
 from qwenq.errors import CalibrationError, CorruptFileError, StorageError, UsageError
 from qwenq.events import Listener, Notice, Update, counted
 from qwenq.models.checkpoint import Checkpoint
