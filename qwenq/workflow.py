@@ -288,26 +288,14 @@ def is_done(chain: Chain, step: Step) -> bool:
 
 
 def run_steps(chain: Chain, listener: Listener = silent) -> int:
-    """Run the steps that are not done; stop at the first that fails.
-
-    Returns:
-        The exit code of the last step: 0, or that of the one that failed.
-
-    Raises:
-        UsageError: another `qwenq run` works in this run folder.
-        StorageError: the disk refused.
-    """
+    """Run the steps that are not done; stop at the first that fails, and return its exit code, else 0."""
     require_machine(chain)
     with locked(chain.work, LOCK):
         return _run_steps(chain, listener)
 
 
 def require_machine(chain: Chain) -> None:
-    """Require what steps that are still to come need of this machine: the bundled model, a sandbox.
-
-    Raises:
-        QwenqError: it is not there; says how to get it.
-    """
+    """Require what steps that are still to come need of this machine: the bundled model, a sandbox."""
     recipe = chain.recipe
     waiting = [step for step in chain.steps if not is_done(chain, step) and step.module == "qwenq"]
     if waiting and recipe.weights == "stored" and is_bundled(recipe.model):
