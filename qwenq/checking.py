@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenq.errors import QwenqError, UsageError
-from qwenq.events import Event, Listener, Notice, counted, silent
+from qwenq.events import Event, Listener, Notice, counted, notify, silent
 
 if TYPE_CHECKING:
     import torch
@@ -25,20 +25,13 @@ SAMPLES, SEQ_LEN = 8, 512
 
 @dataclass(frozen=True)
 class Checked:
-    """A quantised model beside its base, and what was measured.
-
-    Attributes:
-        quantised, base: the folders.
-        format: how the weights are quantised, such as "Int4, groups of 128".
-        result: the figures and the verdict.
-        notices: how the base was found, and what limits the comparison.
-    """
+    """A quantised model beside its base, and what was measured."""
 
     quantised: Path
     base: Path
-    format: str
+    format: str  # how the weights are quantised, such as "Int4, groups of 128"
     result: CheckResult
-    notices: list[str]
+    notices: list[str]  # how the base was found, and what limits the comparison
 
 
 def check_folders(
@@ -65,10 +58,6 @@ def check_folders(
         dtype: "auto" is float32: in 16 bits the roundings of both models would be counted as damage, too.
         seed: chooses the text.
         listener: receives notices and the progress.
-
-    Raises:
-        UsageError: not a quantised model, no base, or not this base; a text that is too short.
-        QwenqError: one of the models cannot be read.
     """
     import torch
 
@@ -83,8 +72,7 @@ def check_folders(
     place = resolve_device(device)
     pair = _open_pair(quantised, against)
     held_out = _held_out(text, pair, samples, seq_len, seed, str(place), listener)
-    for notice in pair.notices:
-        listener(Notice(notice))
+    notify(listener, pair.notices)
     number: torch.dtype = getattr(torch, "float32" if dtype == "auto" else dtype)
     result = check(pair.quantised, pair.base, held_out, device=place, dtype=number, listener=keep)
     groups = "whole rows" if result.group_size == -1 else f"groups of {result.group_size}"
@@ -100,24 +88,21 @@ class _Pair:
     quantised: Checkpoint
     base: Checkpoint
     calibration: dict[str, Any]
-    notices: list[str] = field(default_factory=list)
+    notices: list[str]
 
 
 def _open_pair(quantised: str, against: str | None) -> _Pair:
     """Open both models, and require that they are sound and of one shape."""
     from qwenq.evals.check import require_comparable, require_quantised
-    from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.gptq_format import validate_quantised
-    from qwenq.models.opening import resolve_model
+    from qwenq.models.opening import open_model
 
-    resolved = resolve_model(quantised)
-    packed = open_checkpoint(resolved.folder)
+    packed = open_model(quantised)
     require_quantised(packed)  # before its base is looked for: that of random weights lies on no disk
-    calibration = _verified_calibration(resolved.folder)
-    folder, notices = _find_base(against, resolved.folder)
-    pair = _Pair(packed, open_checkpoint(folder), calibration)
-    pair.notices = [*resolved.notices, *packed.notices, *notices, *pair.base.notices]
-    quant = require_comparable(packed, pair.base)
+    calibration = _verified_calibration(packed.folder)
+    base = _open_base(against, packed.folder)
+    pair = _Pair(packed, base, calibration, [*packed.notices, *base.notices])
+    quant = require_comparable(packed, base)
     if packed.foreign is None:
         validate_quantised(packed.source, quant)
     _compare_fingerprint(pair, explicit=against is not None)
@@ -137,14 +122,14 @@ def _verified_calibration(folder: Path) -> dict[str, Any]:
     return used if isinstance(used, dict) else {}
 
 
-def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
-    """Return the folder of the base, and notices on how it was found."""
+def _open_base(against: str | None, quantised: Path) -> Checkpoint:
+    """Open the base; its notices say how it was found."""
+    from qwenq.models.checkpoint import open_checkpoint
     from qwenq.models.identity import base_of, local_base
-    from qwenq.models.opening import resolve_model
+    from qwenq.models.opening import open_model, resolve_model
 
     if against is not None:
-        resolved = resolve_model(against)
-        return resolved.folder, resolved.notices
+        return open_model(against)
     named = base_of(quantised)
     if "model" not in named:
         raise UsageError(
@@ -153,15 +138,16 @@ def _find_base(against: str | None, quantised: Path) -> tuple[Path, list[str]]:
             hint="name it: --against BASE",
         )
     if named.get("folder"):
-        return local_base(named, quantised), []
+        return open_checkpoint(local_base(named, quantised))
     try:
         resolved = resolve_model(named["model"])
     except QwenqError as error:
         error.what = f"the base that qwenq.json names cannot be opened: {error.what}"
         error.hint = f"name it: --against BASE{f'; or {error.hint}' if error.hint else ''}"
         raise
-    bundled = named["model"] is None
-    return resolved.folder, ["the base is the bundled model"] if bundled else resolved.notices
+    found = ["the base is the bundled model"] if named["model"] is None else resolved.notices
+    base = open_checkpoint(resolved.folder)
+    return replace(base, notices=[*found, *base.notices])
 
 
 def _compare_fingerprint(pair: _Pair, *, explicit: bool) -> None:

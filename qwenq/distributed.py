@@ -48,19 +48,12 @@ class StoppedError(QwenqError):
 
 @dataclass
 class Team:
-    """The processes of one command.
+    """The processes of one command."""
 
-    Attributes:
-        rank: of this process, from 0.
-        world: number of processes.
-        local_rank: of this process among those of its machine.
-        launched: torchrun started it, perhaps as the only one: results must not depend on their number.
-    """
-
-    rank: int = 0
-    world: int = 1
-    local_rank: int = 0
-    launched: bool = False
+    rank: int = 0  # of this process
+    world: int = 1  # number of processes
+    local_rank: int = 0  # of this process among those of its machine
+    launched: bool = False  # by torchrun, perhaps as the only one: results must not depend on their number
     _store: Any = field(default=None, repr=False)
     _published: int = field(default=0, repr=False)
     _waited: int = field(default=0, repr=False)
@@ -147,11 +140,7 @@ class Team:
             raise LostError(f"rank {self.rank} lost another process") from error
 
     def claim_stop(self, code: int) -> int | None:
-        """Record that this process stops the run; return the exit code of one that did before, or None.
-
-        Raises:
-            LostError: the store is gone.
-        """
+        """Record that this process stops the run; return the exit code of one that did before, or None."""
         mine = json.dumps([self.rank, code])
         first = self._ask(lambda store: store.compare_set(STOPPED, "", mine)).decode()
         if self.is_rank0:  # wakes ranks that wait for its next object
@@ -163,11 +152,7 @@ ALONE = Team()
 
 
 def team_from_env(environment: Mapping[str, str] = os.environ) -> Team:
-    """Return the team that torchrun's variables describe; ``ALONE`` where there are none.
-
-    Raises:
-        UsageError: some are missing, or are not whole numbers.
-    """
+    """Return the team that torchrun's variables describe; ``ALONE`` where there are none."""
     world = _number(environment, "WORLD_SIZE", "1")
     if world == 1:
         return Team(launched=True) if environment.get("WORLD_SIZE") else ALONE
@@ -197,16 +182,13 @@ def _no_torchrun(what: str) -> UsageError:
 
 
 @contextmanager
-def process_group(device: str = "auto", *, tensors: bool = True, meeting: str = "") -> Iterator[Team]:
+def process_group(device: str = "auto") -> Iterator[Team]:
     """Join the other processes of this command; on an error, end all of them, and let one explain it.
 
-    Args:
-        device: as ``--device``: "auto" and "cuda" stand for the GPU with the number of the local rank.
-        tensors: False: only objects will be exchanged, and no GPU is used.
-        meeting: a name that keeps several groups of the same ranks apart, such as those of their children.
+    ``device`` is as ``--device``: "auto" and "cuda" stand for the GPU with the number of the local rank.
 
     Raises:
-        UsageError: see ``team_from_env``; one GPU for all, or fewer GPUs than processes on this machine.
+        UsageError: torchrun's variables contradict each other, or this machine has fewer GPUs than processes.
         QwenqError: the others could not be reached, or one is gone.
         SystemExit: another process stops the run, and explains it.
     """
@@ -214,7 +196,7 @@ def process_group(device: str = "auto", *, tensors: bool = True, meeting: str = 
     if team.world == 1:
         yield team
         return
-    _join(team, _gpu_of(team, device) if tensors else None, tensors, meeting)
+    _join(team, _gpu_of(team, device))
     try:
         yield team
     except BaseException as error:
@@ -222,8 +204,7 @@ def process_group(device: str = "auto", *, tensors: bool = True, meeting: str = 
     else:
         from torch import distributed
 
-        if tensors:
-            distributed.destroy_process_group()
+        distributed.destroy_process_group()
 
 
 def _gpu_of(team: Team, device: str) -> torch.device | None:
@@ -250,7 +231,7 @@ def _gpu_of(team: Team, device: str) -> torch.device | None:
     return torch.device("cuda", team.local_rank)
 
 
-def _join(team: Team, gpu: torch.device | None, tensors: bool, meeting: str) -> None:
+def _join(team: Team, gpu: torch.device | None) -> None:
     # Loaded before the group exists: its functions keep the default group of that moment for ever. Loaded
     # later, as transformers does, it would let gloo's threads outlive destroy_process_group, and these abort
     # the end of the interpreter.
@@ -261,22 +242,21 @@ def _join(team: Team, gpu: torch.device | None, tensors: bool, meeting: str) -> 
 
     try:
         store, _, _ = next(rendezvous("env://", timeout=TIMEOUT))
-        if tensors:
-            distributed.init_process_group(
-                "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",
-                store=PrefixStore(f"{meeting}tensors", store),
-                rank=team.rank,
-                world_size=team.world,
-                timeout=TIMEOUT,
-                device_id=gpu,
-            )
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if gpu is not None else "gloo",
+            store=PrefixStore("tensors", store),
+            rank=team.rank,
+            world_size=team.world,
+            timeout=TIMEOUT,
+            device_id=gpu,
+        )
     except RuntimeError as error:
         raise QwenqError(
             f"rank {team.rank} could not reach the others: {str(error).splitlines()[0]}",
             where=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
             hint="see that all machines reach this address, and that nothing else uses the port",
         ) from error
-    team._store = PrefixStore(f"{meeting}qwenq", store)
+    team._store = PrefixStore("qwenq", store)
 
 
 def _stop(team: Team, error: BaseException) -> NoReturn:

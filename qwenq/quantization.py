@@ -19,17 +19,8 @@ from qwenq.environment import __version__, versions
 from qwenq.errors import UnsupportedError, UsageError, VerificationError
 from qwenq.evals.check import CheckResult, check
 from qwenq.events import Advance, Event, Listener, Notice, Start, notify, rough_time, silent
+from qwenq.gptq import pipeline
 from qwenq.gptq.mixed_bits import Group, MixedBits, choose_bits, groups_of, measure, sample_of
-from qwenq.gptq.pipeline import (
-    LAYER_IS_STORED,
-    LayerDone,
-    computed_in,
-    expert_coverage,
-    module_errors,
-    quantise_layers,
-    run_facts,
-    send_job,
-)
 from qwenq.gptq.settings import (
     Settings,
     check_packable,
@@ -40,6 +31,7 @@ from qwenq.gptq.settings import (
     module_bits,
     quantised_linears,
 )
+from qwenq.models import quantized_folder
 from qwenq.models.blocks import BlockwiseDecoder
 from qwenq.models.checkpoint import Checkpoint, open_checkpoint
 from qwenq.models.config import by_inspection
@@ -49,15 +41,7 @@ from qwenq.models.gptq_format import validate_quantised
 from qwenq.models.identity import base_facts, model_name
 from qwenq.models.machine import device_memory, resolve_device, resolve_dtype
 from qwenq.models.opening import open_model
-from qwenq.models.quantized_folder import (
-    LOCK,
-    SENSITIVITY,
-    LayerStore,
-    clean_up_after_kill,
-    publish,
-    require_free,
-    stage,
-)
+from qwenq.models.quantized_folder import LayerStore
 from qwenq.models.qwen_v1 import longest_plain
 from qwenq.models.random_weights import is_random
 from qwenq.models.shapes import ModelShape
@@ -111,13 +95,7 @@ class Quantised:
 
 @dataclass
 class Job:
-    """One run: inputs resolved, choices made, work folder open.
-
-    Attributes:
-        quant: the settings for config.json.
-        mixed: which modules have 8 bits, where a size was asked for.
-        team: the processes that take part; this one is rank 0.
-    """
+    """One run: inputs resolved, choices made, work folder open."""
 
     recipe: Recipe
     base: Checkpoint
@@ -125,12 +103,12 @@ class Job:
     device: torch.device
     decoder: BlockwiseDecoder
     settings: Settings
-    quant: QuantConfig
+    quant: QuantConfig  # the settings for config.json
     listener: Listener
-    team: Team
+    team: Team  # the processes that take part; this one is rank 0
     seconds: dict[str, float] = field(default_factory=dict)
-    resumed: int = 0
-    mixed: MixedBits | None = None
+    resumed: int = 0  # layers of an earlier run
+    mixed: MixedBits | None = None  # which modules have 8 bits, where a size was asked for
 
     @property
     def work(self) -> Path:
@@ -189,7 +167,7 @@ def quantize(
         with job.timed("layers"):
             _quantise_layers(job, calibration, store)
         with job.timed("write"):
-            staged, notices = stage(job.base, store, len(job.decoder.names), job.quant)
+            staged, notices = quantized_folder.stage(job.base, store, len(job.decoder.names), job.quant)
         notify(listener, notices)
         written = open_checkpoint(staged, unfinished=True)
         with job.timed("check"):
@@ -331,8 +309,8 @@ def _target(out: Path | None, recipe: Recipe, checkpoint: Checkpoint) -> Path:
     """Return the output folder; refuse one that holds something or cannot be made."""
     name = model_name(recipe.model) if recipe.model or checkpoint.on_disk else checkpoint.folder.name
     target = (out or Path(f"{name}-GPTQ-Int{recipe.quantize.bits}")).absolute()
-    clean_up_after_kill(target, recipe.to_json(), checkpoint.fingerprint)
-    require_free(target, "--out")
+    quantized_folder.clean_up_after_kill(target, recipe.to_json(), checkpoint.fingerprint)
+    quantized_folder.require_free(target, "--out")
     return target
 
 
@@ -385,12 +363,9 @@ def _choose_bits(
 ) -> None:
     """Choose 4 or 8 bits by module for the size that the recipe asks for, by what each costs in 4 bits."""
     tokens = sample_of(calibration.tokens, job.device)
-    facts = run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
-    with (
-        locked(job.work, LOCK),
-        finishing("this layer is measured"),
-    ):
-        kept = job.work / SENSITIVITY
+    facts = pipeline.run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
+    with locked(job.work, quantized_folder.LOCK), finishing("this layer is measured"):
+        kept = job.work / quantized_folder.SENSITIVITY
         if not resume:
             kept.unlink(missing_ok=True)
         divergences = measure(job.decoder, tokens, job.settings, groups, kept, facts, job.listener)
@@ -419,7 +394,7 @@ def _sizes(job: Job, groups: list[Group]) -> Sizes:
 
 
 def _open_store(job: Job, calibration: CalibrationSet, *, resume: bool) -> LayerStore:
-    facts = run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
+    facts = pipeline.run_facts(job.base, calibration.fingerprint, job.settings, job.decoder, job.team)
     store = LayerStore(job.work, facts, resume=resume)
     job.resumed = store.finished()
     if job.resumed:
@@ -456,7 +431,7 @@ def _announce_duration(job: Job, tokens: int) -> None:
 
 
 def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -> None:
-    def on_layer(done: LayerDone) -> None:
+    def on_layer(done: pipeline.LayerDone) -> None:
         job.listener(Advance(LAYERS, done.index + 1, done.total, done))
         raised = {} if done.resumed else done.raised_damping(job.settings.damp)
         for damp, names in raised.items():
@@ -464,9 +439,9 @@ def _quantise_layers(job: Job, calibration: CalibrationSet, store: LayerStore) -
             job.listener(Notice(f"{at}: damping raised to {damp:.3g}"))
 
     job.listener(Start(LAYERS, len(job.decoder.names), "layers"))
-    send_job(job.team, job.decoder, calibration.tokens, job.settings)
-    with finishing(LAYER_IS_STORED):
-        quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
+    pipeline.send_job(job.team, job.decoder, calibration.tokens, job.settings)
+    with finishing(pipeline.LAYER_IS_STORED):
+        pipeline.quantise_layers(job.decoder, calibration.tokens, job.settings, store, on_layer, job.team)
 
 
 def _check(job: Job, written: Checkpoint, calibration: CalibrationSet) -> CheckResult | None:
@@ -499,7 +474,11 @@ def _check(job: Job, written: Checkpoint, calibration: CalibrationSet) -> CheckR
 
 
 def _publish(
-    job: Job, store: LayerStore, written: Checkpoint, calibration: CalibrationSet, result: CheckResult | None
+    job: Job,
+    store: LayerStore,
+    written: Checkpoint,
+    calibration: CalibrationSet,
+    result: CheckResult | None,
 ) -> Quantised:
     staged = written.folder
     blocks = zip(job.decoder.names, kept_parameters(job.decoder, job.settings), strict=True)
@@ -511,13 +490,13 @@ def _publish(
         "recipe": job.recipe.to_json(),
         "quantization": job.quant.to_config_json(),
         "calibration": calibration.manifest.model_dump(mode="json"),
-        "computed_in": computed_in(job.decoder, job.settings, job.team),
+        "computed_in": pipeline.computed_in(job.decoder, job.settings, job.team),
         "versions": versions(),
         "seconds": {name: round(value, 2) for name, value in job.seconds.items()},
         "resumed_layers": job.resumed,  # whose seconds are those of earlier runs
-        "modules": (modules := dict(module_errors(store, len(job.decoder.names)))),
+        "modules": (modules := dict(pipeline.module_errors(store, len(job.decoder.names)))),
         **({"mixed_bits": job.mixed.to_json()} if job.mixed else {}),
-        **expert_coverage(modules),
+        **pipeline.expert_coverage(modules),
         **({"not_quantised": kept} if kept else {}),
         "check": result.to_json() if result else None,
     }
@@ -526,7 +505,7 @@ def _publish(
     card = model_card(job.out.name, manifest | {"files": files}, written, job.base.companions)
     (staged / CARD).write_text(card, encoding="utf-8")
     where_it_loads = _where_it_loads(written)
-    publish(staged, job.out, manifest)
+    quantized_folder.publish(staged, job.out, manifest)
     store.discard()
     if coverage := coverage_of(manifest.get("expert_tokens")):
         job.listener(Notice(coverage_sentence(coverage)))

@@ -363,19 +363,13 @@ SECTIONS: dict[str, type[Any]] = {
 
 @dataclass(frozen=True)
 class Setting:
-    """One declared setting.
+    """One declared setting; see ``setting``."""
 
-    Attributes:
-        section: its table; "" for keys outside any.
-        kinds: the alternatives of its type: types such as int, and literal values.
-        limits: bounds of its numbers, such as ``0 < x < 1``.
-    """
-
-    section: str
+    section: str  # its table; "" for keys outside any
     name: str
     default: Any
-    kinds: tuple[Any, ...]
-    limits: str
+    kinds: tuple[Any, ...]  # the alternatives of its type: types such as int, and literal values
+    limits: str  # bounds of its numbers, such as ``0 < x < 1``
     help: str
     more: str
     shown: str
@@ -390,12 +384,12 @@ class Setting:
     def values(self) -> str:
         """Return what it may be: ``4, 8``; ``auto, number (x >= 1)``."""
         names = {
-            int: "number",
-            float: "number",
-            str: "text",
             dict: "table",
             tuple: "list",
             bool: "true, false",
+            int: "number",
+            float: "number",
+            str: "text",
         }
         shown = [names.get(kind, str(kind)) for kind in self.kinds if kind is not type(None)]
         return ", ".join(dict.fromkeys(shown)) + (f" ({self.limits})" if self.limits else "")

@@ -14,7 +14,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import IO, Any
 
-from qwenq.errors import CorruptFileError, StorageError, UsageError
+from qwenq.errors import CorruptFileError, QwenqError, StorageError, UsageError
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # Windows has no quota error
 _REASONS = {
@@ -102,21 +102,29 @@ def take_lock(folder: Path, name: str = "lock") -> IO[str]:
 
     The file ``name`` in it is locked, and stays; closing what is returned releases the lock.
     """
-    import fcntl
-
     with guard_storage(folder):
         handle = (folder / name).open("w")
     try:
+        _lock(handle, folder)
+    except QwenqError:
+        handle.close()
+        raise
+    return handle
+
+
+def _lock(handle: IO[str] | int, folder: Path) -> None:
+    """Lock what is open, which stands for a folder; do not wait for another process that has it."""
+    import fcntl
+
+    try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        handle.close()
-        raise _working(folder) from error
+        what = "another qwenq is working in this folder"
+        raise UsageError(what, where=folder, hint="wait for it, or name another --out") from error
     except OSError as error:  # some network disks have no locks: then waiting would not help
-        handle.close()
         raise StorageError(
             f"the disk refused a lock: {error.strerror}", where=folder, hint="name an --out on another disk"
         ) from error
-    return handle
 
 
 @contextmanager
@@ -135,18 +143,14 @@ def held(folder: Path) -> Iterator[None]:
     Where the disk cannot lock folders, as NFS, a file in the user's cache is locked instead, which keeps out
     processes that share that cache.
     """
-    import fcntl
-
     with guard_storage(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY)
     with ExitStack() as stack:
         stack.callback(os.close, handle)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise _working(folder) from error
-        except OSError:
+            _lock(handle, folder)
+        except StorageError:
             _hold_elsewhere(folder, stack)
         yield
 
@@ -154,17 +158,12 @@ def held(folder: Path) -> Iterator[None]:
 def _hold_elsewhere(folder: Path, stack: ExitStack) -> None:
     """Lock a file in the user's cache that stands for a folder; without locks there, lock nothing."""
     locks, name = cache_folder() / "locks", hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    try:
-        stack.enter_context(locked(locks, name))
-    except UsageError as error:
-        raise _working(folder) from error
-    except StorageError:
-        return
-
-
-def _working(folder: Path) -> UsageError:
-    what = "another qwenq is working in this folder"
-    return UsageError(what, where=folder, hint="wait for it, or name another --out")
+    with suppress(StorageError):
+        try:
+            stack.enter_context(locked(locks, name))
+        except UsageError as error:
+            error.where = str(folder)
+            raise
 
 
 def fsync_folder(folder: Path) -> None:

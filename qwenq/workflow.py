@@ -26,7 +26,7 @@ from qwenq.events import Listener, Notice, Start, silent
 from qwenq.models.bundled import NAME as BUNDLED
 from qwenq.models.bundled import is_bundled, require_bundled
 from qwenq.models.folders import CARD, CARD_PLOTS, PARTIAL
-from qwenq.recipe import EvalRecipe, Recipe, options_of
+from qwenq.recipe import EvalRecipe, ProfileRecipe, Recipe, options_of
 from qwenq.results import RESULTS_FILE
 from qwenq.stopping import with_parent
 from qwenq.storage import append_line, guard_storage, locked
@@ -78,7 +78,7 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         for task in [name for name in numbers if name not in tasks] if isinstance(numbers, dict) else ():
             yield f"eval.{key}: {task!r} is not asked for", f"eval.tasks are {', '.join(tasks)}"
     if recipe.profile is not None:
-        yield from _contradictory_points(recipe)
+        yield from _contradictory_points(recipe.profile)
 
 
 def _is_path(name: str) -> bool:
@@ -86,11 +86,9 @@ def _is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or Path(name).suffix != "" or name.count("/") > 1
 
 
-def _contradictory_points(recipe: Recipe) -> Iterator[tuple[str, str]]:
+def _contradictory_points(wanted: ProfileRecipe) -> Iterator[tuple[str, str]]:
     from qwenq.profiling.planning import parse_budget
 
-    wanted = recipe.profile
-    assert wanted is not None  # noqa: S101 - the caller has looked
     if 1 in wanted.tokens:
         yield "profile.tokens = 1: a generation has 2 new tokens or more", "encode measures prompts alone"
     if not wanted.tokens and not wanted.encode:
@@ -111,28 +109,18 @@ BITS = {"int8": 8, "int4": 4}
 
 @dataclass(frozen=True)
 class Step:
-    """One command.
+    """One command."""
 
-    Attributes:
-        name: for people and the journal.
-        arguments: of ``python -m module``.
-        makes: the file or folder that exists when it is done.
-        reads: files and folders whose change makes it necessary again.
-        always: run it every time: it is a verdict.
-        whole: ``makes`` appears complete or not at all, under a name that holds all that decides it: the
-            journal is not needed.
-        alias: a link to ``makes`` under a name without that hash.
-        module: ``qwenq``; another one in tests.
-    """
-
-    name: str
-    arguments: tuple[str, ...]
-    makes: Path
-    reads: tuple[Path, ...] = ()
-    always: bool = False
+    name: str  # for people and the journal
+    arguments: tuple[str, ...]  # of ``python -m module``
+    makes: Path  # the file or folder that exists when it is done
+    reads: tuple[Path, ...] = ()  # files and folders whose change makes it necessary again
+    always: bool = False  # run it every time: it is a verdict
+    # ``makes`` appears complete or not at all, under a name that holds all that decides it: no journal is
+    # needed
     whole: bool = False
-    alias: Path | None = None
-    module: str = "qwenq"
+    alias: Path | None = None  # a link to ``makes`` under a name without that hash
+    module: str = "qwenq"  # another one in tests
 
     def fingerprint(self) -> str:
         """Return a hash of the command, of qwenq's version, and of sizes and times of the files it reads."""
@@ -142,17 +130,12 @@ class Step:
 
 @dataclass(frozen=True)
 class Chain:
-    """Steps of a recipe, and where they write.
-
-    Attributes:
-        work: run folder: rows, journal, quantised models.
-        page: the report; None where nothing was measured.
-    """
+    """Steps of a recipe, and where they write."""
 
     recipe: Recipe
     steps: tuple[Step, ...]
-    work: Path
-    page: Path | None
+    work: Path  # run folder: rows, journal, quantised models
+    page: Path | None  # the report; None where nothing was measured
 
 
 def find_recipe(name: Path) -> Path:
@@ -193,9 +176,9 @@ def steps_of(recipe: Recipe, file: Path, work: Path | None = None) -> Chain:
     steps = list(made.values())
     _require_sound(recipe, file)
     if recipe.eval is not None:
-        steps += [*_evaluate(recipe, folder, plain, quantised)]
+        steps += _evaluate(recipe, recipe.eval, folder, plain, quantised)
     if recipe.profile is not None:
-        steps.append(_profile(recipe, folder, plain, quantised))
+        steps.append(_profile(recipe, recipe.profile, folder, plain, quantised))
     page = None
     if recipe.eval is not None or recipe.profile is not None:
         page = Path(recipe.report.folder) / name / "index.html"
@@ -231,10 +214,11 @@ def _model_folder(recipe: Recipe, precision: str) -> Path:
     return Path(hashlib.sha256(facts.encode()).hexdigest()[:8]) / f"{name}-GPTQ-{precision.capitalize()}"
 
 
-def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Iterator[Step]:
+def _evaluate(
+    recipe: Recipe, wanted: EvalRecipe, folder: Path, plain: list[str], quantised: dict[str, Path]
+) -> Iterator[Step]:
     """Yield the evaluations, the unquantised model first: the others are paired with its answers."""
-    wanted, base, rows = recipe.eval, recipe.model or "bundled", folder / RESULTS_FILE
-    assert wanted is not None  # noqa: S101 - the caller has looked
+    base, rows = recipe.model or "bundled", folder / RESULTS_FILE
     data = None if wanted.data is None else Path(wanted.data).expanduser()  # no shell does it for a step
     for precision in (*plain, *quantised):
         made = quantised.get(precision)
@@ -245,10 +229,10 @@ def _evaluate(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[st
         yield Step(f"evaluate {precision}", arguments, rows, reads)
 
 
-def _profile(recipe: Recipe, folder: Path, plain: list[str], quantised: dict[str, Path]) -> Step:
+def _profile(
+    recipe: Recipe, wanted: ProfileRecipe, folder: Path, plain: list[str], quantised: dict[str, Path]
+) -> Step:
     """Return one command for all models; it keeps what it has measured, and continues there."""
-    wanted = recipe.profile
-    assert wanted is not None  # noqa: S101 - the caller has looked
     random = recipe.weights == "random"
     names = [recipe.model or "bundled"]
     if random:  # int8 and int4 of random weights are rounded on the fly: no folder of theirs is made
@@ -306,20 +290,12 @@ def is_done(chain: Chain, step: Step) -> bool:
         return False
     if step.whole:
         return True
-    end = _journal(chain.work).get(step.name)
-    return end is not None and end.fingerprint == step.fingerprint() and end.rows <= _rows(chain.work)
+    fingerprint, rows = _journal(chain.work).get(step.name, ("", 0))
+    return fingerprint == step.fingerprint() and rows <= _rows(chain.work)
 
 
 def run_steps(chain: Chain, listener: Listener = silent) -> int:
-    """Run the steps that are not done; stop at the first that fails.
-
-    Returns:
-        The exit code of the last step: 0, or that of the one that failed.
-
-    Raises:
-        UsageError: another `qwenq run` works in this run folder.
-        StorageError: the disk refused.
-    """
+    """Run the steps that are not done; stop at the first that fails, and return its exit code, else 0."""
     require_machine(chain)
     with locked(chain.work, LOCK):
         return _run_steps(chain, listener)
@@ -436,31 +412,26 @@ def _execute(step: Step) -> tuple[int, bool]:
     return code if code >= 0 else 128 - code, bool(received)
 
 
-@dataclass(frozen=True)
-class _End:
-    """Entry of the journal: fingerprint of the step, and size of the file of rows then, which only grows."""
-
-    fingerprint: str
-    rows: int
-
-
 def _rows(work: Path) -> int:
     """Return the bytes of the run's rows; fewer than a step left there: the file was begun anew since."""
     path = work / RESULTS_FILE
     return path.stat().st_size if path.exists() else 0
 
 
-def _journal(work: Path) -> dict[str, _End]:
-    """Return the last entry of each step; a line that a kill cut off is skipped."""
+def _journal(work: Path) -> dict[str, tuple[str, int]]:
+    """Return the last entry of each step: its fingerprint, and the bytes of rows then, which only grow.
+
+    A line that a kill cut off is skipped.
+    """
     try:
         lines = (work / JOURNAL).read_text(encoding="utf-8", errors="replace").split("\n")
     except FileNotFoundError:
         return {}
-    ends: dict[str, _End] = {}
+    ends: dict[str, tuple[str, int]] = {}
     for line in lines:
         try:
             entry = json.loads(line)
-            ends[entry["step"]] = _End(entry["fingerprint"], int(entry.get("rows", 0)))
+            ends[entry["step"]] = entry["fingerprint"], int(entry.get("rows", 0))
         except (ValueError, TypeError, KeyError):
             continue
     return ends

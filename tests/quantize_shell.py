@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import signal
-import sys
 from pathlib import Path
 
 import pytest
-from command_shell import Ran
-
-from qwenq.cli import main
+from command_shell import Ran, Shell
 
 TEXT = "\n\n".join(f"{n} times {n + 1} makes {n * (n + 1)}, as anyone can count. " * 40 for n in range(60))
 
 
-class QuantizeShell:
-    """Runs the command in this process and catches what the user would see."""
+class QuantizeShell(Shell):
+    """Runs the command on a model of its own, if no other is named."""
 
     def __init__(self, patch: pytest.MonkeyPatch, capture: pytest.CaptureFixture[str], model: Path) -> None:
-        self._patch, self._capture, self.model = patch, capture, model
+        super().__init__("quantize", patch, capture)
+        self.model = model
 
     def __call__(self, *arguments: object, model: Path | str | None = None) -> Ran:
-        named = self.model if model is None else model
-        self._patch.setattr(sys, "argv", ["qwenq", "quantize", str(named), *map(str, arguments)])
-        before = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as ended:
-                main()
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        shown = self._capture.readouterr()
-        return Ran(int(ended.value.code or 0), shown.out, shown.err)
+        return super().__call__(self.model if model is None else model, *arguments)
 
     def refused(self, *arguments: object, model: Path | str | None = None) -> Ran:
         """A run that fails with a message of three parts and no traceback."""

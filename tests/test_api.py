@@ -17,10 +17,10 @@ from tiny_model import write_tiny_model
 
 import qwenq
 from qwenq import api
-from qwenq.api.progress import shown
 from qwenq.errors import QuantisationError, UsageError
-from qwenq.events import Advance, Event, Notice, ProgressBar, Start
+from qwenq.events import Advance, Event, Notice, Start
 from qwenq.gptq.solver import quantize_weight
+from qwenq.progress import StepListener, shown
 from qwenq.recipe import QuantizeRecipe, Recipe
 from qwenq.reporting.collect import collect
 from qwenq.reporting.losses import summary_of
@@ -168,9 +168,9 @@ def test_a_callback_receives_every_event() -> None:
 
 
 def test_the_bar_follows_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with ProgressBar() as bar:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with shown(True) as bar:
+        assert isinstance(bar, StepListener)
         bar(Start("checking", None, "steps"))
         bar(Advance("checking", 2, 5))
         assert bar._bar is not None
@@ -178,7 +178,7 @@ def test_the_bar_follows_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (task.description, task.completed, task.total) == ("checking", 2, 5)
         bar(Start("quantising", 3, "layers", done=1))
         (task,) = bar._bar.tasks
-        assert (task.completed, task.total, task.fields["unit"]) == (1, 3, "layers")
+        assert (task.completed, task.total, task.fields["what"]) == (1, 3, "layers")
 
 
 def problem(seed: int = 0, rows: int = 24, width: int = 64) -> tuple[torch.Tensor, torch.Tensor]:

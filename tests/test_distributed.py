@@ -107,7 +107,7 @@ from qwenq.distributed import process_group
 from qwenq.errors import QwenqError
 with _sigterm_as_ctrl_c():
     try:
-        with process_group("cpu", tensors=False) as team:
+        with process_group("cpu") as team:
             team.barrier()
             if team.rank == 1:
                 signal.raise_signal(signal.SIGTERM)

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "events": set(),
     "http": {"errors", "events", "stopping"},
     "storage": {"errors"},
+    "progress": {"events", "storage"},
     "recipe": {"errors"},
     "results": {"errors", "storage"},
     "environment": set(),

@@ -117,7 +117,7 @@ def test_what_is_on_disk_is_what_the_pipeline_computed_with(
         quantise_layers(decoder, *rest)
         del decoder.block
 
-    monkeypatch.setattr("qwenq.quantization.quantise_layers", spy)
+    monkeypatch.setattr("qwenq.gptq.pipeline.quantise_layers", spy)
     run(model, out)
     written = open_checkpoint(out)
     source = DequantisedSource(written.source, QuantConfig.read(written.config), torch.float32)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from tiny_model import PADDING_ROWS, write_tiny_model
 
-from qwenq.calibration.calibration_set import CalibrationManifest, CalibrationSet, fingerprint_tokens
+from qwenq.calibration.calibration_set import CalibrationSet
 from qwenq.models.tokenizer import load_tokenizer
 
 CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
@@ -68,16 +68,12 @@ def write_calibration(
 def save_calibration(
     model: Path, path: Path, tokens: torch.Tensor, held_out: torch.Tensor, seed: int = 0
 ) -> Path:
-    manifest = CalibrationManifest(
-        source="test",
-        template="plain",
-        seed=seed,
-        samples=tokens.shape[0],
-        seq_len=tokens.shape[1],
-        held_out=held_out.shape[0],
-        held_out_from="other documents" if len(held_out) else "none",
-        tokenizer=load_tokenizer(model).fingerprint,
-        tokens=fingerprint_tokens(tokens, held_out),
-    )
-    CalibrationSet(tokens, held_out, manifest).save(path)
+    origin = {
+        "source": "test",
+        "template": "plain",
+        "seed": seed,
+        "tokenizer": load_tokenizer(model).fingerprint,
+    }
+    others = "other documents" if len(held_out) else "none"
+    CalibrationSet.of(tokens, held_out, **origin, held_out_from=others).save(path)
     return path

@@ -1,8 +1,8 @@
 """Offer what the commands do as functions: ``import qwenq`` re-exports what is public here.
 
 The functions have the defaults, the checks and the errors (``qwenq.errors``) of the command line.
-``progress`` is True (a bar in a terminal or a notebook, notices as lines), False, or a function that receives
-the events of ``qwenq.events``. Nothing heavy is imported before a function is called.
+``progress`` is True (a bar in a terminal or a notebook, plain lines elsewhere, notices), False, or a function
+that receives the events of ``qwenq.events``. Nothing heavy is imported before a function is called.
 """
 
 from qwenq.api.measurements import Results, check, compare, evaluate, perplexity, profile, report

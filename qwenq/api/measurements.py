@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenq.api.progress import Progress, shown
 from qwenq.events import Listener, Notice, counted, notify
+from qwenq.progress import Progress, shown
 from qwenq.recipe import EvalRecipe, ProfileRecipe, Recipe
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from qwenq.api.progress import Progress, shown
 from qwenq.events import counted, notify
+from qwenq.progress import Progress, shown
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,18 +64,24 @@ class CalibrationSet:
     held_out: torch.Tensor
     manifest: CalibrationManifest
 
+    @classmethod
+    def of(cls, tokens: torch.Tensor, held_out: torch.Tensor, **origin: Any) -> CalibrationSet:
+        """Return the set of these sequences, whose manifest also says where they come from."""
+        sizes: dict[str, Any] = {
+            "samples": len(tokens),
+            "seq_len": tokens.shape[1],
+            "held_out": len(held_out),
+        }
+        manifest = CalibrationManifest(**sizes, tokens=fingerprint_tokens(tokens, held_out), **origin)
+        return cls(tokens, held_out, manifest)
+
     @property
     def fingerprint(self) -> str:
         """Return 16 hex digits over both token tensors, the same for equal data, whatever the file."""
         return self.manifest.tokens
 
     def save(self, path: Path) -> None:
-        """Write ``path`` (safetensors, manifest in its metadata) and a readable ``<path>.json`` beside it.
-
-        Raises:
-            UsageError: ``path`` does not end in .safetensors.
-            StorageError: the disk refused; nothing is left behind.
-        """
+        """Write ``path`` (safetensors, manifest in its metadata) and a readable ``<path>.json`` beside it."""
         if path.suffix != ".safetensors":
             raise UsageError(
                 "a calibration set is a .safetensors file",
@@ -84,16 +90,12 @@ class CalibrationSet:
             )
         tensors = {"tokens": self.tokens.contiguous(), "held_out": self.held_out.contiguous()}
         atomic_write_bytes(path, save(tensors, metadata={_METADATA_KEY: self.manifest.model_dump_json()}))
-        atomic_write_json(manifest_path(path), self.manifest.model_dump(mode="json"))
+        # not chats.json, which may be the source of chats.safetensors
+        atomic_write_json(path.with_name(f"{path.name}.json"), self.manifest.model_dump(mode="json"))
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
-        """Read a saved set and check its bytes against its fingerprint.
-
-        Raises:
-            CorruptFileError: truncated, changed, or its tensors are not what its manifest says.
-            CalibrationError: a safetensors file that is no calibration set, or of another version.
-        """
+        """Read a saved set and check its bytes against its fingerprint."""
         tensors, metadata = _read(path)
         if _METADATA_KEY not in metadata or len(tensors) != len(_TENSORS):
             raise CalibrationError(
@@ -116,11 +118,6 @@ class CalibrationSet:
                 where=path,
                 hint="make it again with `qwenq calibrate`",
             )
-
-
-def manifest_path(path: Path) -> Path:
-    """Return the readable manifest's path, ``chats.safetensors.json``, as ``chats.json`` may be a source."""
-    return path.with_name(path.name + ".json")
 
 
 def require_writable(out: Path) -> None:
@@ -216,13 +213,13 @@ def random_tokens(vocabulary: int, wanted: Sizes, seed: int) -> CalibrationSet:
     shape = (wanted.samples + wanted.held_out, wanted.seq_len)
     ids = torch.randint(vocabulary, shape, generator=generator)
     tokens, held_out = ids[: wanted.samples], ids[wanted.samples :]
-    manifest = CalibrationManifest(
+    streams = "other random streams" if wanted.held_out else "none"
+    return CalibrationSet.of(
+        tokens,
+        held_out,
         source="random",
         template="random",
         seed=seed,
-        **asdict(wanted),
-        held_out_from="other random streams" if wanted.held_out else "none",
+        held_out_from=streams,
         tokenizer="none",
-        tokens=fingerprint_tokens(tokens, held_out),
     )
-    return CalibrationSet(tokens, held_out, manifest)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenq.errors import CalibrationError
+from qwenq.models.chatml import without_surrogates
 
 TEXT_KEY, CHAT_KEYS = "text", ("messages", "conversations")
 KNOWN_KEYS = (TEXT_KEY, *CHAT_KEYS)
@@ -67,7 +68,7 @@ def from_record(record: Any, where: str, column: str | None) -> Document:
         column: the key to read; None takes the first known one that holds something.
     """
     if isinstance(record, str) and column is None:
-        return Document(_clean(record), where)
+        return Document(without_surrogates(record), where)
     if not isinstance(record, Mapping):
         raise CalibrationError(
             f"this record is a {type(record).__name__}, not an object",
@@ -81,7 +82,7 @@ def from_record(record: Any, where: str, column: str | None) -> Document:
     if isinstance(value, str) and key in CHAT_KEYS and value.lstrip().startswith("["):
         value = _json_list(value, f"{key!r}", where)  # a table of strings holds conversations so
     if isinstance(value, str):
-        return Document(_clean(value), where)
+        return Document(without_surrogates(value), where)
     if isinstance(value, list):
         messages = _conversation(_with_system(value, record), where)
         return Document(messages, where, _tools(record.get("tools"), where) if messages else ())
@@ -166,13 +167,14 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
             if key not in ("role", "from", "content", "value") and value not in (None, "", [], {})
         }
         if named == _CALL and isinstance(content, str):
-            more = {**more, "tool_calls": _calls(content, where)}
+            calls = _json_list(content, "a function_call", where)
+            more["tool_calls"] = [{"type": "function", "function": _cleaned(call)} for call in calls]
             content = None
-        if isinstance(calls := more.get("tool_calls"), list):
-            more["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+        if isinstance(named_calls := more.get("tool_calls"), list):
+            more["tool_calls"] = [_with_parsed_arguments(call) for call in named_calls]
         joined = "" if content is None and (more or "content" in turn) else _joined_parts(content, where)
         if isinstance(named, str) and isinstance(joined, str):
-            return {"role": _role(named, where), "content": _clean(joined), **more}
+            return {"role": _role(named, where), "content": without_surrogates(joined), **more}
     raise CalibrationError(
         "a message without a role and a text",
         where=where,
@@ -189,12 +191,6 @@ def _role(named: str, where: str) -> str:
         where=where,
         hint=f"use {', '.join(ROLES)}",
     )
-
-
-def _calls(text: str, where: str) -> list[Any]:
-    """Return the calls that a turn of the role function_call holds as JSON text, as tool_calls."""
-    calls = _json_list(text, "a function_call", where)
-    return [{"type": "function", "function": _cleaned(call)} for call in calls]
 
 
 def _with_parsed_arguments(call: Any) -> Any:
@@ -247,18 +243,9 @@ def _characters(value: Any) -> int:
 
 
 def _cleaned(value: Any) -> Any:
-    """Return a JSON value with every text in it cleaned."""
+    r"""Return a JSON value without the lone surrogates that escapes such as ``\ud83d`` can spell."""
     if isinstance(value, str):
-        return _clean(value)
+        return without_surrogates(value)
     if isinstance(value, Mapping):
-        return {_clean(str(key)): _cleaned(inner) for key, inner in value.items()}
+        return {without_surrogates(str(key)): _cleaned(inner) for key, inner in value.items()}
     return [_cleaned(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def _clean(text: str) -> str:
-    r"""Replace lone surrogates, which JSON escapes such as ``\ud83d`` can spell but no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text

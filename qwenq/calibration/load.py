@@ -8,29 +8,15 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qwenq.calibration.calibration_set import (
-    CalibrationManifest,
-    CalibrationSet,
-    fingerprint_tokens,
-    load_saved,
-    random_tokens,
-)
+from qwenq.calibration.calibration_set import CalibrationSet, load_saved, random_tokens
 from qwenq.calibration.datasets import is_hub_id, read_folder, read_hub
 from qwenq.calibration.documents import Document
 from qwenq.calibration.files import ACCEPTED, JSONS, TABLES, TEXTS, bare_suffix, read_file
-from qwenq.calibration.sequences import (
-    Sizes,
-    check_vocabulary,
-    ids_of,
-    notices_of,
-    pack,
-    read_pool,
-    shuffled,
-)
+from qwenq.calibration.sequences import Sizes, check_vocabulary, ids_of, notices_of, pack, read_pool, shuffled
 from qwenq.errors import CalibrationError, CorruptFileError, StorageError, UsageError
 from qwenq.events import Listener, Notice, Update, counted
 from qwenq.models.checkpoint import Checkpoint
@@ -205,7 +191,7 @@ def load_calibration(
                 hint="leave both out",
             )
         return _load_saved_for(Path(spec), checkpoint, tokenizer, (samples, seq_len, held_out))
-    wanted = wanted_sizes(checkpoint, samples, seq_len, held_out)
+    wanted = _wanted_sizes(checkpoint, samples, seq_len, held_out)
     if tokenizer is None:
         if spec != "self" or split is not None or column is not None:
             raise UsageError(
@@ -223,17 +209,35 @@ def load_calibration(
     return _from_documents(spec, documents, checkpoint, tokenizer, wanted, seed, progress)
 
 
-def wanted_sizes(
+def _wanted_sizes(
     checkpoint: Checkpoint, samples: int | None, seq_len: int | None, held_out: int | None
 ) -> Sizes:
-    """Return how much to make; None: the defaults, and no longer sequences than the model takes."""
+    """Return how much to make; None: the defaults, and no longer sequences than the model takes.
+
+    What no set can have, what memory does not hold and sequences too long for the model are refused.
+    """
     usual = min(DEFAULT_SEQ_LEN, longest_plain(checkpoint.config) or DEFAULT_SEQ_LEN)
     wanted = Sizes(
         samples=DEFAULT_SAMPLES if samples is None else samples,
         held_out=DEFAULT_HELD_OUT if held_out is None else held_out,
         seq_len=usual if seq_len is None else seq_len,
     )
-    require_sizes(wanted, checkpoint)
+    limits = (
+        ("samples", wanted.samples, 1),
+        ("seq-len", wanted.seq_len, 2),
+        ("held-out", wanted.held_out, 0),
+    )
+    for name, value, least in limits:
+        if value < least:
+            raise UsageError(f"--{name} is {value}", hint=f"it has to be at least {least}")
+    require_plain(checkpoint.config, wanted.seq_len, option="--seq-len", where=checkpoint.folder)
+    needed, free = wanted.tokens * _BYTES_OF_TOKEN, free_memory()
+    if needed > free:
+        raise UsageError(
+            f"{wanted.samples} + {wanted.held_out} sequences of {wanted.seq_len} tokens take "
+            f"{readable_bytes(needed)} of memory, {readable_bytes(free)} are free",
+            hint="lower --samples or --seq-len",
+        )
     return wanted
 
 
@@ -267,33 +271,28 @@ def _from_documents(
     # imported here: it loads transformers, which reading files does not need
     from qwenq.calibration.self_text import separator_of
 
-    pool = read_pool(documents, max(POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted.tokens))
-    if not pool.documents:
+    pool, read_to_end = read_pool(documents, max(POOL_CHARACTERS, CHARACTERS_PER_TOKEN * wanted.tokens))
+    if not pool:
         raise CalibrationError("the text is empty", where=spec, hint="give one with words in it")
     separator = separator_of(tokenizer)
-    ids = (ids_of(document, tokenizer) for document in shuffled(pool.documents, seed))
+    ids = (ids_of(document, tokenizer) for document in shuffled(pool, seed))
     packed = pack(ids, wanted, [] if separator is None else [separator], where=spec, progress=progress)
     for tokens in (packed.tokens, packed.held_out):
         check_vocabulary(tokens, int(checkpoint.config["vocab_size"]), spec)
-    manifest = CalibrationManifest(
+    texts = sum(isinstance(document.content, str) for document in pool)
+    return CalibrationSet.of(
+        packed.tokens,
+        packed.held_out,
         source=spec,
-        template=_template(pool.documents),
+        template="plain" if texts == len(pool) else "chat" if texts == 0 else "mixed",
         seed=seed,
-        **asdict(wanted),
         held_out_from=packed.held_out_from,
         documents=packed.documents,
-        documents_read=len(pool.documents),
-        source_read_to_end=pool.read_to_end,
+        documents_read=len(pool),
+        source_read_to_end=read_to_end,
         tokenizer=tokenizer.fingerprint,
-        tokens=fingerprint_tokens(packed.tokens, packed.held_out),
-        notices=notices_of(pool.documents, tokenizer),
+        notices=notices_of(pool, tokenizer),
     )
-    return CalibrationSet(packed.tokens, packed.held_out, manifest)
-
-
-def _template(documents: list[Document]) -> Literal["plain", "chat", "mixed"]:
-    texts = sum(isinstance(document.content, str) for document in documents)
-    return "plain" if texts == len(documents) else "chat" if texts == 0 else "mixed"
 
 
 def _self_written(
@@ -314,18 +313,16 @@ def _self_written(
     text = write_self_text(
         checkpoint, tokenizer, rows, wanted.seq_len, seed=seed, device=device, progress=progress
     )
-    tokens, held_out = text[: wanted.samples].clone(), text[wanted.samples :].clone()
-    manifest = CalibrationManifest(
+    made = CalibrationSet.of(
+        text[: wanted.samples].clone(),
+        text[wanted.samples :].clone(),
         source="self",
         template="self",
         seed=seed,
-        **asdict(wanted),
         held_out_from="other random streams" if wanted.held_out else "none",
         tokenizer=tokenizer.fingerprint,
         model=checkpoint.fingerprint,
-        tokens=fingerprint_tokens(tokens, held_out),
     )
-    made = CalibrationSet(tokens, held_out, manifest)
     try:
         made.save(path)
     except StorageError as error:  # the text itself is fine: a read-only home must not cost a minute's work
@@ -348,11 +345,8 @@ def self_text_path(
         torch.device(device).type,
         str(product_dtype(device)),
     ]
-    return (
-        cache_folder()
-        / "self-text"
-        / f"{hashlib.sha256(repr(decides).encode()).hexdigest()[:16]}.safetensors"
-    )
+    name = hashlib.sha256(repr(decides).encode()).hexdigest()[:16]
+    return cache_folder() / "self-text" / f"{name}.safetensors"
 
 
 def _from_cache(path: Path) -> CalibrationSet | None:
@@ -381,24 +375,3 @@ def _load_saved_for(
             hint=f"make one for this model: `qwenq calibrate {checkpoint.folder}`",
         )
     return loaded
-
-
-def require_sizes(wanted: Sizes, checkpoint: Checkpoint) -> None:
-    """Refuse what no set can have, what memory does not hold, and sequences too long for the model."""
-    limits = (
-        ("samples", wanted.samples, 1),
-        ("seq-len", wanted.seq_len, 2),
-        ("held-out", wanted.held_out, 0),
-    )
-    for name, value, least in limits:
-        if value < least:
-            raise UsageError(f"--{name} is {value}", hint=f"it has to be at least {least}")
-    require_plain(checkpoint.config, wanted.seq_len, option="--seq-len", where=checkpoint.folder)
-    needed = wanted.tokens * _BYTES_OF_TOKEN
-    free = free_memory()
-    if needed > free:
-        raise UsageError(
-            f"{wanted.samples} + {wanted.held_out} sequences of {wanted.seq_len} tokens take "
-            f"{readable_bytes(needed)} of memory, {readable_bytes(free)} are free",
-            hint="lower --samples or --seq-len",
-        )

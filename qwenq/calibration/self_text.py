@@ -75,16 +75,6 @@ def store_transposed(model: Any) -> None:
             module.weight.data = module.weight.data.t().contiguous().t()
 
 
-def require_finite(values: torch.Tensor, checkpoint: Checkpoint) -> None:
-    """Refuse to sample from logits that are not finite."""
-    if not bool(torch.isfinite(values).all()):
-        raise CalibrationError(
-            "the model's logits are not finite, so it cannot write text",
-            where=checkpoint.folder,
-            hint=f"check its weights; or {GIVE_A_FILE}",
-        )
-
-
 HELD_OUT_ROWS = 1 << 32
 """Held-out rows are numbered from here, so that no calibration row ever shares their random stream."""
 _MOST_ROWS = 64
@@ -195,7 +185,12 @@ def sample_rows(
         logits = model(last, **keeping, use_cache=True).logits[:, -1, : vocabulary.size]
         cumulative = logits.float().softmax(-1).cumsum(-1, dtype=torch.float64)  # [rows, vocabulary]
         total = cumulative[:, -1:]
-        require_finite(total, checkpoint)
+        if not bool(torch.isfinite(total).all()):
+            raise CalibrationError(
+                "the model's logits are not finite, so it cannot write text",
+                where=checkpoint.folder,
+                hint=f"check its weights; or {GIVE_A_FILE}",
+            )
         chosen = torch.searchsorted(cumulative, uniforms[:, place, None] * total, right=True)
         chosen.clamp_(max=vocabulary.size - 1)
         restart = torch.isin(last, ends) & (last != vocabulary.start)

@@ -42,14 +42,6 @@ class Packed:
     documents: int  # how many documents were tokenised for them
 
 
-@dataclass(frozen=True)
-class Pool:
-    """The documents that the seed chooses from."""
-
-    documents: list[Document]
-    read_to_end: bool
-
-
 def ids_of(document: Document, tokenizer: Tokenizer, *, special: bool = True) -> list[int]:
     """Return the ids of a text, or of a conversation through the model's chat template.
 
@@ -76,15 +68,15 @@ def _require_tool_role(document: Document, template: str | None) -> None:
         )
 
 
-def read_pool(documents: Iterator[Document], characters: int) -> Pool:
-    """Return the first documents of a source, until they hold ``characters`` characters."""
+def read_pool(documents: Iterator[Document], characters: int) -> tuple[list[Document], bool]:
+    """Return the first documents of a source, until they hold ``characters`` characters; whether it ended."""
     pool: list[Document] = []
     for document in documents:
         pool.append(document)
         characters -= document.characters
         if characters <= 0:
-            return Pool(pool, read_to_end=next(documents, None) is None)
-    return Pool(pool, read_to_end=True)
+            return pool, next(documents, None) is None
+    return pool, True
 
 
 def shuffled(documents: list[Document], seed: int) -> list[Document]:
@@ -172,9 +164,7 @@ def check_vocabulary(tokens: torch.Tensor, vocab_size: int, where: str) -> None:
 
 def notices_of(documents: Sequence[Document], tokenizer: Tokenizer) -> tuple[str, ...]:
     """Return a sentence for each thing that the tokens do not hold, or hold in another form than the text."""
-    return tuple(
-        notice for notice in (_unread(documents, tokenizer), _specials(documents, tokenizer)) if notice
-    )
+    return tuple(filter(None, (_unread(documents, tokenizer), _specials(documents, tokenizer))))
 
 
 def _unread(documents: Iterable[Document], tokenizer: Tokenizer) -> str | None:

@@ -12,19 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from qwenq import stopping
+from qwenq.cli import options
 from qwenq.cli.app import app
-from qwenq.cli.options import (
-    AttentionName,
-    DeviceName,
-    DtypeName,
-    EngineName,
-    KernelName,
-    ModelArgument,
-    RealWeights,
-    ThinkingChoice,
-)
-from qwenq.cli.printing import note, note_events, say
+from qwenq.cli.printing import note_events
 from qwenq.errors import UsageError, visible
+from qwenq.progress import note, say
 from qwenq.results import Model
 
 if TYPE_CHECKING:
@@ -35,10 +27,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def chat(
-    model: ModelArgument = None,
-    weights: RealWeights = "stored",
+    model: options.ModelArgument = None,
+    weights: options.RealWeights = "stored",
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    thinking: ThinkingChoice = "auto",
+    thinking: options.ThinkingChoice = "auto",
     temperature: Annotated[
         float | None,
         typer.Option(help="0: always the likeliest token. [default: 0.7; 0.6 where the model thinks]"),
@@ -56,15 +48,15 @@ def chat(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random numbers.")] = 0,
     greedy: Annotated[bool, typer.Option("--greedy", help="The same as --temperature 0.")] = False,
-    engine: EngineName = "fast",
-    kernel: KernelName = "auto",
-    attention: AttentionName = "auto",
+    engine: options.EngineName = "fast",
+    kernel: options.KernelName = "auto",
+    attention: options.AttentionName = "auto",
     head: Annotated[
         Literal["as-is", "int8"],
         typer.Option(help="int8: quantise the output head to 8 bits (CPU only)."),
     ] = "as-is",
-    device: DeviceName = "auto",
-    dtype: DtypeName = "auto",
+    device: options.DeviceName = "auto",
+    dtype: options.DtypeName = "auto",
     quiet: Annotated[
         bool, typer.Option("--quiet", "-q", help="Show only answers, and notes about them.")
     ] = False,
@@ -78,7 +70,7 @@ def chat(
     /help lists the commands. When the input is not a terminal, every line of it is one question.
     """
     from qwenq import api
-    from qwenq.models.qwen_tokenizer import without_surrogates
+    from qwenq.models.chatml import without_surrogates
     from qwenq.runtime.sampling import Sampling
 
     temperature = 0.0 if greedy else temperature

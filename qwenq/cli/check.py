@@ -12,8 +12,9 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import DeviceName, Quiet, RealWeights, Verbose, listed_names, listed_numbers
-from qwenq.cli.printing import columns, print_json, table_console, wrapped
+from qwenq.cli.printing import columns, print_json, table_console
 from qwenq.errors import UsageError, VerificationError
+from qwenq.progress import StepListener, wrapped
 
 if TYPE_CHECKING:
     from qwenq.checking import Checked
@@ -87,7 +88,7 @@ def check(
     none       too few tokens to judge by
     """
     from qwenq.checking import check_folders
-    from qwenq.cli.progress import StepListener, with_details
+    from qwenq.cli.progress import with_details
 
     if engines is not None:
         _check_engines(quantised, engines, tp, as_json=as_json)
@@ -106,7 +107,8 @@ def check(
         )
     result = found.result
     if as_json:
-        _print_json(found, text, seed)
+        about = {"quantised": str(found.quantised), "base": str(found.base), "format": found.format}
+        print_json({**about, "text": text, "seed": seed, "notices": found.notices, **result.to_json()})
     else:
         _print_text(found, text, modules)
     if result.broken:
@@ -117,18 +119,6 @@ def check(
         )
     if not as_json:
         next_commands(*with_model(quantised, against or named_base(found.quantised) or found.base))
-
-
-def _print_json(found: Checked, text: str, seed: int) -> None:
-    about = {
-        "quantised": str(found.quantised),
-        "base": str(found.base),
-        "format": found.format,
-        "text": text,
-        "seed": seed,
-        "notices": found.notices,
-    }
-    print_json({**about, **found.result.to_json()})
 
 
 def _print_text(found: Checked, text: str, count: int) -> None:
@@ -159,18 +149,19 @@ def _print_text(found: Checked, text: str, count: int) -> None:
 
 def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:
     """Print whether engines load a folder; the exit code is 1 where one does not on any number of GPUs."""
-    from qwenq.models.checkpoint import open_checkpoint
-    from qwenq.models.opening import resolve_model
+    from qwenq.models.opening import open_model
     from qwenq.publishing.engines import engine_verdicts, read_gptq_folder
 
     names = () if engines == "all" else listed_names(engines, "--for")
     gpus = listed_numbers(tp, "--tp", "1,2,4,8")
     if min(gpus) < 1:
         raise UsageError(f"--tp has to be at least 1, not {min(gpus)}", where="--tp", hint="like 1,2,4,8")
-    folder = resolve_model(model).folder
-    verdicts = engine_verdicts(read_gptq_folder(open_checkpoint(folder)), names, gpus)
+    checkpoint = open_model(model)
+    verdicts = engine_verdicts(read_gptq_folder(checkpoint), names, gpus)
     if as_json:
-        print_json({"model": str(folder), "verdicts": [asdict(v) | {"loads": v.loads} for v in verdicts]})
+        print_json(
+            {"model": str(checkpoint.folder), "verdicts": [asdict(v) | {"loads": v.loads} for v in verdicts]}
+        )
     else:
         for verdict in verdicts:
             several = f" on {verdict.gpus} GPUs" if verdict.gpus > 1 else ""
@@ -184,6 +175,6 @@ def _check_engines(model: str, engines: str, tp: str, *, as_json: bool) -> None:
     if useless:
         raise VerificationError(
             f"not loaded by {', '.join(sorted(useless))}",
-            where=folder,
+            where=checkpoint.folder,
             hint="see the reasons above; these are rules for files, no engine was started",
         )

@@ -13,10 +13,11 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import named_base, next_commands, with_model
 from qwenq.cli.options import Quiet, RandomSeed, Verbose
-from qwenq.cli.printing import columns, note, print_json, table_console
-from qwenq.cli.progress import StepListener, with_details
+from qwenq.cli.printing import columns, print_json, table_console
+from qwenq.cli.progress import with_details
 from qwenq.errors import UsageError
 from qwenq.models.folders import local_path
+from qwenq.progress import StepListener, note
 
 if TYPE_CHECKING:
     from qwenq.models.tokenizer import Tokenizer
@@ -114,11 +115,7 @@ def _write_random(
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of ``5GB``, ``500MB`` (powers of 1000), ``2GiB`` (of 1024) or a plain number.
-
-    Raises:
-        UsageError: another form, or zero.
-    """
+    """Return the bytes of ``5GB``, ``500MB`` (powers of 1000), ``2GiB`` (of 1024) or a plain number."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[kmg]i?)b?", text.strip().lower())
     size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if size < 1:
@@ -166,11 +163,7 @@ def stats(
 
 
 def read_text(file: Path) -> tuple[int, str]:
-    """Return the size in bytes and the text of a UTF-8 file, with its line ends unchanged.
-
-    Raises:
-        UsageError: no such file, a folder, an empty file, or bytes that are not UTF-8 (with the offset).
-    """
+    """Return the size in bytes and the text of a UTF-8 file that is not empty, its line ends unchanged."""
     try:
         content = file.read_bytes()
     except OSError as error:

@@ -11,26 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from qwenq.cli import options
 from qwenq.cli.app import app
 from qwenq.cli.next import Words, named_base, next_commands
-from qwenq.cli.options import (
-    AttentionName,
-    DeviceName,
-    EngineName,
-    Given,
-    KernelName,
-    ModelArguments,
-    Quiet,
-    RealWeights,
-    RowsAsJson,
-    RunFolder,
-    Verbose,
-    recipe_options,
-    server_decides,
-    typed_options,
-)
-from qwenq.cli.printing import columns, note, print_rows, stop_notice, table_console, typed_command, wrapped
+from qwenq.cli.printing import columns, print_rows, stop_notice, table_console, typed_command
 from qwenq.errors import UsageError
+from qwenq.progress import StepListener, note, wrapped
 from qwenq.reporting.card import cut_of
 
 if TYPE_CHECKING:
@@ -42,21 +28,21 @@ _LOCAL = ("dtype", "device", "engine", "attention", "kernel")
 
 
 @app.command("eval")
-@recipe_options("eval.*")
+@options.recipe_options("eval.*")
 def evaluate(
     context: typer.Context,
-    models: ModelArguments = None,
-    weights: RealWeights = "stored",
+    models: options.ModelArguments = None,
+    weights: options.RealWeights = "stored",
     *,
-    given: Given,
-    device: DeviceName = "auto",
-    engine: EngineName = "fast",
-    attention: AttentionName = "auto",
-    kernel: KernelName = "auto",
+    given: options.Given,
+    device: options.DeviceName = "auto",
+    engine: options.EngineName = "fast",
+    attention: options.AttentionName = "auto",
+    kernel: options.KernelName = "auto",
     batch: Annotated[
         str, typer.Option(metavar="[auto|NUMBER]", help="Prompts at once; with --endpoint requests at once.")
     ] = "auto",
-    out: RunFolder = None,
+    out: options.RunFolder = None,
     endpoint: Annotated[
         str | None,
         typer.Option(
@@ -73,9 +59,9 @@ def evaluate(
     show: Annotated[
         str | None, typer.Option(metavar="ID", help="Print one recorded item in full and exit.")
     ] = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: RowsAsJson = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Evaluate models on MMLU, C-Eval, GSM8K, HumanEval and more.
 
@@ -85,13 +71,13 @@ def evaluate(
     """
     from qwenq import api
     from qwenq.api.measurements import each_once
-    from qwenq.cli.progress import StepListener, with_details
+    from qwenq.cli.progress import with_details
     from qwenq.distributed import process_group
 
     chosen, prompts = given["eval"], _batch(batch)
-    local = [name for name in typed_options(context) if name in _LOCAL]
+    local = [name for name in options.typed_options(context) if name in _LOCAL]
     if endpoint is not None and local:
-        raise server_decides(local[0])
+        raise options.server_decides(local[0])
     if show is not None:
         _show(show, out, models, endpoint and (model or "served"), chosen)
         return

@@ -7,24 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from qwenq.cli import options
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands
-from qwenq.cli.options import (
-    AttentionName,
-    DeviceName,
-    DtypeName,
-    EngineName,
-    KernelName,
-    ModelArguments,
-    Quiet,
-    RealWeights,
-    RowsAsJson,
-    RunFolder,
-    Verbose,
-    listed_numbers,
-)
 from qwenq.cli.printing import print_rows, print_tables, stop_notice, typed_command
-from qwenq.cli.progress import StepListener, with_details
+from qwenq.cli.progress import with_details
+from qwenq.progress import StepListener
 
 
 @app.command()
@@ -32,8 +20,8 @@ def perplexity(
     text: Annotated[
         Path, typer.Option(help="Long text to measure on: a file of text, JSON, CSV or parquet.")
     ],
-    models: ModelArguments = None,
-    weights: RealWeights = "stored",
+    models: options.ModelArguments = None,
+    weights: options.RealWeights = "stored",
     lengths: Annotated[
         str,
         typer.Option(help="Context lengths in tokens, comma-separated; each divides the longest."),
@@ -48,15 +36,15 @@ def perplexity(
     logn: Annotated[
         Literal["on", "off"] | None, typer.Option(help="Qwen v1's logn attention. [default: both]")
     ] = None,
-    dtype: DtypeName = "auto",
-    device: DeviceName = "auto",
-    engine: EngineName = "fast",
-    attention: AttentionName = "auto",
-    kernel: KernelName = "auto",
-    out: RunFolder = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
-    as_json: RowsAsJson = False,
+    dtype: options.DtypeName = "auto",
+    device: options.DeviceName = "auto",
+    engine: options.EngineName = "fast",
+    attention: options.AttentionName = "auto",
+    kernel: options.KernelName = "auto",
+    out: options.RunFolder = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+    as_json: options.RowsAsJson = False,
 ) -> None:
     """Measure perplexity by context length.
 
@@ -73,7 +61,7 @@ def perplexity(
         found = api.perplexity(
             models,
             text,
-            lengths=listed_numbers(lengths, "--lengths", "1024,2048,4096"),
+            lengths=options.listed_numbers(lengths, "--lengths", "1024,2048,4096"),
             samples=samples,
             ntk=_flag(ntk),
             logn=_flag(logn),

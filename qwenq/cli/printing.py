@@ -6,18 +6,17 @@ import json
 import math
 import os
 import shlex
-import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from qwenq.errors import StorageError, visible
 from qwenq.events import Event, Notice
+from qwenq.progress import note
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,48 +26,6 @@ if TYPE_CHECKING:
     from qwenq.reporting.tables import Cell
     from qwenq.reporting.tables import Table as ReportTable
     from qwenq.results import Row
-
-
-_LIVE: list[Console] = []
-"""Consoles that show a bar now, the last on top."""
-
-
-@contextmanager
-def bar_on(console: Console) -> Iterator[None]:
-    """Let ``say`` print above the bar that a console shows within."""
-    _LIVE.append(console)
-    try:
-        yield
-    finally:
-        _LIVE.remove(console)
-
-
-def wrapped(line: str, indent: str = "  ", *, err: bool = False) -> str:
-    """Return a line broken between words, where it goes to a terminal that is narrower.
-
-    ``indent`` is that of the lines that continue it; with ``err`` it goes to standard error.
-    """
-    stream = sys.stderr if err else sys.stdout
-    if stream is None or not stream.isatty():
-        return line
-    width = max(20, shutil.get_terminal_size().columns)
-    parts = wrap(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-    return "\n".join(parts)
-
-
-def say(line: str, *, err: bool = True, indent: str = "  ") -> None:
-    """Print a line, ``wrapped``; on a terminal above the bar if there is one."""
-    stream = sys.stderr if err else sys.stdout
-    line = wrapped(line, indent, err=err)
-    if _LIVE and stream is not None and stream.isatty():
-        _LIVE[-1].print(line, markup=False, highlight=False, emoji=False, soft_wrap=True)
-    else:
-        typer.echo(line, err=err)
-
-
-def note(line: str) -> None:
-    """Print something that the user has to know, on standard error."""
-    say(f"note: {line}")
 
 
 def note_events(event: Event) -> None:

@@ -7,22 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenq.cli import options
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands
-from qwenq.cli.options import (
-    DeviceName,
-    Given,
-    KernelName,
-    ModelArguments,
-    Quiet,
-    RandomSeed,
-    Verbose,
-    listed_names,
-    listed_numbers,
-    recipe_options,
-    server_decides,
-    typed_options,
-)
 from qwenq.cli.printing import print_tables, stop_notice, typed_command
 from qwenq.cli.progress import ProfileProgress, with_details
 from qwenq.errors import UsageError
@@ -32,12 +19,12 @@ if TYPE_CHECKING:
 
 
 @app.command()
-@recipe_options("profile.*", "weights")
+@options.recipe_options("profile.*", "weights")
 def profile(
     typed: typer.Context,
-    models: ModelArguments = None,
+    models: options.ModelArguments = None,
     *,
-    given: Given,
+    given: options.Given,
     context: Annotated[
         str, typer.Option(help="Prompt tokens before generated ones, comma-separated; Qwen's cards have 1.")
     ] = "1",
@@ -48,9 +35,9 @@ def profile(
             "--endpoint, the one that the server computes in."
         ),
     ] = "fp32,bf16,int8,int4",
-    kernel: KernelName = "auto",
-    device: DeviceName = "auto",
-    seed: RandomSeed = 0,
+    kernel: options.KernelName = "auto",
+    device: options.DeviceName = "auto",
+    seed: options.RandomSeed = 0,
     endpoint: Annotated[
         str | None,
         typer.Option(
@@ -69,8 +56,8 @@ def profile(
         Path | None,
         typer.Option(help="Run folder. [default: runs/profile-MODEL; with --endpoint runs/served-MODEL]"),
     ] = None,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON lines.")] = False,
     tp: Annotated[int, typer.Option("--tp", min=1, help="Processes that share a model, one a GPU.")] = 1,
 ) -> None:
@@ -84,18 +71,18 @@ def profile(
     from qwenq.reporting import card
     from qwenq.reporting.served import served_table
 
-    _refuse_stray(endpoint, typed_options(typed))
+    _refuse_stray(endpoint, options.typed_options(typed))
     progress = ProfileProgress(as_json=as_json, quiet=quiet)
     with stop_notice("what is measured is kept"), with_details(progress, verbose) as listener:
         found = api.profile(
             models,
             **given[""],
             **given["profile"],
-            precision=listed_names(precision, "--precision"),
-            concurrency=listed_numbers(concurrency, "--concurrency", "1,4,16"),
+            precision=options.listed_names(precision, "--precision"),
+            concurrency=options.listed_numbers(concurrency, "--concurrency", "1,4,16"),
             input=input,
             output=output,
-            context=listed_numbers(context, "--context", "1,1024"),
+            context=options.listed_numbers(context, "--context", "1,1024"),
             kernel=kernel,
             device=device,
             seed=seed,
@@ -127,4 +114,4 @@ def _refuse_stray(endpoint: str | None, typed: Sequence[str]) -> None:
                 hint="name its server with --endpoint, or leave this option out",
             )
     elif stray := [name for name in typed if name not in _OF_ENDPOINT | _OF_BOTH]:
-        raise server_decides(stray[0])
+        raise options.server_decides(stray[0])

@@ -1,143 +1,27 @@
-"""Show how far a long step is: bars on a terminal, plain lines elsewhere, JSON lines for machines."""
+"""Show what a command does: its sweep, its layers, JSON lines for machines; with ``--verbose`` details."""
 
 from __future__ import annotations
 
 import json
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import typer
 
-from qwenq.cli.printing import bar_on, note, percent, say
+from qwenq.cli.printing import percent
 from qwenq.errors import visible
-from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, rich_bar, rough_time
+from qwenq.events import Advance, Event, Finish, Listener, Notice, Start, rough_time
+from qwenq.progress import StepListener, note, say
 from qwenq.results import Row
 from qwenq.storage import readable_bytes
 
 if TYPE_CHECKING:
-    from rich.progress import Progress as Bar
-    from rich.progress import ProgressColumn
-
     from qwenq.gptq.pipeline import LayerDone
     from qwenq.profiling.planning import PlannedSweep
     from qwenq.quantization import Quantised
-
-_QUICK, _OFTEN = 2.0, 10.0
-"""Seconds: steps that end sooner are not worth a plain line; and between two plain lines of a step."""
-
-
-@dataclass
-class _TimeLeft:
-    """Time left, formatted anew whenever a bar is drawn, so that it counts down between two items."""
-
-    end: float | None = None  # estimated by the pace so far; None before the first item
-
-    def __str__(self) -> str:
-        if self.end is None:
-            return "-:--:--"
-        return str(timedelta(seconds=max(0, round(self.end - time.monotonic()))))
-
-
-class StepListener:
-    """A listener that shows the running step on standard error: a bar on a terminal, plain lines elsewhere.
-
-    Of items that are judged it shows the share of correct ones. It is a context manager that clears the bar.
-    """
-
-    def __init__(self, on_notice: Callable[[str], None] = note, *, quiet: bool = False) -> None:
-        self._on_notice, self._quiet = on_notice, quiet
-        self._stack = ExitStack()
-        self._bar: Bar | None = None
-        self._begin(Start(""))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def __call__(self, event: Event) -> None:
-        """Show an event: a step starts, goes on or ends; or a notice."""
-        match event:
-            case Notice(text):
-                self._on_notice(text)
-            case Start():
-                self._begin(event)
-            case Advance():
-                self._advance(event)
-            case Finish():
-                self._stack.close()
-
-    def _begin(self, start: Start) -> None:
-        self._stack.close()
-        self._step, self._total, self._bar, self._left = start, start.total or 0, None, _TimeLeft()
-        self._done = self._known = start.done  # units that are known from earlier took no time
-        self._correct = self._verdicts = 0
-        self._since = self._shown = time.monotonic()
-        if self._quiet or not start.step:
-            return
-        if sys.stderr.isatty():
-            self._bar = self._stack.enter_context(_bar(start.unit))
-            self._stack.enter_context(bar_on(self._bar.console))
-            self._task = self._bar.add_task(
-                start.step,
-                total=start.total,
-                completed=start.done,
-                visible=start.total is not None,
-                what=start.unit,
-                left=self._left,
-            )
-        elif start.unit == "items" and start.total is not None:
-            known = f", {start.done:,} answered earlier" if start.done else ""
-            items = "1 item" if start.total == 1 else f"{start.total:,} items"
-            typer.echo(f"{start.step}: {items}{known}", err=True)
-
-    def _advance(self, event: Advance) -> None:
-        self._done = self._done + 1 if event.done is None else event.done
-        self._total = event.total or self._total
-        if isinstance(event.result, bool):
-            self._verdicts += 1
-            self._correct += event.result
-        now, fresh = time.monotonic(), self._done - self._known
-        if fresh > 0:
-            self._left.end = now + (now - self._since) / fresh * (self._total - self._done)
-        if not self._quiet:
-            self._show(event, now)
-
-    def _show(self, event: Advance, now: float) -> None:
-        newly = " of the new answers" if self._known else ""
-        share = f"{self._correct / self._verdicts:.1%} correct{newly}" if self._verdicts else ""
-        if self._bar is not None:
-            what = share or self._step.unit
-            self._bar.update(self._task, completed=self._done, total=self._total, visible=True, what=what)
-            return
-        over, seconds = self._done == self._total, now - self._since
-        if now - self._shown >= _OFTEN or (over and (self._verdicts or seconds > _QUICK)):
-            self._shown = now
-            left = seconds if over or self._left.end is None else self._left.end - now
-            pace = f"{left:.0f} s{'' if over else ' left'}"
-            if self._step.unit == "bytes":
-                counts = f"{readable_bytes(self._done)} of {readable_bytes(self._total)}"
-            else:
-                counts = f"{self._done:,} of {self._total:,} {self._step.unit}"
-            typer.echo(f"{self._step.step}: {', '.join(filter(None, (counts, share, pace)))}", err=True)
-
-
-def _bar(unit: str) -> Bar:
-    from rich.console import Console
-    from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn, TransferSpeedColumn
-
-    left = TextColumn("{task.fields[left]} left", style="progress.remaining")
-    columns: tuple[ProgressColumn, ...] = (MofNCompleteColumn(), TextColumn("{task.fields[what]}"))
-    if unit == "bytes":
-        columns = (DownloadColumn(), TransferSpeedColumn())
-    return rich_bar(Console(stderr=True), *columns, left)
 
 
 @contextmanager
@@ -243,7 +127,7 @@ class LayerListener(StepListener):
 
     def _advance(self, event: Advance) -> None:
         if getattr(event.result, "resumed", False):  # a layer that took next to no time
-            self._known, self._since = event.done or 0, time.monotonic()
+            self._time_from(event.done or 0)
         super()._advance(event)
 
     def _show(self, event: Advance, now: float) -> None:

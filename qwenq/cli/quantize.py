@@ -12,7 +12,8 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import DeviceName, Given, ModelArgument, Quiet, Verbose, recipe_options
-from qwenq.cli.progress import StepListener, with_details
+from qwenq.cli.progress import quantize_listener, with_details
+from qwenq.progress import StepListener
 from qwenq.stopping import Terminated
 
 if TYPE_CHECKING:
@@ -53,7 +54,6 @@ def quantize(
     all processes work on the one model.
     """
     from qwenq import api
-    from qwenq.cli.progress import quantize_listener
     from qwenq.distributed import process_group
 
     top = {**given[""], "model": model}

@@ -14,9 +14,10 @@ from qwenq.cli import completion
 from qwenq.cli.app import app
 from qwenq.cli.next import next_commands, with_model
 from qwenq.cli.options import Given, recipe_options
-from qwenq.cli.printing import note, stop_notice
+from qwenq.cli.printing import stop_notice
 from qwenq.errors import visible
 from qwenq.events import Event, Notice, Start
+from qwenq.progress import note
 
 if TYPE_CHECKING:
     from qwenq.workflow import Chain

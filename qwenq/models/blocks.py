@@ -17,25 +17,12 @@ from torch.nn import functional
 from qwenq.compute import attention
 from qwenq.compute.block import fallback_notice
 from qwenq.compute.transformers_blocks import OURS, attention_name, fuse_blocks
+from qwenq.models import inspection, transformers_model
 from qwenq.models.config import by_inspection
-from qwenq.models.inspection import (
-    ClassHead,
-    attention_of,
-    computed_buffers,
-    fill_computed,
-    require_plain_stack,
-)
 from qwenq.models.integrity import check_finite, require_numbers
 from qwenq.models.machine import FreedMemory
 from qwenq.models.qwen_v1 import require_plain
 from qwenq.models.source import require_shape, require_tensors
-from qwenq.models.transformers_model import (
-    kept_of,
-    linears_of,
-    refused_by_transformers,
-    transformers_config,
-    unfuse,
-)
 
 if TYPE_CHECKING:
     from qwenq.models.checkpoint import Checkpoint
@@ -62,25 +49,25 @@ class BlockwiseDecoder:
         self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
         self.attention_reason: str | None
         self.fallback_notice: str | None
-        config = transformers_config(checkpoint.config, checkpoint.folder)
+        config = transformers_model.transformers_config(checkpoint.config, checkpoint.folder)
         self._inspected = by_inspection(checkpoint.config)
         if self._inspected:
             self._choose_inspected(config)
         else:
             self._choose(config)
-        with refused_by_transformers(checkpoint.folder):
+        with transformers_model.refused_by_transformers(checkpoint.folder):
             with torch.device("meta"):
                 model = AutoModelForCausalLM.from_config(
                     config, dtype=dtype, attn_implementation=self.attention
                 )
             if self._inspected:
-                require_plain_stack(model, checkpoint.folder)
+                inspection.require_plain_stack(model, checkpoint.folder)
             self._model, self._inner = model, model.model.eval()
-            unfuse(self._inner.layers, every=True)
+            transformers_model.unfuse(self._inner.layers, every=True)
             # In no file, so not to be left on the meta device: rotary frequencies follow from the config.
             self._inner.rotary_emb = type(self._inner.rotary_emb)(config=config).to(device)
             if self._inspected:
-                fill_computed(model, device)
+                inspection.fill_computed(model, device)
         self.blocks: nn.ModuleList = self._inner.layers
         if self._inspected:
             list(self.kept())  # refuses what is not a linear layer, before tensors are looked for
@@ -112,7 +99,7 @@ class BlockwiseDecoder:
         """Leave all that a block computes to transformers: nothing here knows what its class asks for."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        self.attention, why = attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
+        self.attention, why = inspection.attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config)
         self.attention_reason = f"{why} (attention {self.attention})"
         self.fallback_notice = (
             f"attention ({self.attention}), norms and activations run in transformers, which takes longer, "
@@ -122,11 +109,11 @@ class BlockwiseDecoder:
     @property
     def kinds(self) -> dict[tuple[str, ...], nn.Module]:
         """Return one block without weights of each kind, by the names of its linears."""
-        return {tuple(linears_of(block)): block for block in reversed(self.blocks)}
+        return {tuple(transformers_model.linears_of(block)): block for block in reversed(self.blocks)}
 
     def kept(self) -> Iterator[dict[str, str]]:
         """Yield what is not quantised, block by block: ``kept_of``."""
-        yield from map(kept_of, self.blocks)
+        yield from map(transformers_model.kept_of, self.blocks)
 
     @property
     def vocabulary(self) -> int:
@@ -182,7 +169,7 @@ class BlockwiseDecoder:
     def block(self, index: int) -> Iterator[nn.Module]:
         """Give block ``index`` its weights; they are dropped on leaving."""
         block: nn.Module = self.blocks[index]
-        computed = [(module, computed_buffers(module)) for module in block.modules()]
+        computed = [(module, inspection.computed_buffers(module)) for module in block.modules()]
         self._fill(block, self.names[index])
         try:
             yield block
@@ -213,7 +200,7 @@ class BlockwiseDecoder:
         name = "model.embed_tokens.weight" if self.checkpoint.tied else "lm_head.weight"
         try:
             product = _Product(self.checkpoint.read(name), self.device, self.dtype)
-            head = ClassHead(self._model, product) if self._inspected else product
+            head = inspection.ClassHead(self._model, product) if self._inspected else product
             yield lambda hidden: head(norm(hidden)).float()
         finally:
             self._inner.norm.to("meta")

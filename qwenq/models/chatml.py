@@ -65,6 +65,15 @@ class Context:
     dropped_rounds: int
 
 
+def without_surrogates(text: str) -> str:
+    """Join surrogate pairs of a text; lone ones, which no UTF-8 can hold, become U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def build_context(
     tokenizer: ChatmlTokenizer,
     messages: Sequence[Message],

@@ -23,12 +23,7 @@ import torch
 from torch import Tensor
 
 from qwenq.errors import ModelError, QuantisationError
-from qwenq.models.gptq_config import (
-    LAYER_PARTS,
-    SUPPORTED_BITS,
-    CheckpointFormat,
-    QuantConfig,
-)
+from qwenq.models.gptq_config import LAYER_PARTS, SUPPORTED_BITS, CheckpointFormat, QuantConfig
 from qwenq.models.source import OTHER_MODEL, TensorInfo, TensorSource, WeightsView
 
 _OTHER: dict[CheckpointFormat, CheckpointFormat] = {"gptq": "gptq_v2", "gptq_v2": "gptq"}

@@ -22,6 +22,8 @@ from qwenq.storage import read_json
 if TYPE_CHECKING:
     import torch
 
+    from qwenq.models.source import TensorSource
+
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 _QUANTISED_NAME = re.compile(
     r"[-_.](?:(?:gptq|awq)[-_.])?int[2348]$"
@@ -42,16 +44,15 @@ def result_model(checkpoint: Checkpoint, dtype: torch.dtype, given: str | None) 
         fingerprint = f"random:{checkpoint.config[RANDOM_KEY].get('seed')}:{name}"
     else:
         fingerprint = checkpoint.fingerprint
-    if checkpoint.foreign is not None:
-        stored = checkpoint.foreign.stored
-        size = sum(stored.info(tensor).nbytes for tensor in stored.names())
-        found = checkpoint.foreign.format
-        group = None if found.group_size == -1 else found.group_size
-        return Model(name, fingerprint, precision, family_name(name), size, group)
-    if not is_quantised(checkpoint.config):
+    foreign = checkpoint.foreign
+    if foreign is None and not is_quantised(checkpoint.config):
         size = dtype.itemsize * sum(checkpoint.info(tensor).numel for tensor in checkpoint.names())
         return Model(name, fingerprint, precision, name, size)
-    size = sum(checkpoint.info(tensor).nbytes for tensor in checkpoint.names())
+    stored: TensorSource = checkpoint if foreign is None else foreign.stored
+    size = sum(stored.info(tensor).nbytes for tensor in stored.names())
+    if foreign is not None:
+        group = None if foreign.format.group_size == -1 else foreign.format.group_size
+        return Model(name, fingerprint, precision, family_name(name), size, group)
     quant = QuantConfig.read(checkpoint.config, checkpoint.folder / "config.json")
     base = base_of(checkpoint.folder)
     named = base.get("name") or (model_name(base["model"]) if "model" in base else None)

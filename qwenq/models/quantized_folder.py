@@ -25,21 +25,12 @@ from typing import TYPE_CHECKING, Any
 from safetensors.torch import save
 from torch import Tensor
 
+from qwenq import storage
 from qwenq.errors import AlreadyDoneError, CorruptFileError, QwenqError, StorageError, UsageError
 from qwenq.models.aux_files import write_aux_files
 from qwenq.models.folders import CARD, MANIFEST, PARTIAL, RUN, STAGED, require_renameable, take_name
 from qwenq.models.gptq_config import LAYER_PARTS
 from qwenq.models.safetensors_files import SafetensorsSource, write_shards
-from qwenq.storage import (
-    atomic_write_bytes,
-    atomic_write_json,
-    fsync_file,
-    fsync_folder,
-    guard_storage,
-    read_json,
-    sha256_file,
-    take_lock,
-)
 
 if TYPE_CHECKING:
     import torch
@@ -64,7 +55,7 @@ class LayerStore:
     def __init__(self, folder: Path, run: dict[str, Any], *, resume: bool) -> None:
         self.folder = folder
         self._layers = folder / _LAYERS
-        with guard_storage(folder):
+        with storage.guard_storage(folder):
             folder.mkdir(parents=True, exist_ok=True)
             names = sorted(entry.name for entry in folder.iterdir())
         unfinished = f".{RUN}.", f".{SENSITIVITY}."
@@ -75,7 +66,7 @@ class LayerStore:
                 where=folder,
                 hint="name another folder with --out, or move these files",
             )
-        self._lock = take_lock(folder, LOCK)
+        self._lock = storage.take_lock(folder, LOCK)
         try:
             self._begin(run, resume=resume)
         except BaseException:
@@ -98,11 +89,11 @@ class LayerStore:
                 where=self.folder,
                 hint="--no-resume discards it; --out NAME leaves it alone",
             )
-        with guard_storage(self.folder):
+        with storage.guard_storage(self.folder):
             if known is None:
                 path.unlink(missing_ok=True)
                 shutil.rmtree(self._layers, ignore_errors=True)
-                atomic_write_json(path, run)
+                storage.atomic_write_json(path, run)
             self._layers.mkdir(exist_ok=True)
 
     def finished(self) -> int:
@@ -114,15 +105,15 @@ class LayerStore:
 
     def save(self, index: int, tensors: dict[str, Tensor], modules: dict[str, Any]) -> None:
         """Put a layer on the disk: content first, then the record that makes it count."""
-        with guard_storage(self.folder):
+        with storage.guard_storage(self.folder):
             (self.folder / LOCK).stat()  # else its disk was unmounted, and the layer would go below it
         data = save({name: tensor.contiguous().cpu() for name, tensor in tensors.items()})
         digest = hashlib.sha256(data).hexdigest()
         file = self._layers / f"{index:05d}-{digest[:16]}.safetensors"
-        atomic_write_bytes(file, data)
+        storage.atomic_write_bytes(file, data)
         record = {"file": file.name, "sha256": digest, "modules": modules}
         record["seal"] = _seal(record)
-        atomic_write_json(self._layers / f"{index:05d}.json", record)
+        storage.atomic_write_json(self._layers / f"{index:05d}.json", record)
 
     def modules(self, index: int) -> dict[str, Any]:
         """Return the statistics that were saved with a layer."""
@@ -130,7 +121,7 @@ class LayerStore:
 
     def tensors(self, index: int) -> dict[str, Tensor]:
         """Return all packed tensors of a finished layer."""
-        source = self._source([index])
+        source = self.source([index])
         return {name: source.read(name) for name in source.names()}
 
     def discard(self) -> None:
@@ -142,11 +133,8 @@ class LayerStore:
         """Let another process work here."""
         self._lock.close()
 
-    def source(self, count: int) -> SafetensorsSource:
-        """Return the packed tensors of the first ``count`` layers, which are read one at a time."""
-        return self._source(range(count))
-
-    def _source(self, indices: Iterable[int]) -> SafetensorsSource:
+    def source(self, indices: Iterable[int]) -> SafetensorsSource:
+        """Return the packed tensors of finished layers, which are read one at a time."""
         return SafetensorsSource([self._layers / str(self._finished(index)["file"]) for index in indices])
 
     def _finished(self, index: int) -> dict[str, Any]:
@@ -162,7 +150,7 @@ class LayerStore:
         if record.get("seal") != _seal(record):  # its statistics go into the manifest
             return None
         file = self._layers / str(record.get("file"))
-        if verify and not (file.is_file() and sha256_file(file) == record.get("sha256")):
+        if verify and not (file.is_file() and storage.sha256_file(file) == record.get("sha256")):
             return None
         return record
 
@@ -173,7 +161,7 @@ def discard_leftover(folder: Path) -> bool:
     if staged or any(entry.name not in _OURS for entry in folder.iterdir()):
         return False
     try:
-        lock = take_lock(folder, LOCK)
+        lock = storage.take_lock(folder, LOCK)
     except (UsageError, StorageError):
         return False
     with lock:
@@ -202,7 +190,7 @@ def _changes(known: dict[str, Any], run: dict[str, Any], prefix: str = "") -> li
 def _read_json(path: Path) -> dict[str, Any] | None:
     """Return the JSON object in a file; None where it is missing or damaged."""
     try:
-        return read_json(path) if path.is_file() else None
+        return storage.read_json(path) if path.is_file() else None
     except CorruptFileError:
         return None
     except OSError as error:
@@ -239,7 +227,7 @@ def clean_up_after_kill(target: Path, recipe: Mapping[str, Any], fingerprint: st
         return
     work = target.with_name(target.name + PARTIAL)
     try:
-        manifest = read_json(target / MANIFEST)
+        manifest = storage.read_json(target / MANIFEST)
         same = manifest["recipe"] == recipe and manifest["base"]["fingerprint"] == fingerprint
     except (OSError, QwenqError, KeyError, TypeError):
         return
@@ -260,11 +248,11 @@ def stage(
     dtype, bit for bit. Return the staging folder, and notices for the user.
     """
     folder = store.folder / STAGED
-    with guard_storage(folder):
+    with storage.guard_storage(folder):
         if folder.exists():  # of a run that was killed while it wrote
             shutil.rmtree(folder)
         folder.mkdir()
-    tensors = _tensors(checkpoint, store.source(layers))
+    tensors = _tensors(checkpoint, store.source(range(layers)))
     entries = [(name, source.info(inner)) for name, (source, inner) in tensors.items()]
 
     def read(name: str) -> torch.Tensor:
@@ -274,8 +262,8 @@ def stage(
     write_shards(folder, entries, read)
     config = {key: value for key, value in checkpoint.published_config.items() if key != "auto_map"}
     config["quantization_config"] = quant.to_config_json()
-    atomic_write_json(folder / "config.json", config)
-    atomic_write_json(folder / "quantize_config.json", quant.to_quantize_config_json())
+    storage.atomic_write_json(folder / "config.json", config)
+    storage.atomic_write_json(folder / "quantize_config.json", quant.to_quantize_config_json())
     return folder, write_aux_files(checkpoint.companions, folder, config)
 
 
@@ -285,16 +273,16 @@ def publish(staged: Path, out: Path, manifest: Mapping[str, Any]) -> None:
     The size and sha256 of every file but the model card, which people edit, are added to the manifest here.
     """
     files = {}
-    with guard_storage(staged):
+    with storage.guard_storage(staged):
         for file in sorted(entry for entry in staged.rglob("*") if entry.is_file()):
-            fsync_file(file)  # copied ones are not on the disk yet
+            storage.fsync_file(file)  # copied ones are not on the disk yet
             name = file.relative_to(staged).as_posix()  # chat templates may have a folder of their own
             if name != CARD:
-                files[name] = {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
-    atomic_write_json(staged / MANIFEST, {**manifest, "files": files})
-    with guard_storage(out):
+                files[name] = {"bytes": file.stat().st_size, "sha256": storage.sha256_file(file)}
+    storage.atomic_write_json(staged / MANIFEST, {**manifest, "files": files})
+    with storage.guard_storage(out):
         take_name(staged, out)
-        fsync_folder(out.parent)
+        storage.fsync_folder(out.parent)
 
 
 def _tensors(checkpoint: Checkpoint, packed: TensorSource) -> dict[str, tuple[TensorSource, str]]:

@@ -24,7 +24,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_
 from tokenizers.models import BPE
 
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
-from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context
+from qwenq.models.chatml import CHAT_TEMPLATE, Message, build_context, without_surrogates
 from qwenq.storage import atomic_write_bytes, atomic_write_json
 
 RANKS_FILE = "qwen.tiktoken"
@@ -182,16 +182,13 @@ class QwenTokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
-        max_window: int | None = None,
         tools: Sequence[Any] = (),
     ) -> list[int]:
         """Encode the ChatML prompt of a conversation, as `chatml.build_context` does.
 
         Qwen v1 calls no tools: ``tools`` are left out, as `template` tells.
         """
-        return build_context(
-            self, messages, add_generation_prompt=add_generation_prompt, max_window=max_window
-        ).ids
+        return build_context(self, messages, add_generation_prompt=add_generation_prompt).ids
 
     def _encode_ordinary(self, text: str) -> list[int]:
         text = to_nfc(text)
@@ -217,15 +214,6 @@ def to_nfc(text: str) -> str:
     text = without_surrogates(text)
     # Python's tables are newer, and what is normal by newer tables is normal by older ones.
     return text if unicodedata.is_normalized("NFC", text) else _NFC.normalize_str(text)
-
-
-def without_surrogates(text: str) -> str:
-    """Join surrogate pairs of a text; lone ones, which no UTF-8 can hold, become U+FFFD."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
 
 
 def _parse_line(line: bytes, where: str) -> tuple[bytes, int]:

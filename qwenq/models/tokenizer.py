@@ -21,7 +21,7 @@ from tokenizers import decoders
 
 from qwenq import stopping
 from qwenq.errors import CorruptFileError, ModelError, UnsupportedError, UsageError
-from qwenq.models.chatml import DEFAULT_MAX_WINDOW, PROCESS, Message
+from qwenq.models.chatml import DEFAULT_MAX_WINDOW, PROCESS, Message, without_surrogates
 from qwenq.models.config import check_labels
 from qwenq.models.folders import refuse_foreign_links, refuse_large
 from qwenq.models.qwen_tokenizer import (
@@ -33,7 +33,6 @@ from qwenq.models.qwen_tokenizer import (
     byte_of_char,
     read_ranks,
     require_ids,
-    without_surrogates,
 )
 from qwenq.storage import read_json
 
@@ -65,21 +64,18 @@ def refuse_holes(loaded: Any, path: Path) -> None:
 def refuse_growth(loaded: Any, path: Path) -> None:
     """Multiply how much each rule can lengthen a text, in normalizer and decoder; count its copies."""
     backend = getattr(loaded, "backend_tokenizer", None)
-    for part in ("normalizer", "decoder"):
+    for part, times_of, most, does in (
+        ("normalizer", _growth, MOST, "could make a text {:.3g} times as long"),
+        ("decoder", _growth, MOST, "could make a text {:.3g} times as long"),
+        ("post_processor", _copies, 1, "gives each text {} times"),
+    ):
         rules = getattr(backend, part, None)
-        if rules is not None and (times := _growth(json.loads(rules.__getstate__()))) > MOST:
+        if rules is not None and (times := times_of(json.loads(rules.__getstate__()))) > most:
             raise ModelError(
-                f"the {part} of this tokenizer could make a text {times:.3g} times as long",
+                f"the {part} of this tokenizer {does.format(times)}",
                 where=path,
                 hint="do not trust this model; no real tokenizer does that",
             )
-    processor = getattr(backend, "post_processor", None)
-    if processor is not None and (times := _copies(json.loads(processor.__getstate__()))) > 1:
-        raise ModelError(
-            f"the post_processor of this tokenizer gives each text {times} times",
-            where=path,
-            hint="do not trust this model; no real tokenizer does that",
-        )
 
 
 def _copies(rule: Any) -> int:
@@ -176,10 +172,8 @@ class HfTokenizer:
         eos_ids: ids that end a generation: the generation config's, and the tokenizer's own.
         bos_id: the id that begins a text, if the model has one; `encode` never adds it.
         pad_id: the id to fill batches with, if there is one.
-        max_window: None: only Qwen v1's generation config limits the history in a chat prompt.
     """
 
-    max_window: int | None = None
     _template_args: Mapping[str, bool] = MappingProxyType({})
 
     def __init__(self, path: Path, generation: dict[str, Any]) -> None:
@@ -284,26 +278,9 @@ class HfTokenizer:
         messages: Sequence[Message],
         add_generation_prompt: bool = True,
         *,
-        max_window: int | None = None,
         tools: Sequence[Any] = (),
     ) -> list[int]:
-        """Encode the prompt that the folder's chat template renders.
-
-        With ``max_window``, the oldest rounds are left out until the prompt is shorter than that, the
-        system message and the last round always kept.
-        """
-        ids = self._render(messages, add_generation_prompt, tools)
-        while max_window is not None and len(ids) >= max_window:
-            starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
-            if len(starts) < 2:
-                break
-            messages = [*messages[: starts[0]], *messages[starts[1] :]]
-            ids = self._render(messages, add_generation_prompt, tools)
-        return ids
-
-    def _render(
-        self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any]
-    ) -> list[int]:
+        """Encode the prompt that the folder's chat template renders."""
         if not self._hf.chat_template:
             raise UsageError(
                 "this model has no chat template", where=self._path, hint="use its -Chat or -Instruct sibling"

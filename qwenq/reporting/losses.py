@@ -22,7 +22,7 @@ from qwenq.reporting.collect import FASTEST_OF, Collection, Measured, at_one_poi
 from qwenq.reporting.tables import MISSING, Cell, Line, Table
 from qwenq.reporting.text import PERCENT, clean, fixed, format_of, signed
 from qwenq.results import Model, Row, Value, intervals_overlap
-from qwenq.statistics import format_p
+from qwenq.statistics import ALPHA, format_p
 
 
 @dataclass(frozen=True)

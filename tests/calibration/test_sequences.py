@@ -92,10 +92,10 @@ def test_the_order_depends_on_the_seed_alone() -> None:
 
 def test_the_pool_stops_reading() -> None:
     stream = iter([Document("x" * 10, str(i)) for i in range(10)])
-    pool = read_pool(stream, 35)
-    assert len(pool.documents) == 4 and not pool.read_to_end
+    pool, ended = read_pool(stream, 35)
+    assert len(pool) == 4 and not ended
     assert len(list(stream)) == 5  # one more was looked at, to know that there is more
-    assert read_pool(iter([Document("x" * 10, "0")]), 10).read_to_end
+    assert read_pool(iter([Document("x" * 10, "0")]), 10)[1]
 
 
 def test_ids_outside_the_vocabulary_are_named() -> None:

@@ -9,19 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from command_shell import Shell
+from evals.test_check import write_quantised
 from safetensors.torch import load_file, save_file
 from tiny_model import TEXT, write_tiny_model
 
-from qwenq.compute.grid import search_grid
 from qwenq.errors import UsageError
 from qwenq.models.checkpoint import open_checkpoint
 from qwenq.models.gptq_config import QuantConfig
-from qwenq.models.gptq_format import pack
 from qwenq.models.identity import base_facts
-
-BITS, GROUP = 8, 16
 
 
 @pytest.fixture(autouse=True)
@@ -39,23 +35,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quantised_folder(folder: Path, base: Path, *, noise: float = 0.0) -> Path:
     """A GPTQ folder as third parties write it: no manifest."""
-    folder.mkdir()
-    quant = QuantConfig(bits=BITS, group_size=GROUP)
-    tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in load_file(base / "model.safetensors").items():
-        if not name.endswith("proj.weight"):
-            tensors[name] = tensor
-            continue
-        torch.manual_seed(0)
-        W = tensor + noise * torch.randn_like(tensor)
-        grid = search_grid(W, torch.ones(W.shape[1]), BITS, GROUP, sym=True, search="none")
-        packed = pack(grid.integers(W).to(torch.uint8), grid.scales, grid.zeros.to(torch.uint8), BITS)
-        tensors |= packed.tensors(name.removesuffix(".weight"))
-    save_file(tensors, folder / "model.safetensors")
-    config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = quant.to_config_json()
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
+    return write_quantised(folder, base, QuantConfig(bits=8, group_size=16), noise)
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from qwenq.cli import eval, progress
-from qwenq.cli.progress import StepListener
+from qwenq import progress
+from qwenq.cli import eval
 from qwenq.comparison import Paired
 from qwenq.events import Advance, Start
+from qwenq.progress import StepListener
 from qwenq.results import Model, Row
 
 

@@ -9,8 +9,9 @@ from terminal import Terminal, screen
 
 SCRIPT = """
 import time
-from qwenq.cli.progress import StepListener, quantize_listener
+from qwenq.cli.progress import quantize_listener
 from qwenq.events import Advance, Finish, Notice, Start
+from qwenq.progress import StepListener
 
 def steps(listener):
     for number in (1, 2, 3):

@@ -12,7 +12,7 @@ import pytest
 from quantize_shell import QuantizeShell
 from terminal import SIZE, Terminal
 
-from qwenq.cli import progress
+from qwenq import progress
 from qwenq.cli.progress import LayerListener, quantize_listener
 from qwenq.events import Advance, Start
 from qwenq.gptq.linears import ModuleStats

@@ -58,7 +58,7 @@ def test_every_linear_of_every_block_is_packed_and_reported(tmp_path: Path) -> N
         )
         for part in LAYER_PARTS
     }
-    assert set(store.source(3).names()) == expected
+    assert set(store.source(range(3)).names()) == expected
     errors = dict(module_errors(store, 3))
     assert len(errors) == 21
     for stats in errors.values():

@@ -46,7 +46,7 @@ def test_saved_layers_are_found_by_the_next_process(filled: Path) -> None:
     assert store.modules(2) == {"q": {"error": 0.2}}
     for index in range(3):
         assert torch.equal(store.tensors(index)[f"model.layers.{index}.q.qweight"], *layer(index).values())
-    source = store.source(3)
+    source = store.source(range(3))
     assert list(source.names()) == [f"model.layers.{index}.q.qweight" for index in range(3)]
 
 

@@ -93,7 +93,7 @@ def test_v1_folder_facts(v1: Tokenizer) -> None:
 
 def test_hf_folder_facts(hf: Tokenizer) -> None:
     assert not isinstance(hf, QwenTokenizer)
-    assert (hf.vocab_size, hf.bos_id, hf.pad_id, hf.max_window) == (470, None, 262, None)
+    assert (hf.vocab_size, hf.bos_id, hf.pad_id) == (470, None, 262)
     assert hf.eos_ids == (264, 262)
 
 
@@ -131,22 +131,6 @@ def test_the_exported_template_renders_make_context(
     v1: Tokenizer, hf: Tokenizer, messages: list[dict[str, str]], asks: bool
 ) -> None:
     assert hf.chat(messages, asks) == v1.chat(messages, asks)
-
-
-def test_the_window_drops_the_oldest_rounds_of_any_template(hf: Tokenizer) -> None:
-    rounds = [
-        [{"role": "user", "content": f"{i}" * 50}, {"role": "assistant", "content": "a"}] for i in range(6)
-    ]
-    system = [{"role": "system", "content": "S"}]
-    messages = [
-        *system,
-        *(message for turns in rounds for message in turns),
-        {"role": "user", "content": "q"},
-    ]
-    shortened = [*system, *messages[9:]]  # four rounds gone
-    limit = len(hf.chat(shortened)) + 1
-    assert hf.chat(messages, max_window=limit) == hf.chat(shortened)
-    assert hf.chat(messages, max_window=1) == hf.chat([*system, messages[-1]])
 
 
 def test_unknown_ids_are_named(hf: Tokenizer) -> None:
