@@ -58,6 +58,10 @@ def check_folders(
         dtype: "auto" is float32: in 16 bits the roundings of both models would be counted as damage, too.
         seed: chooses the text.
         listener: receives notices and the progress.
+
+    Raises:
+        UsageError: not a quantised model, no base, or not this base; a text that is too short.
+        QwenqError: one of the models cannot be read.
     """
     import torch
 

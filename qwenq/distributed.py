@@ -140,7 +140,11 @@ class Team:
             raise LostError(f"rank {self.rank} lost another process") from error
 
     def claim_stop(self, code: int) -> int | None:
-        """Record that this process stops the run; return the exit code of one that did before, or None."""
+        """Record that this process stops the run; return the exit code of one that did before, or None.
+
+        Raises:
+            LostError: the store is gone.
+        """
         mine = json.dumps([self.rank, code])
         first = self._ask(lambda store: store.compare_set(STOPPED, "", mine)).decode()
         if self.is_rank0:  # wakes ranks that wait for its next object
@@ -152,7 +156,11 @@ ALONE = Team()
 
 
 def team_from_env(environment: Mapping[str, str] = os.environ) -> Team:
-    """Return the team that torchrun's variables describe; ``ALONE`` where there are none."""
+    """Return the team that torchrun's variables describe; ``ALONE`` where there are none.
+
+    Raises:
+        UsageError: some are missing, or are not whole numbers.
+    """
     world = _number(environment, "WORLD_SIZE", "1")
     if world == 1:
         return Team(launched=True) if environment.get("WORLD_SIZE") else ALONE

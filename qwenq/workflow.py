@@ -295,7 +295,12 @@ def is_done(chain: Chain, step: Step) -> bool:
 
 
 def run_steps(chain: Chain, listener: Listener = silent) -> int:
-    """Run the steps that are not done; stop at the first that fails, and return its exit code, else 0."""
+    """Run the steps that are not done; stop at the first that fails, and return its exit code, else 0.
+
+    Raises:
+        UsageError: another `qwenq run` works in this run folder.
+        StorageError: the disk refused.
+    """
     require_machine(chain)
     with locked(chain.work, LOCK):
         return _run_steps(chain, listener)

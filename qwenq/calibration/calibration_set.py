@@ -81,7 +81,12 @@ class CalibrationSet:
         return self.manifest.tokens
 
     def save(self, path: Path) -> None:
-        """Write ``path`` (safetensors, manifest in its metadata) and a readable ``<path>.json`` beside it."""
+        """Write ``path`` (safetensors, manifest in its metadata) and a readable ``<path>.json`` beside it.
+
+        Raises:
+            UsageError: ``path`` does not end in .safetensors.
+            StorageError: the disk refused; nothing is left behind.
+        """
         if path.suffix != ".safetensors":
             raise UsageError(
                 "a calibration set is a .safetensors file",
@@ -95,7 +100,12 @@ class CalibrationSet:
 
     @classmethod
     def load(cls, path: Path) -> CalibrationSet:
-        """Read a saved set and check its bytes against its fingerprint."""
+        """Read a saved set and check its bytes against its fingerprint.
+
+        Raises:
+            CorruptFileError: truncated, changed, or its tensors are not what its manifest says.
+            CalibrationError: a safetensors file that is not a calibration set, or of another version.
+        """
         tensors, metadata = _read(path)
         if _METADATA_KEY not in metadata or len(tensors) != len(_TENSORS):
             raise CalibrationError(

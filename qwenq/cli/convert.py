@@ -115,7 +115,11 @@ def _write_random(
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of ``5GB``, ``500MB`` (powers of 1000), ``2GiB`` (of 1024) or a plain number."""
+    """Return the bytes of ``5GB``, ``500MB`` (powers of 1000), ``2GiB`` (of 1024) or a plain number.
+
+    Raises:
+        UsageError: another form, or zero.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|[kmg]i?)b?", text.strip().lower())
     size = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if size < 1:
@@ -163,7 +167,11 @@ def stats(
 
 
 def read_text(file: Path) -> tuple[int, str]:
-    """Return the size in bytes and the text of a UTF-8 file that is not empty, its line ends unchanged."""
+    """Return the size in bytes and the text of a UTF-8 file, with its line ends unchanged.
+
+    Raises:
+        UsageError: no such file, a folder, an empty file, or bytes that are not UTF-8 (with the offset).
+    """
     try:
         content = file.read_bytes()
     except OSError as error:

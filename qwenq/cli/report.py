@@ -126,7 +126,11 @@ def _check_files(runs: list[Path], files: dict[str, Path | None]) -> None:
 
 
 def _print(lines: list[str]) -> None:
-    """Print lines; a reader that closes the pipe early, such as ``head``, does not change the exit code."""
+    """Print lines; a reader that closes the pipe early, such as ``head``, does not change the exit code.
+
+    Raises:
+        StorageError: standard output is a file, and the disk refused.
+    """
     with suppress(BrokenPipeError):
         for line in lines:
             typer.echo(line)  # and flushed, so that a disk that refuses is known here
