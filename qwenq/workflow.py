@@ -73,10 +73,11 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
         yield "eval.tasks is empty: there is nothing to evaluate", "name a task, or leave [eval] out"
     if recipe.eval is not None and recipe.eval.data is not None and recipe.eval.sample:
         yield "eval.data and eval.sample exclude each other", "leave one of them out"
-    for key in ("limit", "max_new_tokens") if recipe.eval is not None else ():
-        numbers, tasks = getattr(recipe.eval, key), recipe.eval.tasks
-        for task in [name for name in numbers if name not in tasks] if isinstance(numbers, dict) else ():
-            yield f"eval.{key}: {task!r} is not asked for", f"eval.tasks are {', '.join(tasks)}"
+    if recipe.eval is not None:
+        tasks = recipe.eval.tasks
+        for key, numbers in (("limit", recipe.eval.limit), ("max_new_tokens", recipe.eval.max_new_tokens)):
+            for task in [name for name in numbers if name not in tasks] if isinstance(numbers, dict) else ():
+                yield f"eval.{key}: {task!r} is not asked for", f"eval.tasks are {', '.join(tasks)}"
     if recipe.profile is not None:
         yield from _contradictory_points(recipe.profile)
 
