@@ -115,6 +115,8 @@ interop-vllm: .venv/.dev .venv-vllm/.complete
 .venv-vllm/.complete: tests/interop_vllm/requirements.txt
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --requirement $<
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --upgrade \
+	    --target .venv-vllm/beside torchvision==0.28.0
 	@touch $@
 
 lint: .venv/.dev

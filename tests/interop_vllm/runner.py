@@ -16,7 +16,6 @@ import os
 import re
 import sys
 from collections import Counter
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,11 @@ KEPT: list[Any] = []
 
 
 def main() -> None:
+    let_torchvision_be_imported()
     if sys.argv[1:] == ["plain"]:
         import plain_products
 
         plain_products.install()
-    let_torchvision_be_imported()
     from vllm.distributed import cleanup_dist_env_and_memory
 
     for line in sys.stdin:
@@ -44,25 +43,28 @@ def let_torchvision_be_imported() -> None:
     """Declare torchvision's operators where its build is not torch's: Qwen3.5's class imports it.
 
     PyPI's is made for CUDA: beside torch's CPU build its operators are missing, and its import fails where it
-    registers their fakes. Text needs none of them. vLLM looks classes up in another process, where they would
-    not be declared, so here they are looked up in this one.
+    registers their fakes. Text needs none of them. It lies beside the environment: with it in there, not even
+    vLLM could be imported without this.
     """
     import torch
-    from vllm.model_executor.models import registry
 
-    spec = find_spec("torchvision")
-    if spec is None or spec.origin is None:
+    beside = Path(sys.prefix) / "beside"
+    folder = beside / "torchvision"
+    if not folder.is_dir():
         return
-    folder = Path(spec.origin).parent
+    sys.path.append(str(beside))
     try:
         torch.ops.load_library(str(folder / "_C.so"))
     except OSError:
         library = torch.library.Library("torchvision", "FRAGMENT")
         fakes = (folder / "_meta_registrations.py").read_text()
-        for name in sorted(set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"\)', fakes))):
+        named = re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"\)', fakes)
+        for name in sorted(set(named)):
             library.define(f"{name}() -> ()")
         KEPT.append(library)
-        registry._run_in_subprocess = lambda inspect: inspect()
+    from vllm.model_executor.models import registry
+
+    registry._run_in_subprocess = lambda inspect: inspect()  # in another process nothing is declared
 
 
 def answer(asked: dict[str, Any]) -> dict[str, Any]:
