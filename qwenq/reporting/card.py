@@ -122,10 +122,10 @@ def _guessed(rows: list[Measured]) -> list[str]:
     """Return a caption with the tasks of letters in which every model is at the level of guessing."""
     from qwenq.comparison import guessing_level  # with numpy
 
-    levels: dict[str, list[float | None]] = {}
+    levels: dict[str, list[float]] = {}
     for item in sorted(rows, key=lambda item: task_order(item.row)):
         if item.row.metric == "accuracy" and item.row.value is not None:
-            levels.setdefault(task_name(item.row), []).append(guessing_level(item.row))
+            levels.setdefault(task_name(item.row), []).append(guessing_level(item.row) or 0.0)
     guessed = [f"{task} ({100 * found[0]:.0f} %)" for task, found in levels.items() if all(found)]
     return [f"at guessing level, where no loss can show: {', '.join(guessed)}"] if guessed else []
 
