@@ -69,17 +69,21 @@ def _contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
             yield f"{key} = {name!r} is an option, not a name", f"write ./{name}, if that is its folder"
     if recipe.eval is not None and recipe.weights == "random":
         yield "[eval] of random weights would measure chance", "leave [eval] out"
-    if recipe.eval is not None and not recipe.eval.tasks:
-        yield "eval.tasks is empty: there is nothing to evaluate", "name a task, or leave [eval] out"
-    if recipe.eval is not None and recipe.eval.data is not None and recipe.eval.sample:
-        yield "eval.data and eval.sample exclude each other", "leave one of them out"
     if recipe.eval is not None:
-        tasks = recipe.eval.tasks
-        for key, numbers in (("limit", recipe.eval.limit), ("max_new_tokens", recipe.eval.max_new_tokens)):
-            for task in [name for name in numbers if name not in tasks] if isinstance(numbers, dict) else ():
-                yield f"eval.{key}: {task!r} is not asked for", f"eval.tasks are {', '.join(tasks)}"
+        yield from _contradictory_evaluation(recipe.eval)
     if recipe.profile is not None:
         yield from _contradictory_points(recipe.profile)
+
+
+def _contradictory_evaluation(wanted: EvalRecipe) -> Iterator[tuple[str, str]]:
+    if not wanted.tasks:
+        yield "eval.tasks is empty: there is nothing to evaluate", "name a task, or leave [eval] out"
+    if wanted.data is not None and wanted.sample:
+        yield "eval.data and eval.sample exclude each other", "leave one of them out"
+    for key, numbers in {"limit": wanted.limit, "max_new_tokens": wanted.max_new_tokens}.items():
+        for task in numbers if isinstance(numbers, dict) else ():
+            if task not in wanted.tasks:
+                yield f"eval.{key}: {task!r} is not asked for", f"eval.tasks are {', '.join(wanted.tasks)}"
 
 
 def _is_path(name: str) -> bool:
