@@ -224,7 +224,7 @@ def _with_sizes(measured: Iterable[Measured]) -> Iterator[Measured]:
 def _compared(old: Measured, match: Match, news: list[Measured]) -> Comparison:
     new = match.found[0] if match.found else None
     if old.row.status != "ok" and (new is None or new.row.status != "ok"):
-        return Comparison(old.row, new and new.row, why="not measured in the baseline")
+        return Comparison(old.row, new.row if new else None, why="not measured in the baseline")
     if match.why or new is None:
         return Comparison(old.row, None, why=match.why or _nearest(old.row, news))
     if old.row.status != "ok":
