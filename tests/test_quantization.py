@@ -334,7 +334,7 @@ def test_the_lock_is_released_when_a_run_fails(tmp_path: Path, monkeypatch: pyte
     def full(*_: Any) -> None:
         raise StorageError("the disk is full")
 
-    monkeypatch.setattr(pipeline, "stage", full)
+    monkeypatch.setattr(quantized_folder, "stage", full)
     recipe = recipe_for(model)
     with pytest.raises(StorageError):
         quantize(recipe, tmp_path / "out", Recorder(), device="cpu")
