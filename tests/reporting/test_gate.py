@@ -223,7 +223,7 @@ def test_another_group_size_of_the_same_model_is_compared(gate: Gate) -> None:
     ("accuracy:<-1", "'accuracy:<-1': the limit is a share above -1, not a percentage", "accuracy:<-0.02"),
     ("speed:<101%", "'speed:<101%' is not a condition", "speed:<0.95"),
     ("kl:>1e999", "'kl:>1e999': the limit is not a finite number", "kl:>0.05"),
-    ("accuracy@int3:significant", "'accuracy@int3:significant' does not name a precision", "int8, int4"),
+    ("accuracy@int5:significant", "'accuracy@int5:significant' does not name a precision", "int8, int4"),
     ("acuracy@int8:significant", "unknown metric 'acuracy'", "did you mean 'accuracy'?"),
     ("speed:<0.95;kl:>0.1", "'speed:<0.95;kl:>0.1' is not a condition", "speed:<0.95"),
 ])  # fmt: skip
