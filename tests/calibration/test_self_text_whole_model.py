@@ -43,7 +43,7 @@ def test_missing_tensors_are_named(folder: Path) -> None:
 def test_an_unknown_architecture_is_refused(folder: Path) -> None:
     known = open_checkpoint(folder)
     strange = Checkpoint(folder, known.config | {"model_type": "mambo"}, known.source)
-    with pytest.raises(UnsupportedError, match=r"(?s)not a causal language model of type 'mambo'.*FILE"):
+    with pytest.raises(UnsupportedError, match=r"(?s)no causal language model of type 'mambo'.*FILE"):
         load_whole_model(strange, torch.float32, "cpu")
 
 
