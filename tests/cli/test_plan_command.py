@@ -33,7 +33,7 @@ def test_tables_for_people() -> None:
         "peak from 1 token",
         "H200",
         "RTX 4090",
-        "Int8, Int4: 2 GPUs cannot share it: 43 groups of down_proj",
+        "Int8, Int4: 2 GPUs cannot share 43 groups of down_proj evenly",
     ):
         assert expected in result.stdout
     assert "…" not in result.stdout  # nothing is cut off in a pipe
@@ -51,7 +51,7 @@ def test_a_mixture_fits_eighty_columns() -> None:
         "8 of 256 experts of 512, a shared one of 512",
         "2.41 GiB of draft layers (mtp) and the vision tower are copied",
         "recurrent states",
-        "Int8, Int4: 8 GPUs cannot share it: 4 groups of an expert's down_proj",
+        "Int8, Int4: 8 GPUs cannot share 4 groups of an expert's down_proj",
         "Weights that a token reads, GiB: BF16 5.49",
     ):
         assert expected in words

@@ -26,5 +26,5 @@ def test_so_are_names_that_no_disk_takes_and_what_is_no_name(tmp_path: Path) -> 
     require_renameable(tmp_path / ("a" * 200), "--out")
     with pytest.raises(UsageError, match="too long for this disk"):
         require_renameable(tmp_path / ("a" * 250), "--out")  # there is no room for ".partial"
-    with pytest.raises(UsageError, match="no folder of its own"):
+    with pytest.raises(UsageError, match="does not name a new folder"):
         require_renameable(tmp_path / "new" / "..", "--out")

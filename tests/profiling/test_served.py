@@ -324,7 +324,7 @@ def test_the_command_prints_a_table_and_records_where_it_ran(
 
 
 @pytest.mark.parametrize(("options", "match"), [
-    (["bundled", "--endpoint", "URL"], "the server's model alone"),
+    (["bundled", "--endpoint", "URL"], "only the server's model"),
     (["--endpoint", "URL", "--device", "cpu"], "the server decides how it runs its model"),
     (["--endpoint", "URL", "--tokens", "8"], "the server decides how it runs its model"),
     (["--endpoint", "URL", "--concurrency", "many"], "not a list of whole numbers"),
@@ -371,7 +371,7 @@ def test_from_python(server: Server, tmp_path: Path) -> None:
     found = api.profile(endpoint=server.url, out=tmp_path / "run", progress=False, **load)
     assert found.rows[0].model.precision == "int4"
     assert {row.metric for row in found.rows} == set(METRICS)
-    with pytest.raises(UsageError, match="the server's model alone"):
+    with pytest.raises(UsageError, match="only the server's model"):
         api.profile("bundled", endpoint=server.url)
 
 
