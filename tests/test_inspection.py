@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipeline import Recorder, manifest_of, recipe_for, run
+from pipeline import Recorder, manifest_of, run
 from safetensors.torch import load_file
 from test_families import quantised
 from tiny_families import write_calibration
@@ -138,27 +138,6 @@ def test_a_draft_head_behind_the_blocks_is_copied_and_named(tmp_path: Path, fami
     rules = json.loads((out / "config.json").read_text())["quantization_config"]["dynamic"]
     assert r"-:.*\.layers\.3\..*" in rules
     assert load(out, device="cpu", dtype="float32", engine="transformers").logits([[1, 2]])[0].shape[0] == 2
-
-
-def test_a_run_that_resumes_ends_as_a_whole_one(tmp_path: Path) -> None:
-    from test_experts import hashes
-
-    from qwenq.errors import StorageError
-    from qwenq.events import Advance, Event
-
-    model = write_published(tmp_path / "m", "deepseek_v3")
-    recipe = recipe_for(model)
-    quantize(recipe, tmp_path / "whole", Recorder(), device="cpu")
-
-    class Stopped(Recorder):
-        def __call__(self, event: Event) -> None:
-            if isinstance(event, Advance) and event.result is not None:
-                raise StorageError("stopped after a layer")
-
-    with pytest.raises(StorageError):
-        quantize(recipe, tmp_path / "out", Stopped(), device="cpu")
-    assert quantize(recipe, tmp_path / "out", Recorder(), device="cpu").resumed_layers == 1
-    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
 
 
 def save_stranger(folder: Path, kind: str, **changes: Any) -> Path:

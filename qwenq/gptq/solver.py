@@ -31,9 +31,8 @@ from qwenq.gptq.coordinate_descent import descend
 
 PANEL = 192  # columns of a triangular or symmetric matrix that are solved for or multiplied by at a time
 BLOCK = 64  # columns per lazy update. The paper has 128; on a CPU shorter rank-1 updates win
-BISECTIONS = (
-    6  # after the first success: the damping found is within 10^(1/2^6) = 4 % of the least that works
-)
+BISECTIONS = 6
+"""After the first success: the damping found is within 10^(1/2^6) = 4 % of the least that works."""
 LARGEST_DAMP = 1e4  # beyond this H is noise: rounding to nearest would be as good
 
 

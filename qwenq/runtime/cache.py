@@ -74,9 +74,8 @@ class Step:
     end: int  # slots 0 … end-1 are read
     keys: Sequence[Tensor]  # per layer float32 [batch · heads, d, end], the slots side by side
     values: Sequence[Tensor]  # per layer float32 [batch · heads, end, d]
-    key_slots: (
-        Sequence[Tensor] | None
-    )  # per layer [batch, heads, d], where the new key goes; None: rows differ
+    # per layer [batch, heads, d], where the new key goes; None: rows differ
+    key_slots: Sequence[Tensor] | None
     value_slots: Sequence[Tensor] | None  # likewise, where the new value goes
     # float32 [batch · heads, 1, end], -inf behind a row's length; None: no row is shorter
     mask: Tensor | None
